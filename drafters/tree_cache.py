@@ -1,0 +1,163 @@
+"""The state of cached tree decoding: keys, values and tree structure of one sequence.
+
+A `TreeCache` holds the keys and values of the committed tokens, then of the nodes of the current round. A
+round is any number of forward passes that append nodes (`CachedLM.extend`), ended by one `keep`, which turns
+a root path into committed tokens and drops the rest.
+
+Letters: N committed tokens, S nodes of the round, K nodes of one pass.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that doubles, so appending a token does not copy the past."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room  # tokens to reserve at the first write
+        self.length = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Append the states of new tokens and return those of all tokens, as views of the buffer."""
+        start, end = self.length, self.length + key_states.shape[-2]
+        if not self.is_initialized or end > self._keys.shape[-2]:
+            self._grow(key_states, value_states, end)
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self.truncate(end)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from index `length` on."""
+        self.length = length
+        if self.is_initialized:
+            self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+
+    def gather(self, start: int, index: Tensor) -> None:
+        """Keep the tokens before `start`, then those at `start + index` (ascending), in that order."""
+        end = start + len(index)
+        index = index.to(self.device)
+        self._keys[:, :, start:end] = self._keys[:, :, start:].index_select(2, index)
+        self._values[:, :, start:end] = self._values[:, :, start:].index_select(2, index)
+        self.truncate(end)
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
+        capacity = max(self.room, 2 * needed)
+        old = (self.keys, self.values) if self.is_initialized else None
+        self._keys, self._values = (
+            states.new_empty((*states.shape[:2], capacity, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        if old is not None:
+            self._keys[:, :, : self.length], self._values[:, :, : self.length] = old
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+
+
+class TreeCache:
+    """Keys and values of one sequence: `length` committed tokens, then the `num_nodes` nodes of this round.
+
+    Made by `CachedLM.prefill`. Nodes are numbered from 0 in the order they were given since the last `keep`.
+
+    Attributes:
+        length: committed tokens.
+        depths: depth of each node of the round; 0 for a child of the last committed token.
+        features: [K, L, H] (prefill: [N, L, H]) outputs of the tapped layers in the latest pass, or None.
+    """
+
+    def __init__(self, num_layers: int, room: int) -> None:
+        self.layers = [_GrowingLayer(room) for _ in range(num_layers)]
+        self.past = Cache(layers=self.layers)
+        self.length = 0
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.features: Tensor | None = None
+        self._chain = True  # every node is the child of the one before it
+        self._hidden = np.ones((0, 0), dtype=bool)  # [S, S] node i may not see node j
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes appended since the last `keep`."""
+        return len(self.parents)
+
+    def keep(self, path: Sequence[int]) -> None:
+        """Commit the nodes of a path and drop every other node of the round.
+
+        Args:
+            path: node numbers from the root down: the first has parent −1, each other one's parent is the
+                number before it. Empty: drop the whole round.
+
+        Raises:
+            ValueError: the numbers are not such a path.
+        """
+        path = list(path)
+        for parent, node in pairwise([-1, *path]):
+            if not 0 <= node < self.num_nodes or self.parents[node] != parent:
+                raise ValueError(
+                    f"path {path} does not lead down from the root: node {node} is no child of {parent} in "
+                    f"this round of {self.num_nodes} nodes."
+                )
+        stay = next((i for i, node in enumerate(path) if node != i), len(path))  # a prefix already in place
+        start, moved = self.length + stay, [node - stay for node in path[stay:]]
+        with torch.no_grad():
+            if moved:
+                index = torch.tensor(moved)
+                for layer in self.layers:
+                    layer.gather(start, index)
+            else:
+                for layer in self.layers:
+                    layer.truncate(start)
+        self.length += len(path)
+        self.parents, self.depths, self._chain = [], [], True
+        self._hidden = self._hidden[:0, :0]
+
+    def append(self, parents: Sequence[int]) -> None:
+        """Record new nodes; what each may not see follows from its parent's row."""
+        old, new = self.num_nodes, self.num_nodes + len(parents)
+        for node, parent in enumerate(parents, start=old):
+            if not -1 <= parent < node:
+                raise ValueError(
+                    f"node {node} has parent {parent}; a parent is an earlier node of the round, or -1 for "
+                    "the last committed token."
+                )
+            self._chain = self._chain and parent == node - 1
+        if not self._chain:
+            hidden = np.ones((new, new), dtype=bool)
+            if self._hidden.shape[0] == old:
+                hidden[:old, :old] = self._hidden
+            else:  # the round was a chain until now
+                hidden[:old, :old] = ~np.tri(old, dtype=bool)
+            for node, parent in enumerate(parents, start=old):
+                if parent >= 0:
+                    hidden[node, :parent] = hidden[parent, :parent]
+                    hidden[node, parent] = False
+                hidden[node, node] = False
+            self._hidden = hidden
+        for parent in parents:
+            self.parents.append(parent)
+            self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
+
+    def mask(self, num_new: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Additive [1, 1, K, N + S] mask of the last K nodes; None where they may see everything."""
+        nodes = self.num_nodes
+        if self._chain:
+            if num_new == 1:
+                return None
+            hidden = torch.ones(num_new, nodes, dtype=torch.bool).triu_(nodes - num_new + 1)
+        else:
+            hidden = torch.from_numpy(self._hidden[nodes - num_new :])
+        mask = torch.zeros(1, 1, num_new, self.length + nodes, dtype=dtype)
+        mask[0, 0, :, self.length :].masked_fill_(hidden, torch.finfo(dtype).min)
+        return mask.to(device, non_blocking=True)
