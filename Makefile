@@ -1,0 +1,53 @@
+# certdraft: every target does its own set-up in .venv, once. `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow types format check clean
+
+FOLDERS := certificates configs data decoding drafters evaluation losses train
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+# The newest of these that is on PATH; `make PYTHON=/path/to/python3.12 test` chooses another.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.14 python3; do command -v $$p && break; done)
+# On a Linux machine without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves 2 GB of download.
+TORCH_INDEX ?=
+PIP_FLAGS := --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PYTEST_FLAGS ?=
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## the whole promise on the embedded target: traces, two drafters, decoding, report
+	$(BIN)/certdraft demo
+
+test: $(READY)  ## every test that takes seconds (about 6 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -q -m "not slow and not gpu" $(PYTEST_FLAGS)
+
+test-slow: $(READY)  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_FLAGS)
+
+# Type checkers cannot run the editable finder: show them the same tree as one folder of links.
+types: $(READY) .cache/types/certdraft  ## mypy, strict
+	$(BIN)/mypy
+
+.cache/types/certdraft:
+	mkdir -p $@ && ln -sfn $(addprefix ../../../,__init__.py __main__.py py.typed $(FOLDERS)) $@/
+
+format: $(READY)  ## rewrite the sources in the house format
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+check: $(READY)  ## what a change must pass: format, lint, types, tests
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(MAKE) types && $(MAKE) test
+
+clean:  ## remove caches and build leftovers; keeps .venv and runs
+	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "certdraft needs Python 3.11 or newer on PATH, or: make PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; choose another: make PYTHON=/path/to/python"; exit 2; }
+	@echo "setting up $(VENV) with $(PYTHON) (once; minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ echo "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	@touch $@
