@@ -1,0 +1,45 @@
+"""Divergences between target p and drafter q: [*step, V] → [*step], nats.
+
+0·log 0 is 0, and mass where the other has none is +inf. Sums are over the last axis, nothing is averaged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def kl_divergence(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
+    """KL(p‖q) = Σ p log(p/q), nats, in [0, +inf]; 0 iff p = q.
+
+    Examples:
+        >>> float(kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))) == math.log(2)
+        False
+        >>> round(float(kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))), 4)
+        0.6931
+    """
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(-1).clamp_min(0.0)
+
+
+def kl_divergence_logp(
+    logp: Float[Tensor, "*step V"], logq: Float[Tensor, "*step V"]
+) -> Float[Tensor, "*step"]:
+    """KL(p‖q) from natural log-probabilities, nats; −inf in logp contributes nothing."""
+    possible = logp > -torch.inf
+    ratio = torch.where(possible, logp, 0.0) - torch.where(possible, logq, 0.0)
+    return (logp.exp() * ratio).sum(-1).clamp_min(0.0)
+
+
+def js_divergence(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
+    """Jensen–Shannon divergence: ½KL(p‖(p+q)/2) + ½KL(q‖(p+q)/2), nats, in [0, log 2]."""
+    middle = 0.5 * (p + q)
+    value = 0.5 * (kl_divergence(p, middle) + kl_divergence(q, middle))
+    return value.clamp_max(math.log(2))
+
+
+def tv_distance(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
+    """Total variation ½Σ|p − q|, in [0, 1]; 1 minus the overlap, so one minus the acceptance rate of sampling."""
+    return 0.5 * (p - q).abs().sum(-1)

@@ -1,0 +1,213 @@
+"""Head: the K most probable tokens of a distribution as logit gaps, and the mass that is left.
+
+A head is what a trace stores. Everything is kept relative to the greedy token, `log p_k = −gap_k − lse_gap`, so
+that margins near zero do not suffer cancellation: a gap of 1e-6 is as precise as a gap of 10.
+
+Axis letters: *step leading axes · V vocabulary · K entries kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from certdraft.certificates.selection import largest
+
+_CHUNK_ENTRIES = 1 << 23  # fp32 work space of from_logits: 32 MiB at a time, whatever the number of steps
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The K largest probabilities of each step, with the log of everything else in `lse_gap`.
+
+    Args:
+        ids: token ids in descending probability; the first is the greedy token.
+        gap: z(x0) − z_k ≥ 0, ascending, nats; the first is 0; +inf for probability zero.
+        lse_gap: logsumexp(z) − z(x0) ≥ 0 over the whole vocabulary, nats; this is −log p(x0).
+        vocab_size: V, the size of the vocabulary the head was cut from.
+        entropy: H(p) over the whole vocabulary, nats; only the typical rule asks for it.
+    """
+
+    ids: Int[Tensor, "*step K"]
+    gap: Float[Tensor, "*step K"]
+    lse_gap: Float[Tensor, "*step"]
+    vocab_size: int
+    entropy: Float[Tensor, "*step"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.gap.shape or self.gap.shape[:-1] != self.lse_gap.shape:
+            raise ValueError(
+                f"a head needs ids and gap of one shape [*step, K] and lse_gap of shape [*step]; got "
+                f"{list(self.ids.shape)}, {list(self.gap.shape)} and {list(self.lse_gap.shape)}"
+            )
+        if self.entropy is not None and self.entropy.shape != self.lse_gap.shape:
+            raise ValueError(
+                f"entropy has shape {list(self.entropy.shape)}, lse_gap {list(self.lse_gap.shape)}; they must agree"
+            )
+        if not 1 <= self.num_kept <= self.vocab_size:
+            raise ValueError(
+                f"a head of {self.num_kept} entries does not fit a vocabulary of {self.vocab_size}"
+            )
+
+    # ------------------------------------------------------------------ views
+    @property
+    def num_kept(self) -> int:
+        """K."""
+        return self.gap.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The leading axes, *step."""
+        return self.lse_gap.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.gap.device
+
+    @property
+    def greedy(self) -> Int[Tensor, "*step"]:
+        """The greedy token x0."""
+        return self.ids[..., 0]
+
+    @property
+    def logp(self) -> Float[Tensor, "*step K"]:
+        """Natural log-probabilities of the kept tokens, descending."""
+        return -self.gap - self.lse_gap.unsqueeze(-1)
+
+    @property
+    def p(self) -> Float[Tensor, "*step K"]:
+        """Probabilities of the kept tokens, descending."""
+        return self.logp.exp()
+
+    @property
+    def tail_mass(self) -> Float[Tensor, "*step"]:
+        """1 − Σ p over the kept tokens, in [0, 1]; exactly 0 when the head is the whole vocabulary."""
+        if self.num_kept == self.vocab_size:
+            return torch.zeros_like(self.lse_gap)
+        # relative to p(x0): the 1 never meets the small numbers, so a confident step keeps its small tail
+        others = (-self.gap[..., 1:].double()).exp().sum(-1)
+        lse_gap = self.lse_gap.double()
+        tail = (lse_gap.expm1() - others).clamp_min(0.0) * (-lse_gap).exp()
+        return tail.to(self.lse_gap.dtype)
+
+    @property
+    def tail_logp(self) -> Float[Tensor, "*step"]:
+        """log of `tail_mass`; −inf when nothing is left."""
+        return self.tail_mass.log()
+
+    def __getitem__(self, index: Any) -> Head:
+        """Index the leading axes: `head[mask]`, `head[3]`, `head[:, 1:]`."""
+        keys = index if isinstance(index, tuple) else (index,)
+        rows = (*keys, slice(None)) if any(key is Ellipsis for key in keys) else keys
+        return Head(
+            self.ids[rows],
+            self.gap[rows],
+            self.lse_gap[keys],
+            self.vocab_size,
+            None if self.entropy is None else self.entropy[keys],
+        )
+
+    def to(self, device: torch.device | str) -> Head:
+        """The same head on another device."""
+        return Head(
+            self.ids.to(device),
+            self.gap.to(device),
+            self.lse_gap.to(device),
+            self.vocab_size,
+            None if self.entropy is None else self.entropy.to(device),
+        )
+
+    def truncate(self, k: int) -> Head:
+        """The first k entries; what is cut joins the tail.
+
+        Raises:
+            ValueError: k outside 1..K.
+        """
+        if not 1 <= k <= self.num_kept:
+            raise ValueError(f"cannot cut a head of {self.num_kept} entries to {k}")
+        return Head(self.ids[..., :k], self.gap[..., :k], self.lse_gap, self.vocab_size, self.entropy)
+
+    # ------------------------------------------------------------ constructors
+    @classmethod
+    def from_logits(cls, logits: Float[Tensor, "*step V"], k: int) -> Head:
+        """Cut a head from logits, in float32 whatever their dtype.
+
+        Args:
+            logits: natural-log scores up to a constant; −inf marks an impossible token.
+            k: entries to keep; more than V keeps V.
+
+        Raises:
+            ValueError: a row holds NaN or +inf, or no finite entry; the row is named.
+        """
+        vocab_size = logits.shape[-1]
+        flat = logits.reshape(-1, vocab_size)
+        rows = max(1, _CHUNK_ENTRIES // vocab_size)
+        parts = [_cut_logits(part, min(k, vocab_size)) for part in flat.split(rows)] if len(flat) else []
+        if not parts:
+            parts = [_cut_logits(flat, min(k, vocab_size))]
+        ids, gap, lse_gap, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        _check_rows(lse_gap, "logits", "NaN, +inf or no finite entry", logits.shape[:-1])
+        step = logits.shape[:-1]
+        return cls(
+            ids.unflatten(0, step) if step else ids[0],
+            gap.unflatten(0, step) if step else gap[0],
+            lse_gap.reshape(step),
+            vocab_size,
+            entropy.reshape(step),
+        )
+
+    @classmethod
+    def from_probs(cls, p: Float[Tensor, "*step V"], k: int) -> Head:
+        """Cut a head from probabilities; rows are taken as proportional to the distribution.
+
+        Args:
+            p: probabilities; each row must sum to 1 within 1e-3.
+            k: entries to keep; more than V keeps V.
+
+        Raises:
+            ValueError: a row is no distribution; the row is named.
+        """
+        vocab_size = p.shape[-1]
+        p = p if p.dtype == torch.float64 else p.float()
+        values, ids = largest(p, min(k, vocab_size))
+        p0 = values[..., :1]
+        # (p_k − p0) is exact for neighbours, so small gaps keep all their digits
+        gap = torch.where(values > 0.5 * p0, -torch.log1p((values - p0) / p0), p0.log() - values.log())
+        others = p.scatter(-1, ids[..., :1], 0.0).sum(-1)
+        total = others + p0.squeeze(-1)
+        total = torch.where((total - 1).abs() < 1e-3, total, torch.nan)
+        lse_gap = torch.log1p(others / p0.squeeze(-1)) + 0.0 * total
+        _check_rows(lse_gap, "p", "entries that do not sum to 1", p.shape[:-1])
+        entropy = torch.special.entr(p).sum(-1)
+        return cls(ids, gap, lse_gap, vocab_size, entropy)
+
+
+def _cut_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, gap, lse_gap, entropy of a block of rows, [N, V] → [N, K], [N, K], [N], [N]."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    values, ids = largest(z, k)
+    top = values[:, :1]
+    others = (z - top).scatter(
+        -1, ids[:, :1], -torch.inf
+    )  # x0 apart: log1p keeps a confident step's small tail
+    weight = others.exp()
+    lse_gap = torch.log1p(weight.sum(-1))
+    # exp underflows below −104, so the clamp changes no product but 0·inf
+    mean_gap = -(weight * others.clamp_min(-200.0)).sum(-1) * (-lse_gap).exp()
+    return ids, top - values, lse_gap, lse_gap + mean_gap
+
+
+def _check_rows(value: Tensor, name: str, problem: str, step: torch.Size) -> None:
+    """Raise when a per-row result is not finite, naming the first such row."""
+    if torch.compiler.is_compiling():
+        return
+    bad = ~torch.isfinite(value.detach()).reshape(-1)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), step)) if step else ()
+        raise ValueError(f"{name}: row {list(where)} holds {problem}; {int(bad.sum())} of {len(bad)} rows do")

@@ -1,0 +1,248 @@
+"""Acceptance rules: which draft tokens the target lets through.
+
+Every single-token rule accepts the greedy token, and any other token whose probability is *strictly* above a
+threshold; a tie is a rejection. `Coverage` is the rule of a draft tree: the greedy token must be among the drafter's
+m best.
+
+Sources: arXiv 2606.30265 §4 (rules, strictness); published decoders use other constants, so none is a default here.
+Axis letters: *step leading axes · V vocabulary · K entries of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from certdraft.certificates.head import Head
+from certdraft.certificates.selection import largest
+
+# Head probabilities are rebuilt from rounded logarithms: closer to the threshold than this counts as a tie.
+_HEAD_TIE = 1e-6
+
+
+class _SingleToken:
+    """What the single-token rules share: accepted = greedy, or strictly above the threshold."""
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        raise NotImplementedError
+
+    def accepts(
+        self, p: Float[Tensor, "*step V"] | Head, token: Int[Tensor, "*step"]
+    ) -> Bool[Tensor, "*step"]:
+        """Whether the target accepts this draft token.
+
+        Args:
+            p: target probabilities, or a head of them.
+            token: one draft token a step.
+
+        Returns:
+            True only when acceptance is certain: for a token outside a head nothing is claimed, unless the threshold
+            is negative and everything passes.
+        """
+        step = p.shape if isinstance(p, Head) else p.shape[:-1]
+        if token.shape != step:
+            raise ValueError(
+                f"token has shape {list(token.shape)}, the steps of p are {list(step)}; they must agree"
+            )
+        theta = self.threshold(p)
+        if isinstance(p, Head):
+            held = (p.ids == token.unsqueeze(-1)) & self.accepted_entries(p)
+            return held.any(-1) | (theta < 0)
+        chosen = p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        return (token == p.argmax(-1)) | (chosen > theta)
+
+    def accepted_entries(self, p: Float[Tensor, "*step V"] | Head) -> Bool[Tensor, "*step V"]:
+        """The accepted set as a mask over the vocabulary, or over the entries of a head."""
+        theta = self.threshold(p).unsqueeze(-1)
+        if isinstance(p, Head):
+            mask = (p.p > theta + _HEAD_TIE * theta.abs()) | (theta < 0)
+            return mask | (torch.arange(p.num_kept, device=p.device) == 0)
+        return (p > theta) | (torch.arange(p.shape[-1], device=p.device) == p.argmax(-1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class StrictGreedy(_SingleToken):
+    """Accept the greedy token and nothing else; what a lossless greedy verifier does (arXiv 2606.30265, Def. 4.7)."""
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        """p(x0): nothing is strictly above it."""
+        return greedy_probability(p)
+
+    def __str__(self) -> str:
+        return "strict"
+
+
+@dataclass(frozen=True)
+class Additive(_SingleToken):
+    """Accept y when p(y) > p(x0) − t (arXiv 2606.30265, Thm 4.10).
+
+    Args:
+        t: probability given away, in [0, 1]; 0 is strict greedy.
+    """
+
+    t: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("Additive", "t", self.t)
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        """p(x0) − t; negative when every token passes."""
+        return greedy_probability(p) - self.t
+
+    def __str__(self) -> str:
+        return f"additive(t={self.t:g})"
+
+
+@dataclass(frozen=True)
+class Multiplicative(_SingleToken):
+    """Accept y when p(y) > α p(x0) (arXiv 2606.30265, Thm 4.12).
+
+    Args:
+        alpha: fraction of the greedy token's probability, in [0, 1]; 1 is strict greedy.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("Multiplicative", "alpha", self.alpha)
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        """α p(x0)."""
+        return self.alpha * greedy_probability(p)
+
+    def __str__(self) -> str:
+        return f"multiplicative(alpha={self.alpha:g})"
+
+
+@dataclass(frozen=True)
+class TopM(_SingleToken):
+    """Additive or multiplicative, and more probable than the target's m-th token (arXiv 2606.30265, Thm 4.14).
+
+    The m-th token itself fails, so at most m − 1 tokens are accepted: m ≤ 2 is strict greedy.
+
+    Args:
+        m: rank that must be beaten, ≥ 1; rank 1 is the greedy token.
+        t: probability given away, in [0, 1].
+        alpha: fraction of p(x0), in [0, 1]; exactly one of t and alpha.
+    """
+
+    m: int
+    t: float | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_rank("TopM", self.m)
+        if (self.t is None) == (self.alpha is None):
+            raise ValueError(f"TopM takes exactly one of t and alpha; got t={self.t} and alpha={self.alpha}")
+        if self.t is not None:
+            _check_fraction("TopM", "t", self.t)
+        if self.alpha is not None:
+            _check_fraction("TopM", "alpha", self.alpha)
+
+    @property
+    def relaxation(self) -> Additive | Multiplicative:
+        """The rule without its rank test."""
+        return Additive(self.t) if self.t is not None else Multiplicative(self.alpha or 0.0)
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        """max(p(x0) − t or α p(x0), p of the m-th token).
+
+        A head shorter than m stands in with its last entry: the threshold is then too high, never too low.
+        """
+        base = self.relaxation.threshold(p)
+        if self.m > (p.vocab_size if isinstance(p, Head) else p.shape[-1]):
+            return base
+        if isinstance(p, Head):
+            return torch.maximum(base, p.p[..., min(self.m, p.num_kept) - 1])
+        return torch.maximum(base, largest(p, self.m)[0][..., -1])
+
+    def __str__(self) -> str:
+        slack = f"t={self.t:g}" if self.t is not None else f"alpha={self.alpha:g}"
+        return f"topm(m={self.m}, {slack})"
+
+
+@dataclass(frozen=True)
+class Typical(_SingleToken):
+    """Accept y when p(y) > min(ε, δ exp(−H(p))) (arXiv 2606.30265, Thm 4.15).
+
+    The paper uses ε = 0.1, δ = 0.09; the Medusa code ε = 0.09, δ = 0.3. H is in nats.
+
+    Args:
+        epsilon: highest threshold, in [0, 1].
+        delta: scale of the entropy threshold, ≥ 0.
+    """
+
+    epsilon: float
+    delta: float
+
+    def __post_init__(self) -> None:
+        _check_fraction("Typical", "epsilon", self.epsilon)
+        if not (0.0 <= self.delta < float("inf")):
+            raise ValueError(f"Typical: delta={self.delta!r} must be a number ≥ 0")
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        """min(ε, δ exp(−H(p)))."""
+        if isinstance(p, Head):
+            if p.entropy is None:
+                raise ValueError(
+                    "typical acceptance needs the entropy of p, and this head was stored without it"
+                )
+            entropy = p.entropy
+        else:
+            entropy = torch.special.entr(p).sum(-1)
+        return (self.delta * (-entropy).exp()).clamp_max(self.epsilon)
+
+    def __str__(self) -> str:
+        return f"typical(epsilon={self.epsilon:g}, delta={self.delta:g})"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The greedy token is among the drafter's m best: the rule of a tree of width m (arXiv 2606.30265, Thm 5.1).
+
+    Args:
+        m: width, ≥ 1; 1 is strict greedy.
+    """
+
+    m: int
+
+    def __post_init__(self) -> None:
+        _check_rank("Coverage", self.m)
+
+    def accepts(
+        self, p: Float[Tensor, "*step V"] | Head, q: Float[Tensor, "*step V"]
+    ) -> Bool[Tensor, "*step"]:
+        """Whether the target's greedy token is in the drafter's top-m, ties against.
+
+        Args:
+            p: target probabilities, or a head of them.
+            q: drafter probabilities, log-probabilities or logits: only their order matters.
+        """
+        greedy = p.greedy if isinstance(p, Head) else p.argmax(-1)
+        own = q.gather(-1, greedy.unsqueeze(-1))
+        return (q >= own).sum(-1) <= self.m  # the greedy token itself is one of them
+
+    def __str__(self) -> str:
+        return f"coverage(m={self.m})"
+
+
+SingleTokenRule = StrictGreedy | Additive | Multiplicative | TopM | Typical
+Rule = SingleTokenRule | Coverage
+
+
+def greedy_probability(p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    """p(x0)."""
+    return (-p.lse_gap).exp() if isinstance(p, Head) else p.amax(-1)
+
+
+def _check_fraction(rule: str, name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"{rule}: {name}={value!r} must be a number between 0 and 1")
+
+
+def _check_rank(rule: str, m: int) -> None:
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+        raise ValueError(f"{rule}: m={m!r} must be a whole number, 1 or more")
