@@ -1,0 +1,76 @@
+"""Pre-training of a small target from scratch: how the embedded default was made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+
+class TargetModule(pl.LightningModule):
+    """Next-token cross-entropy on a fresh Qwen3-architecture model.
+
+    Learning rate: linear warm-up, then linear decay to zero at `trainer.max_steps`.
+
+    Args:
+        config: keys of `transformers.Qwen3Config`; a `vocab_size` above the tokenizer's leaves spare rows.
+        lr: peak learning rate.
+        warmup_steps: optimiser steps of linear warm-up.
+        weight_decay: of matrices; norms and embeddings are not decayed.
+        betas: of AdamW.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        lr: float = 3e-3,
+        warmup_steps: int = 100,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        super().__init__()
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        self.save_hyperparameters()
+        self.model = Qwen3ForCausalLM(Qwen3Config(**config))
+        self.lr, self.warmup_steps, self.weight_decay, self.betas = lr, warmup_steps, weight_decay, betas
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits
+
+    def _loss(self, batch: list[Tensor]) -> Tensor:
+        (ids,) = batch
+        logits = self(ids)[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss_nats", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss_nats", self._loss(batch), prog_bar=True, batch_size=len(batch[0]))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test/loss_nats", self._loss(batch), batch_size=len(batch[0]))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        decayed = [p for name, p in self.named_parameters() if p.ndim >= 2 and "embed" not in name]
+        others = [p for name, p in self.named_parameters() if not (p.ndim >= 2 and "embed" not in name)]
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
+        total = self.trainer.max_steps
+        if not 0 < total < math.inf:
+            raise ValueError("trainer.max_steps must be set: the schedule ends there")
+
+        def factor(step: int) -> float:
+            return min((step + 1) / self.warmup_steps, max(total - step, 0) / (total - self.warmup_steps))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
