@@ -41,5 +41,5 @@ def js_divergence(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> F
 
 
 def tv_distance(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
-    """Total variation ½Σ|p − q|, in [0, 1]; 1 minus the overlap, so one minus the acceptance rate of sampling."""
+    """Total variation ½Σ|p − q|, in [0, 1]: one minus the acceptance rate of speculative sampling."""
     return 0.5 * (p - q).abs().sum(-1)

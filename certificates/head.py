@@ -1,7 +1,7 @@
 """Head: the K most probable tokens of a distribution as logit gaps, and the mass that is left.
 
-A head is what a trace stores. Everything is kept relative to the greedy token, `log p_k = −gap_k − lse_gap`, so
-that margins near zero do not suffer cancellation: a gap of 1e-6 is as precise as a gap of 10.
+A head is what a trace stores. Everything is kept relative to the greedy token, `log p_k = −gap_k − lse_gap`,
+so that margins near zero do not suffer cancellation: a gap of 1e-6 is as precise as a gap of 10.
 
 Axis letters: *step leading axes · V vocabulary · K entries kept.
 """
@@ -46,7 +46,8 @@ class Head:
             )
         if self.entropy is not None and self.entropy.shape != self.lse_gap.shape:
             raise ValueError(
-                f"entropy has shape {list(self.entropy.shape)}, lse_gap {list(self.lse_gap.shape)}; they must agree"
+                f"entropy has shape {list(self.entropy.shape)}, lse_gap {list(self.lse_gap.shape)}; "
+                "they must agree"
             )
         if not 1 <= self.num_kept <= self.vocab_size:
             raise ValueError(

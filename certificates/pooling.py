@@ -1,14 +1,15 @@
 """The water level: pool the rejected tokens with the accepted ones they must overtake.
 
-At the radius the drafter gives one common probability to a pool S of tokens and leaves the rest as it was. In the
-coordinate x (p/p0 − 1 for the forward direction, log(p/p0) for the reverse) that level is the mean of x over S, and
-both unions of prefixes that can be S are scanned at once by a cumulative sum and one max or min.
+At the radius the drafter gives one common probability to a pool S of tokens and leaves the rest as it was. In
+the coordinate x (p/p0 − 1 for the forward direction, log(p/p0) for the reverse) that level is the mean of x
+over S, and both unions of prefixes that can be S are scanned at once by a cumulative sum and one max or min.
 
-Working with x instead of p means the greedy token contributes an exact 0 and near-ties keep their digits; the sums
-below have only nonnegative terms. float64 inside: a handful of entries per step.
+Working with x instead of p means the greedy token contributes an exact 0 and near-ties keep their digits; the
+sums below have only nonnegative terms. float64 inside: a handful of entries per step.
 
-Source: certificate theory notes §2 (power-mean pooling) and §10 (numerics), generalising arXiv 2606.30265 Thms 4.4, 5.1.
-Axis letters: *step leading axes · K entries in descending probability, the first is the greedy token.
+Source: certificate theory notes §2 (power-mean pooling) and §10 (numerics), generalising arXiv 2606.30265
+Thms 4.4, 5.1. Axis letters: *step leading axes · K entries in descending probability, the first is the greedy
+token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The KL radius: how far, in nats, a drafter may be from the target before rejection becomes possible.
 
-`kl < radius` guarantees acceptance whatever the drafter is; at the radius nothing is claimed, and the constant is the
-best possible. +inf means that nothing can be rejected.
+`kl < radius` guarantees acceptance whatever the drafter is; at the radius nothing is claimed, and the
+constant is the best possible. +inf means that nothing can be rejected.
 
 Axis letters: *step leading axes · V vocabulary · K entries kept.
 """

@@ -1,11 +1,11 @@
 """Acceptance rules: which draft tokens the target lets through.
 
 Every single-token rule accepts the greedy token, and any other token whose probability is *strictly* above a
-threshold; a tie is a rejection. `Coverage` is the rule of a draft tree: the greedy token must be among the drafter's
-m best.
+threshold; a tie is a rejection. `Coverage` is the rule of a draft tree: the greedy token must be among the
+drafter's m best.
 
-Sources: arXiv 2606.30265 §4 (rules, strictness); published decoders use other constants, so none is a default here.
-Axis letters: *step leading axes · V vocabulary · K entries of a head.
+Sources: arXiv 2606.30265 §4 (rules, strictness); published decoders use other constants, so none is a default
+here. Axis letters: *step leading axes · V vocabulary · K entries of a head.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class _SingleToken:
             token: one draft token a step.
 
         Returns:
-            True only when acceptance is certain: for a token outside a head nothing is claimed, unless the threshold
-            is negative and everything passes.
+            True only when acceptance is certain: for a token outside a head nothing is claimed, unless the
+            threshold is negative and everything passes.
         """
         step = p.shape if isinstance(p, Head) else p.shape[:-1]
         if token.shape != step:
@@ -65,7 +65,7 @@ class _SingleToken:
 
 @dataclass(frozen=True)
 class StrictGreedy(_SingleToken):
-    """Accept the greedy token and nothing else; what a lossless greedy verifier does (arXiv 2606.30265, Def. 4.7)."""
+    """Accept the greedy token and nothing else, as lossless greedy decoding does (arXiv 2606.30265, Thm 4.7)."""
 
     def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
         """p(x0): nothing is strictly above it."""
@@ -119,7 +119,8 @@ class Multiplicative(_SingleToken):
 
 @dataclass(frozen=True)
 class TopM(_SingleToken):
-    """Additive or multiplicative, and more probable than the target's m-th token (arXiv 2606.30265, Thm 4.14).
+    """Additive or multiplicative, and more probable than the target's m-th token (arXiv 2606.30265, Thm
+    4.14).
 
     The m-th token itself fails, so at most m − 1 tokens are accepted: m ≤ 2 is strict greedy.
 
@@ -201,7 +202,8 @@ class Typical(_SingleToken):
 
 @dataclass(frozen=True)
 class Coverage:
-    """The greedy token is among the drafter's m best: the rule of a tree of width m (arXiv 2606.30265, Thm 5.1).
+    """The greedy token is among the drafter's m best: the rule of a tree of width m (arXiv 2606.30265, Thm
+    5.1).
 
     Args:
         m: width, ≥ 1; 1 is strict greedy.

@@ -1,8 +1,8 @@
 """The k largest entries of a row: selection in O(V), with the greedy token resolved to the lowest index.
 
-`torch.topk` on a CPU builds a heap over the whole vocabulary. Here the row is cut into blocks, the k blocks with the
-largest maxima are chosen, and only their entries are ranked. Whatever lies in another block is at most as large as
-k entries already chosen, so the values are exact; the cost is one pass over memory.
+`torch.topk` on a CPU builds a heap over the whole vocabulary. Here the row is cut into blocks, the k blocks
+with the largest maxima are chosen, and only their entries are ranked. Whatever lies in another block is at
+most as large as k entries already chosen, so the values are exact; the cost is one pass over memory.
 
 Axis letters: *step leading axes · V vocabulary · K entries kept.
 """
@@ -25,7 +25,8 @@ def largest(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K
         k: how many, 1 to V.
 
     Returns:
-        Values and indices. `ids[..., 0]` is the lowest index that attains the maximum; other ties come in any order.
+        Values and indices. `ids[..., 0]` is the lowest index that attains the maximum; other ties come in any
+        order.
     """
     vocab_size = x.shape[-1]
     if not 1 <= k <= vocab_size:
