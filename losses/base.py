@@ -1,0 +1,82 @@
+"""The one interface of all losses: drafter logits and a target in, one number per step out.
+
+A loss looks at the target in one of two ways. "head": it sees both sides as K + 1 classes (the head and one
+bucket) and defines `on_coarse`. "full": it sees both over the whole vocabulary and defines `on_full`.
+No masks, no weights, no reduction: see `losses.weighting`. Axes: N steps · V vocabulary · C coarse classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from certdraft.losses.coarse import coarsen, work_dtype
+from certdraft.losses.target import TargetBatch
+
+View = Literal["head", "full"]
+
+
+class Loss(nn.Module):
+    """Base of every loss: `loss(logits [N, V], target) -> [N]`.
+
+    Attributes:
+        requires: "full" when the loss cannot be computed from the target's head.
+        min_head: head entries K it needs at every step (or the whole vocabulary, if that is smaller).
+    """
+
+    requires: View = "head"
+    min_head: int = 1
+
+    def forward(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
+        """Per-step loss, at least fp32, no reduction.
+
+        Raises:
+            ValueError: shapes disagree, or the target lacks what the loss `requires`.
+        """
+        self.check(logits, target)
+        if self.view(target) == "full":
+            return self.on_full(logits.to(work_dtype(logits.dtype)), target)
+        return self.on_coarse(coarsen(logits, target.top_ids), target)
+
+    def view(self, target: TargetBatch) -> View:
+        """How this loss looks at this target."""
+        return self.requires
+
+    def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
+        """Per-step loss from the drafter's coarse logits (`losses.coarse`)."""
+        raise NotImplementedError(f"{self!r} does not work on the head of the target")
+
+    def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
+        """Per-step loss from the drafter's logits over the whole vocabulary, fp32 or float64."""
+        raise NotImplementedError(f"{self!r} does not work on the full vocabulary")
+
+    def check(self, logits: Tensor, target: TargetBatch) -> None:
+        """Refuses, by name, a target this loss cannot use."""
+        if logits.dim() != 2 or logits.shape[0] != len(target):
+            raise ValueError(
+                f"{self!r}: logits have shape {list(logits.shape)}, expected [{len(target)}, V] for a target "
+                f"of {len(target)} steps. Flatten both over the counted steps: logits[mask], head[mask]."
+            )
+        if logits.shape[1] != target.vocab_size:
+            raise ValueError(
+                f"{self!r}: the drafter has {logits.shape[1]} tokens in its vocabulary, the target "
+                f"{target.vocab_size}. Both must use the same tokenizer and padding of the output layer."
+            )
+        self.check_target(target)
+
+    def check_target(self, target: TargetBatch) -> None:
+        """Refuses, by name, a target that keeps too little for this loss."""
+        if target.num_kept < min(self.min_head, target.vocab_size):
+            raise ValueError(
+                f"{self!r} needs the {self.min_head} most probable target tokens at every step; this "
+                f"target keeps K = {target.num_kept}. Record the trace with K >= {self.min_head}, or set "
+                "the loss to fewer."
+            )
+        if self.requires == "full" and target.logp is None:
+            raise ValueError(
+                f"{self!r} needs the target's full distribution; this target keeps only its K = "
+                f"{target.num_kept} most probable tokens. Use vocabulary=auto (head and one bucket for the "
+                "tail), or an online target."
+            )

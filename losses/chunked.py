@@ -1,0 +1,229 @@
+"""Any loss from hidden states and output weights, without ever holding the [N, V] logits.
+
+    chunked(hidden, weight, target)   is   reduce(loss(hidden @ weight.T, target))   in a few [C, V] chunks.
+
+For a mean or a sum the coefficient of every step is known beforehand, so each chunk's gradient is taken while
+its logits exist and backward only scales: the three GEMMs are done once. For reduction="none" the
+coefficients arrive with backward, which therefore walks the chunks a second time. Logits are fp32 and the
+weight gradient is accumulated in fp32 whatever the inputs are; bf16 inputs are rounded once more, in dz, for
+the two gradient GEMMs on CUDA.
+
+One [C, V] buffer serves all chunks. Losses that see the head work on it in place (`split_`, `join_`); a loss
+that sees the full vocabulary goes through its own autograd inside the chunk.
+Axes: N steps · V vocabulary · H hidden · C chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from certdraft.losses.base import Loss
+from certdraft.losses.coarse import join_, split_, work_dtype
+from certdraft.losses.target import OnlineTarget, TargetBatch
+from certdraft.losses.weighting import Reduction, step_coefficients
+
+# fp32 logits of a chunk: 16 MiB stays near a CPU's caches; a GPU gets 1.25 GB for a drafter's and a target's.
+_CPU_BLOCK_BYTES = 16 * 2**20
+_GPU_BUDGET_BYTES = 1_250_000_000
+
+
+def auto_chunk_tokens(vocab_size: int, device_type: str) -> int:
+    """Steps per chunk: 16 MiB of logits on a CPU, else clamp(1.25 GB/(8 V), 512, 2048) in multiples of 128.
+
+    On an accelerator, below ~700 steps the traffic of the fp32 weight gradient is more than GEMMs can hide.
+    """
+    if device_type == "cpu":
+        return min(max(_CPU_BLOCK_BYTES // (4 * vocab_size), 32), 2048)
+    return min(max(_GPU_BUDGET_BYTES // (8 * vocab_size), 512), 2048) // 128 * 128
+
+
+@dataclass(frozen=True)
+class _Plan:
+    loss: Loss
+    target: TargetBatch | OnlineTarget
+    chunk_tokens: int
+    gemm_dtype: torch.dtype
+
+
+def _gemm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with an fp32 (float64) result; low precision reaches this only on CUDA."""
+    if a.dtype == work_dtype(a.dtype):
+        return torch.mm(a, b, out=out)
+    product = torch.mm(a, b, out_dtype=torch.float32)
+    return product if out is None else out.copy_(product)
+
+
+def _chunk_gradient(
+    loss: Loss, logits: Tensor, target: TargetBatch, coefficient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Per-step loss and, given coefficients, the gradient in the logits; may overwrite the logits with it."""
+    loss.check(logits, target)
+    if loss.view(target) == "head":
+        seen, total = split_(logits, target.top_ids)
+        function = loss.on_coarse
+    else:
+        seen, total = logits, None
+        function = loss.on_full
+    if coefficient is None:
+        return function(seen, target), None
+    with torch.enable_grad():
+        leaf = seen.detach().requires_grad_()
+        per_step = function(leaf, target)
+        (gradient,) = torch.autograd.grad(per_step, leaf, coefficient)
+    if total is not None:
+        gradient = join_(logits, total, target.top_ids, gradient)
+    return per_step.detach(), gradient
+
+
+@torch.no_grad()
+def _walk(
+    plan: _Plan, hidden: Tensor, weight: Tensor, coefficient: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Per-step loss [N], and with coefficients the gradients of hidden [N, H] and weight [V, H]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = work_dtype(plan.gemm_dtype)
+        w = weight.to(plan.gemm_dtype)
+        size = min(plan.chunk_tokens, len(hidden))
+        buffer = torch.empty(size, len(w), dtype=dtype, device=hidden.device)
+        per_step = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
+        d_hidden = torch.zeros_like(hidden) if coefficient is not None and needs[0] else None
+        d_weight = torch.zeros_like(w, dtype=dtype) if coefficient is not None and needs[1] else None
+        for start in range(0, len(hidden), max(size, 1)):
+            rows = slice(start, min(start + size, len(hidden)))
+            h = hidden[rows].to(plan.gemm_dtype)
+            logits = _gemm(h, w.t(), out=buffer[: len(h)])
+            given = None if coefficient is None else coefficient[rows].to(dtype)
+            per_step[rows], gradient = _chunk_gradient(plan.loss, logits, plan.target[rows], given)
+            if gradient is None:
+                continue
+            dz = gradient.to(plan.gemm_dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = torch.mm(dz, w).to(hidden.dtype)
+            if d_weight is not None and dz.dtype == dtype:
+                d_weight.addmm_(dz.t(), h)
+            elif d_weight is not None:
+                d_weight.add_(_gemm(dz.t(), h))
+    return per_step, d_hidden, d_weight
+
+
+class _Reduced(torch.autograd.Function):
+    """Σ coefficient · loss; gradients are made in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, coefficient: Tensor, plan: _Plan, with_grad: bool
+    ) -> Tensor:
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        given = coefficient if with_grad and any(needs) else None
+        per_step, d_hidden, d_weight = _walk(plan, hidden, weight, given, needs)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return (per_step * coefficient).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = d_hidden * grad.to(d_hidden.dtype)
+        if d_weight is not None:
+            d_weight = (d_weight * grad).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None, None
+
+
+class _PerStep(torch.autograd.Function):
+    """Per-step losses; backward recomputes the chunks with the coefficients it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: _Plan) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.plan = plan
+        return _walk(plan, hidden, weight, None, (False, False))[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        _, d_hidden, d_weight = _walk(ctx.plan, hidden, weight, grad, needs)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+class Chunked(nn.Module):
+    """A loss evaluated in chunks of steps: same numbers and gradients as on the full logits, O(C · V) memory.
+
+    Args:
+        loss: any loss of this package, without trainable parameters.
+        reduction: "mean" (by the sum of counted weights), "sum", or "none"; see `losses.weighting`.
+        chunk_tokens: steps per chunk; None chooses by vocabulary and device (`auto_chunk_tokens`).
+    """
+
+    def __init__(self, loss: Loss, reduction: Reduction = "mean", chunk_tokens: int | None = None) -> None:
+        super().__init__()
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"Chunked: reduction={reduction!r}; choose none, mean or sum.")
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"Chunked: chunk_tokens={chunk_tokens} must be at least 1.")
+        if any(True for _ in loss.parameters()):
+            raise ValueError(f"Chunked: {loss!r} has parameters of its own; their gradient would be lost.")
+        self.loss, self.reduction, self.chunk_tokens = loss, reduction, chunk_tokens
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        target: TargetBatch | OnlineTarget,
+        mask: Bool[Tensor, " N"] | None = None,
+        step_weight: Float[Tensor, " N"] | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """Reduced loss, or [N] weighted per-step losses for reduction="none" (0 off the mask).
+
+        Args:
+            hidden: the drafter's last hidden states.
+            weight: its output embedding, no bias.
+            target: the target at the same N steps.
+            mask: True = the step counts; others are dropped before the first GEMM.
+            step_weight: weights of the steps, no gradient.
+            denominator: see `step_coefficients`.
+
+        Raises:
+            ValueError: shapes disagree, or the loss refuses the target.
+        """
+        if hidden.dim() != 2 or len(hidden) != len(target) or weight.shape[1:] != hidden.shape[1:]:
+            raise ValueError(
+                f"Chunked: hidden {list(hidden.shape)}, weight {list(weight.shape)} and a target of "
+                f"{len(target)} steps do not fit; expected [N, H], [V, H] and N steps."
+            )
+        num_steps = len(hidden)
+        if mask is not None:
+            hidden, target = hidden[mask], target.select(mask)
+            step_weight = None if step_weight is None else step_weight[mask]
+        plan = _Plan(self.loss, target, self._chunk(weight), self._gemm_dtype(hidden, weight))
+        like = hidden.new_empty(len(hidden), dtype=work_dtype(plan.gemm_dtype))
+        coefficient = step_coefficients(None, step_weight, self.reduction, like, denominator)
+        if self.reduction != "none":
+            return _Reduced.apply(hidden, weight, coefficient, plan, torch.is_grad_enabled())
+        per_step = _PerStep.apply(hidden, weight, plan) * coefficient
+        return per_step if mask is None else per_step.new_zeros(num_steps).masked_scatter(mask, per_step)
+
+    def _chunk(self, weight: Tensor) -> int:
+        return self.chunk_tokens or auto_chunk_tokens(len(weight), weight.device.type)
+
+    @staticmethod
+    def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+        """What the GEMMs read: the autocast type if one is on, else the wider input; fp32 on a CPU."""
+        device = hidden.device.type
+        promoted = torch.promote_types(hidden.dtype, weight.dtype)
+        if torch.is_autocast_enabled(device):
+            promoted = torch.get_autocast_dtype(device)
+        return promoted if device == "cuda" else work_dtype(promoted)
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, chunk_tokens={self.chunk_tokens or 'auto'}"

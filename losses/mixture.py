@@ -1,0 +1,69 @@
+"""A weighted sum of losses, so that a configuration can say 0.5 CE + 0.5 KL by class_path.
+
+```yaml
+loss:
+  class_path: certdraft.losses.Mixture
+  init_args:
+    losses:
+      - class_path: certdraft.losses.HardCE
+      - class_path: certdraft.losses.ForwardKL
+    weights: [0.5, 0.5]
+```
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from certdraft.losses.base import Loss, View
+from certdraft.losses.target import TargetBatch
+
+
+class Mixture(Loss):
+    """Σ w_i loss_i, per step. Parts that see the head share one pass over the vocabulary.
+
+    Args:
+        losses: the parts, at least one.
+        weights: one nonnegative number per part; they need not sum to one.
+
+    Raises:
+        ValueError: lengths differ, or a weight is negative, infinite or NaN.
+    """
+
+    def __init__(self, losses: list[Loss], weights: list[float]) -> None:
+        super().__init__()
+        if not losses or len(losses) != len(weights):
+            raise ValueError(
+                f"Mixture: {len(losses)} losses and {len(weights)} weights; give one weight per loss."
+            )
+        if not all(math.isfinite(w) and w >= 0.0 for w in weights):
+            raise ValueError(f"Mixture: weights={list(weights)}; each must be finite and nonnegative.")
+        self.losses = nn.ModuleList(losses)
+        self.weights = [float(w) for w in weights]
+        self.requires: View = "full" if any(part.requires == "full" for part in losses) else "head"
+        self.min_head = max(part.min_head for part in losses)
+
+    def view(self, target: TargetBatch) -> View:
+        return "full" if any(part.view(target) == "full" for part in self.losses) else "head"
+
+    def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
+        return self._sum([part.on_coarse(coarse_logits, target) for part in self.losses])
+
+    def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
+        return self._sum([part(logits, target) for part in self.losses])
+
+    def _sum(self, values: list[Tensor]) -> Float[Tensor, " N"]:
+        total = self.weights[0] * values[0]
+        for weight, value in zip(self.weights[1:], values[1:], strict=True):
+            total = total + weight * value
+        return total
+
+    def __repr__(self) -> str:
+        return (
+            "Mixture("
+            + " + ".join(f"{w:g} {part!r}" for w, part in zip(self.weights, self.losses, strict=True))
+            + ")"
+        )

@@ -1,0 +1,195 @@
+"""What a loss may ask of the target: the head at every step, and the full distribution when it is at hand.
+
+A `TargetBatch` has its steps flattened to one axis and everything in fp32 (float64 stays float64). It is
+data: no gradient flows into it.
+Axes: N steps · V vocabulary · K kept head entries · C = K + 1 coarse classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from certdraft.certificates import Head, margin
+from certdraft.losses.coarse import work_dtype
+
+# A tail lighter than this cannot be told from rounding: it is one minus a sum of K fp32 probabilities.
+MIN_TAIL_LOGP = -18.0
+
+
+@dataclass(frozen=True)
+class TargetBatch:
+    """The target at N steps.
+
+    Args:
+        head: the K most probable tokens of each step, steps on one axis:
+            `TargetBatch(batch.head[batch.loss_mask])`.
+        logp: log-probabilities over the full vocabulary, nats; None when only the head was stored.
+
+    Raises:
+        ValueError: steps not on one axis, or `logp` of another shape than the head says.
+    """
+
+    head: Head
+    logp: Float[Tensor, "N V"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.head.ids.dim() != 2:
+            shape = list(self.head.ids.shape)
+            raise ValueError(
+                f"TargetBatch: the head has shape {shape}; losses see steps on one axis [N, K]. "
+                "Select the counted steps first: TargetBatch(head[loss_mask])."
+            )
+        dtype = work_dtype(self.head.gap.dtype)
+        head = replace(
+            self.head,
+            ids=self.head.ids.long(),
+            gap=self.head.gap.detach().to(dtype),
+            lse_gap=self.head.lse_gap.detach().to(dtype),
+        )
+        object.__setattr__(self, "head", head)
+        if self.logp is not None:
+            expected = (len(head.ids), head.vocab_size)
+            if tuple(self.logp.shape) != expected:
+                raise ValueError(
+                    f"TargetBatch: logp has shape {list(self.logp.shape)}, the head says {list(expected)}."
+                )
+            object.__setattr__(self, "logp", self.logp.detach().to(dtype))
+
+    @classmethod
+    def from_logits(cls, logits: Float[Tensor, "N V"], k: int, full: bool = True) -> TargetBatch:
+        """The target from its own logits.
+
+        Args:
+            logits: target logits; fp32 where a margin matters.
+            k: head entries to keep, at most V.
+            full: keep the full log-probabilities as well ([N, V] in memory).
+
+        Raises:
+            ValueError: NaN or infinite logits, with the row.
+        """
+        logits = logits.detach()
+        head = Head.from_logits(logits, min(k, logits.shape[-1]))
+        logp = logits.to(work_dtype(logits.dtype)).log_softmax(-1) if full else None
+        return cls(head, logp)
+
+    @classmethod
+    def from_head(cls, head: Head) -> TargetBatch:
+        """The target from a trace; leading axes of the head are flattened."""
+        lead = head.ids.shape[:-1]
+        if len(lead) == 1:
+            return cls(head)
+        entropy = None if head.entropy is None else head.entropy.flatten()
+        flat = replace(
+            head,
+            ids=head.ids.reshape(-1, head.ids.shape[-1]),
+            gap=head.gap.reshape(-1, head.gap.shape[-1]),
+            lse_gap=head.lse_gap.flatten(),
+            entropy=entropy,
+        )
+        return cls(flat)
+
+    def __len__(self) -> int:
+        return len(self.head.ids)
+
+    def __getitem__(self, index: Any) -> TargetBatch:
+        """The steps of a slice, a mask or an index tensor."""
+        return TargetBatch(self.head[index], None if self.logp is None else self.logp[index])
+
+    def select(self, mask: Bool[Tensor, " N"]) -> TargetBatch:
+        """The steps where the mask is True."""
+        return self[mask]
+
+    def to(self, device: torch.device | str) -> TargetBatch:
+        """The same target on another device."""
+        return TargetBatch(self.head.to(device), None if self.logp is None else self.logp.to(device))
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.head.vocab_size
+
+    @property
+    def num_kept(self) -> int:
+        """K."""
+        return self.head.ids.shape[-1]
+
+    @property
+    def greedy(self) -> Int[Tensor, " N"]:
+        """The greedy token x0."""
+        return self.head.ids[:, 0]
+
+    @property
+    def top_ids(self) -> Int[Tensor, "N K"]:
+        """The K most probable tokens, descending."""
+        return self.head.ids
+
+    @property
+    def top_logp(self) -> Float[Tensor, "N K"]:
+        """Their log-probabilities, nats."""
+        return -self.head.gap - self.head.lse_gap[:, None]
+
+    @property
+    def tail_logp(self) -> Float[Tensor, " N"]:
+        """Log of the mass outside the head, nats; −inf when that mass rounds to nothing."""
+        return self.head.tail_logp
+
+    @property
+    def margin(self) -> Float[Tensor, " N"]:
+        """p(x0) − p(x1), in [0, 1]; needs K ≥ 2."""
+        return margin(self.head)
+
+    @property
+    def coarse_logp(self) -> Float[Tensor, "N C"]:
+        """Log-probabilities of (head, everything else), nats, summing to one.
+
+        The bucket weighs at least e^−18 = 1.5e-8, so that divergences towards the target stay finite where
+        the stored head rounds to a total of one. No bucket when the head is the whole vocabulary.
+        """
+        top = self.top_logp
+        if self.num_kept == self.vocab_size:
+            return top.log_softmax(-1)
+        tail = self.tail_logp.to(top.dtype).clamp(min=MIN_TAIL_LOGP)
+        return torch.cat([top, tail[:, None]], -1).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class OnlineTarget:
+    """A target still inside its output layer: indexing computes the logits of just those steps.
+
+    `Chunked` indexes it one chunk at a time, so neither [N, V] of a two-head distillation ever exists.
+
+    Args:
+        hidden: the target's last hidden states at the steps, [N, H].
+        weight: its output embedding, [V, H].
+        k: head entries to keep.
+        full: keep full log-probabilities in every chunk; needed by full-vocabulary divergences.
+    """
+
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+    k: int = 32
+    full: bool = True
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def __getitem__(self, index: Any) -> TargetBatch:
+        """The target at these steps, logits in fp32."""
+        dtype = work_dtype(self.hidden.dtype)
+        logits = self.hidden[index].to(dtype) @ self.weight.to(dtype).t()
+        return TargetBatch.from_logits(logits, self.k, self.full)
+
+    def select(self, mask: Bool[Tensor, " N"]) -> OnlineTarget:
+        """The steps where the mask is True, still without logits."""
+        return OnlineTarget(self.hidden[mask], self.weight, self.k, self.full)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return len(self.weight)
