@@ -121,11 +121,7 @@ class CachedLM:
         cache = TreeCache(self.num_layers, num + room)
         if num:
             positions = torch.arange(num, device=self.device)[None]
-            mask = None
-            if num > 1 and self.model.config._attn_implementation == "eager":
-                mask = torch.full((1, 1, num, num), torch.finfo(self.dtype).min, dtype=self.dtype)
-                mask = mask.triu_(1).to(self.device)
-            self._forward(cache, ids, positions, mask)
+            self._forward(cache, ids, positions, None)
             cache.length = num
         return cache
 

@@ -150,14 +150,11 @@ class TreeCache:
             self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
 
     def mask(self, num_new: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """Additive [1, 1, K, N + S] mask of the last K nodes; None where they may see everything."""
-        nodes = self.num_nodes
+        """Additive [1, 1, K, N + S] mask of the last K nodes; None for a chain: plain causal attention."""
         if self._chain:
-            if num_new == 1:
-                return None
-            hidden = torch.ones(num_new, nodes, dtype=torch.bool).triu_(nodes - num_new + 1)
-        else:
-            hidden = torch.from_numpy(self._hidden[nodes - num_new :])
+            return None
+        nodes = self.num_nodes
+        hidden = torch.from_numpy(self._hidden[nodes - num_new :])
         mask = torch.zeros(1, 1, num_new, self.length + nodes, dtype=dtype)
         mask[0, 0, :, self.length :].masked_fill_(hidden, torch.finfo(dtype).min)
         return mask.to(device, non_blocking=True)
