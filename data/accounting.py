@@ -1,0 +1,83 @@
+"""Where rows went: every row read is either used or skipped for a named reason, with one example kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Skip:
+    """How many rows one reason cost, and where the first of them was."""
+
+    count: int
+    example: str
+
+
+@dataclass
+class Accounting:
+    """Counts that always satisfy read = used + skipped; `notes` are events on rows that were used.
+
+    Examples:
+        >>> rows = Accounting("rows", read=3, used=2)
+        >>> rows.skip("duplicate", "chats.jsonl:3")
+        >>> rows.balanced
+        True
+    """
+
+    unit: str
+    read: int = 0
+    used: int = 0
+    skipped: dict[str, Skip] = field(default_factory=dict)
+    notes: dict[str, Skip] = field(default_factory=dict)
+
+    def skip(self, reason: str, example: str, count: int = 1) -> None:
+        _add(self.skipped, reason, example, count)
+
+    def note(self, event: str, example: str, count: int = 1) -> None:
+        _add(self.notes, event, example, count)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(skip.count for skip in self.skipped.values())
+
+    @property
+    def balanced(self) -> bool:
+        return self.read == self.used + self.num_skipped
+
+    def add(self, other: Accounting) -> None:
+        """Adds the counts of `other`, keeping the earlier examples."""
+        self.read += other.read
+        self.used += other.used
+        for mine, theirs in ((self.skipped, other.skipped), (self.notes, other.notes)):
+            for reason, skip in theirs.items():
+                _add(mine, reason, skip.example, skip.count)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "unit": self.unit,
+            "read": self.read,
+            "used": self.used,
+            "skipped": {k: {"count": s.count, "example": s.example} for k, s in self.skipped.items()},
+            "notes": {k: {"count": s.count, "example": s.example} for k, s in self.notes.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Accounting:
+        entries = {key: {k: Skip(**s) for k, s in data[key].items()} for key in ("skipped", "notes")}
+        return cls(data["unit"], data["read"], data["used"], **entries)
+
+    def __str__(self) -> str:
+        lines = [f"{self.read:,} {self.unit} read = {self.used:,} used + {self.num_skipped:,} skipped"]
+        for prefix, entries in (("skipped", self.skipped), ("note", self.notes)):
+            lines += [
+                f"  {prefix}: {s.count:,} × {reason} (e.g. {s.example})" for reason, s in entries.items()
+            ]
+        return "\n".join(lines)
+
+
+def _add(entries: dict[str, Skip], reason: str, example: str, count: int) -> None:
+    if reason in entries:
+        entries[reason].count += count
+    elif count:
+        entries[reason] = Skip(count, example)

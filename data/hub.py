@@ -1,0 +1,58 @@
+"""Rows of a hub dataset. Whether the hub answers is asked once, instead of a minute of retries per file."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+_TIMEOUT_S = 5.0
+
+
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+    """(where, record) of every row.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached and holds no cached copy, or has no such dataset.
+    """
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    if not offline and not hub_answers():
+        raise FileNotFoundError(_unreachable(name, f"no answer from {_endpoint()} within {_TIMEOUT_S:.0f} s"))
+
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except Exception as error:  # datasets raises a dozen unrelated types here
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FileNotFoundError(
+            _unreachable(name, f"HF_HUB_OFFLINE is set; {reason}" if offline else reason)
+        ) from error
+    yield from ((f"{name} row {index}", record) for index, record in enumerate(dataset))
+
+
+def hub_answers(timeout_s: float = _TIMEOUT_S) -> bool:
+    """Whether the hub's address answers at all; proxies from the environment are honoured."""
+    request = urllib.request.Request(_endpoint(), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=timeout_s).close()
+    except urllib.error.HTTPError:
+        return True  # a refusal is an answer
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def _unreachable(name: str, reason: str) -> str:
+    return (
+        f"corpus {name!r} is no local file or folder, and it cannot be read from the hub: {reason}. Download "
+        f"it on a machine with access (`hf download --repo-type dataset {name} --local-dir DIR`) and give "
+        "DIR, or a jsonl, parquet or text file, as the corpus source. A gated dataset needs the HF_TOKEN "
+        "environment variable."
+    )
