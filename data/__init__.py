@@ -1,1 +1,92 @@
+"""From a corpus to batches: rows, prompts, the target's trace, packing and loading; and the embedded target.
 
+Names that need Lightning or transformers are imported when first used, so that opening a trace stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from certdraft.data.batch import Batch
+from certdraft.data.packing import Packing, assemble, pack
+from certdraft.data.trace import Trace, TraceError, TraceMeta, TraceRow, open_trace
+
+if TYPE_CHECKING:
+    from certdraft.data.accounting import Accounting
+    from certdraft.data.chat import Prompt, Prompts, PromptSet, build_prompts
+    from certdraft.data.corpora import Corpus, CorpusError, Row, read_rows
+    from certdraft.data.generate import Generation, LogitHead, RecordedRow, TargetError, record_batch
+    from certdraft.data.loader import ResumableLoader
+    from certdraft.data.loops import loop_onset
+    from certdraft.data.module import TraceDataModule
+    from certdraft.data.recording import Recording
+    from certdraft.data.shards import RecordingError
+    from certdraft.data.stdlib import Document, standard_library
+    from certdraft.data.targets import (
+        embedded_target_path,
+        load_target,
+        load_tokenizer,
+        tokenizer_fingerprint,
+    )
+    from certdraft.data.writer import record_trace
+
+_LATE = {
+    "accounting": ("Accounting",),
+    "chat": ("Prompt", "Prompts", "PromptSet", "build_prompts"),
+    "corpora": ("Corpus", "CorpusError", "Row", "read_rows"),
+    "generate": ("Generation", "LogitHead", "RecordedRow", "TargetError", "record_batch"),
+    "loader": ("ResumableLoader",),
+    "loops": ("loop_onset",),
+    "module": ("TraceDataModule",),
+    "recording": ("Recording",),
+    "shards": ("RecordingError",),
+    "stdlib": ("Document", "standard_library"),
+    "targets": ("embedded_target_path", "load_target", "load_tokenizer", "tokenizer_fingerprint"),
+    "writer": ("record_trace",),
+}
+_HOME = {name: module for module, names in _LATE.items() for name in names}
+
+__all__ = [
+    "Accounting",
+    "Batch",
+    "Corpus",
+    "CorpusError",
+    "Document",
+    "Generation",
+    "LogitHead",
+    "Packing",
+    "Prompt",
+    "PromptSet",
+    "Prompts",
+    "RecordedRow",
+    "Recording",
+    "RecordingError",
+    "ResumableLoader",
+    "Row",
+    "TargetError",
+    "Trace",
+    "TraceDataModule",
+    "TraceError",
+    "TraceMeta",
+    "TraceRow",
+    "assemble",
+    "build_prompts",
+    "embedded_target_path",
+    "load_target",
+    "load_tokenizer",
+    "loop_onset",
+    "open_trace",
+    "pack",
+    "read_rows",
+    "record_batch",
+    "record_trace",
+    "standard_library",
+    "tokenizer_fingerprint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"certdraft.data.{_HOME[name]}"), name)
