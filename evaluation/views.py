@@ -1,0 +1,182 @@
+"""What target and drafter say at the same steps: the joined view every acceptance number is read from.
+
+Two sources of the target. *Online*: its full distribution is computed again, KL is exact. *From the head*:
+only the K tokens of the trace are known; the divergence of the coarsened distributions (K tokens and the
+rest) is a lower bound of KL, and together with the drafter's own tail, which is known, it certifies soundly,
+sometimes more than the full KL does.
+
+Axis letters: N steps · V vocabulary · K head entries. All divergences are KL(target‖drafter), nats, float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from certdraft.certificates import Coverage, Head, Rule, kl_divergence_logp, margin, radius
+
+_HEAD_ONLINE = 64  # tokens of an online head: certificates are exact for every step but the flattest
+
+
+@dataclass(frozen=True)
+class JoinedSteps:
+    """N steps seen by both models.
+
+    Attributes:
+        head: the target's most probable tokens.
+        logq: the drafter's log-probabilities, [N, V], float64.
+        logp: the target's log-probabilities, [N, V], float64; None when only the head is known.
+        kl: exact KL when `logp` is given, else the coarsened divergence, ≤ KL.
+        token: the drafter's first choice (lowest id at a tie).
+        rank: how many tokens the drafter puts at or above the target's greedy token; 1 = it is the first
+            choice.
+    """
+
+    head: Head
+    logq: Float[Tensor, "N V"]
+    logp: Float[Tensor, "N V"] | None
+    kl: Float[Tensor, " N"] = field(init=False)
+    token: Int[Tensor, " N"] = field(init=False)
+    rank: Int[Tensor, " N"] = field(init=False)
+    above_in_tail: Int[Tensor, " N"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        own = self.logq.gather(-1, self.head.greedy.unsqueeze(-1))
+        above = self.logq >= own
+        kl = (
+            _coarse_kl(self.head, self.logq)
+            if self.logp is None
+            else kl_divergence_logp(self.logp, self.logq)
+        )
+        values = {
+            "kl": kl,
+            "token": self.logq.argmax(-1),
+            "rank": above.sum(-1),
+            "above_in_tail": above.sum(-1) - above.gather(-1, self.head.ids).sum(-1),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_logits(
+        cls,
+        drafter: Float[Tensor, "N V"],
+        target: Float[Tensor, "N V"] | Head,
+    ) -> JoinedSteps:
+        """Join the drafter's logits with the target's logits (exact) or its head.
+
+        Raises:
+            ValueError: vocabularies differ, or the drafter's logits hold NaN; the step is named.
+        """
+        vocab_size = target.vocab_size if isinstance(target, Head) else target.shape[-1]
+        if drafter.shape[-1] != vocab_size:
+            raise ValueError(
+                f"the drafter has {drafter.shape[-1]} logits a step, the target {vocab_size}: they do not "
+                "share a vocabulary, so their tokens cannot be compared; evaluate the drafter on a trace of "
+                "its own target"
+            )
+        bad = torch.isnan(drafter).any(-1)
+        if bool(bad.any()):
+            raise ValueError(f"the drafter's logits hold NaN at step {int(bad.nonzero()[0])} of {len(bad)}")
+        logq = drafter.double().log_softmax(-1)
+        if isinstance(target, Head):
+            return cls(target, logq, None)
+        head = Head.from_logits(target, min(_HEAD_ONLINE, vocab_size))
+        return cls(head, logq, target.double().log_softmax(-1))
+
+    @property
+    def margin(self) -> Float[Tensor, " N"]:
+        """p(x0) − p(x1) of the target."""
+        return margin(self.head)
+
+    @property
+    def confidence(self) -> Float[Tensor, " N"]:
+        """The drafter's probability of its own first choice."""
+        return self.logq.amax(-1).exp()
+
+    @property
+    def target_gap(self) -> Float[Tensor, " N"]:
+        """How far below its greedy token the target puts the drafter's choice, nats; +inf when not known."""
+        if self.logp is not None:
+            return self.logp.amax(-1) - self.logp.gather(-1, self.token.unsqueeze(-1)).squeeze(-1)
+        held = self.head.ids == self.token.unsqueeze(-1)
+        return torch.where(held, self.head.gap.double(), torch.inf).amin(-1)
+
+    def certified(self, rule: Rule) -> tuple[Bool[Tensor, " N"], Float[Tensor, " N"]]:
+        """Steps at which acceptance is guaranteed by divergence alone, and the certificate it was held
+        against.
+
+        Online: KL < radius. From the head: a drafter that fails must put a rejected token first. The
+            drafter's
+        first choice is known; if it is in the head, only failures through the head remain, and the coarsened
+        divergence is held against their radius. For coverage the number n of unseen tokens at or above the
+        greedy one is known, and the radius is that of failures with exactly those.
+
+        Source: THEORY "Truncated target caches", with the tail maximum observed.
+        """
+        if self.logp is not None:
+            bound = radius(self.head, rule).double()
+            return self.kl < bound, bound
+        if isinstance(rule, Coverage):
+            bound = _tail_checked_radius(self.head, rule, self.above_in_tail)
+            return self.kl < bound, bound
+        bound = radius(self.head, rule).double()
+        seen = (self.head.ids == self.token.unsqueeze(-1)).any(-1)
+        return seen & (self.kl < bound), bound
+
+    def accepted(self, rule: Rule) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " N"]]:
+        """What really happens: the rule's verdict on the drafter's choice, and where the head cannot tell.
+
+        Returns:
+            accepted (False where unknown) and unknown.
+        """
+        unknown = torch.zeros_like(self.token, dtype=torch.bool)
+        if isinstance(rule, Coverage):
+            return self.rank <= rule.m, unknown
+        if self.logp is not None:
+            return rule.accepts(self.logp.exp(), self.token), unknown
+        accepted = rule.accepts(self.head, self.token)
+        seen = (self.head.ids == self.token.unsqueeze(-1)).any(-1)
+        least = self.head.p[..., -1]
+        return accepted, ~seen & ~accepted & (least > rule.threshold(self.head))
+
+
+def _coarse_kl(head: Head, logq: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """Divergence of the K kept tokens and the rest as one token; at most the full KL (data processing)."""
+    p, logp = head.p.double(), head.logp.double()
+    own = logq.gather(-1, head.ids)
+    value = (p * (logp - own)).sum(-1)
+    if head.num_kept == head.vocab_size:
+        return value.clamp_min(0.0)
+    rest = logq.scatter(-1, head.ids, -torch.inf).logsumexp(-1)
+    tail = head.tail_mass.double()
+    return (value + torch.xlogy(tail, tail) - torch.where(tail > 0, tail * rest, 0.0)).clamp_min(0.0)
+
+
+def _tail_checked_radius(head: Head, rule: Coverage, unseen: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Coverage radius over drafters that fail with exactly n unseen tokens at or above the greedy one.
+
+    The tail's mass ρ is spread over n virtual tokens, which join the m − n best kept competitors; 0 where the
+    rest is no longer below the greedy token, and for n ≥ m, where nothing is left to certify.
+    """
+    m = rule.m
+    bound = torch.zeros(head.shape, dtype=torch.float64, device=head.device)
+    clean = unseen == 0
+    if bool(clean.any()):
+        bound[clean] = radius(head[clean], rule).double()
+    for n in range(1, m):
+        rows = unseen == n
+        if not bool(rows.any()):
+            continue
+        part = head[rows]
+        virtual = -(part.tail_mass.double() / n).log() - part.lse_gap.double()  # gap of a tail token to x0
+        gaps = torch.cat(
+            [part.gap[:, : m - n + 1].double(), virtual.clamp_min(0.0).unsqueeze(-1).expand(-1, n)], -1
+        )
+        gaps, order = gaps.sort(dim=-1, stable=True)
+        made = Head(order, gaps, part.lse_gap.double(), part.vocab_size)
+        bound[rows] = torch.where(virtual > 0, radius(made, rule).double(), 0.0)
+    return bound
