@@ -1,0 +1,128 @@
+"""What an exported drafter says about itself: `CardFacts` in, `drafter.json` out.
+
+`drafter.json` is certdraft's own file beside the files every engine reads. It says for which target and
+tokenizer the drafter was made, how it was trained, what was measured, and the hashes of what was written.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+FILE = "drafter.json"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts about a drafter that its weights do not hold; all end up in the model card and `drafter.json`.
+
+    Attributes:
+        target: hub id or plain name of the target.
+        target_vocab_size: entries of its vocabulary, padding included.
+        tokenizer_fingerprint: of the tokenizer both share, as the trace records it.
+        target_revision: commit or tag of the target.
+        name: what to call the drafter; the folder's name when empty.
+        loss: what was minimised, such as "MarginDiscountedCE(a=1.0)".
+        datasets: names or hub ids of the training corpora.
+        evaluated_on: what `metrics` were measured on.
+        metrics: name → value, such as {"tau": 3.1, "coverage@4": 0.97}.
+        training: further facts, such as steps, tokens, learning rate, seed, config hash.
+        license: SPDX identifier of the drafter's weights.
+    """
+
+    target: str
+    target_vocab_size: int
+    tokenizer_fingerprint: str
+    target_revision: str | None = None
+    name: str | None = None
+    loss: str | None = None
+    datasets: tuple[str, ...] = ()
+    evaluated_on: str = "held-out prompts"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    training: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    license: str | None = None
+
+
+def write_facts(
+    directory: Path,
+    *,
+    family: str,
+    draft_length: int,
+    vocab_size: int,
+    base: str | None,
+    facts: CardFacts | None,
+) -> None:
+    """Write `drafter.json` into a finished export; hashes the weights and the tokenizer there."""
+    from certdraft import __version__
+
+    content = {
+        "schema": SCHEMA,
+        "certdraft": __version__,
+        "family": family,
+        "vocab_size": vocab_size,
+        "draft_length": draft_length,
+        "base": Path(base).name if base and Path(base).is_dir() else base,
+        "facts": asdict(facts) if facts else None,
+        "sha256": {path.name: sha256(path) for path in hashed_files(directory)},
+    }
+    (directory / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_facts(path: str | Path) -> dict[str, Any]:
+    """The content of an export's `drafter.json`.
+
+    Returns:
+        Keys: schema, certdraft (version), family, vocab_size, draft_length (tokens), base (what training
+        started from, or None), facts (of `CardFacts`, or None), sha256 (file name → hash).
+
+    Raises:
+        FileNotFoundError: no such folder, or not an export.
+        ValueError: unreadable, or of a schema this version does not know.
+    """
+    file = Path(path).expanduser() / FILE
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder.")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path} has no {FILE}, so it is no export of certdraft. Any causal LM folder can be used with "
+            "CausalDrafter(pretrained=...) instead."
+        )
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); export the drafter again.") from error
+    if content.get("schema") != SCHEMA:
+        raise ValueError(f"{file} has schema {content.get('schema')!r}; this version reads schema {SCHEMA}.")
+    return content
+
+
+def check_hashes(path: str | Path) -> None:
+    """Compare weights and tokenizer with the hashes in `drafter.json`.
+
+    Raises:
+        ValueError: a file is missing, changed, or new.
+    """
+    directory = Path(path).expanduser()
+    written: dict[str, str] = read_facts(directory)["sha256"]
+    found = {file.name: sha256(file) for file in hashed_files(directory)}
+    for name in sorted(written.keys() | found.keys()):
+        if written.get(name) != found.get(name):
+            raise ValueError(
+                f"{directory / name} is not the file that was exported: {FILE} says "
+                f"{written.get(name, 'nothing')[:12]}, the file {found.get(name, 'is missing')[:12]}. Copy "
+                "the export again, or export the drafter again."
+            )
+
+
+def hashed_files(directory: Path) -> list[Path]:
+    """Files whose change makes another drafter: the weights and the tokenizer."""
+    return sorted([*directory.glob("*.safetensors"), *directory.glob("tokenizer.json")])
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,133 @@
+"""Causal LMs from a folder or the hub, loaded completely or not at all.
+
+transformers fills a missing weight with random numbers and logs a table; here that is an error. It also
+retries an unreachable hub for a minute; here the hub is asked once.
+"""
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+_TIMEOUT_S = 5.0
+
+
+def load_causal_lm(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: Literal["sdpa", "eager"] = "sdpa",
+) -> PreTrainedModel:
+    """A causal LM with every weight of its checkpoint, in eval mode. Code shipped with it is never run.
+
+    Args:
+        name: a folder written by `save_pretrained` or `export`, or a hub id ("org/name").
+        dtype: of the parameters; None keeps the checkpoint's.
+        attention: implementation; both follow masks and trees.
+
+    Raises:
+        FileNotFoundError: no such folder, no config.json in it, no such model on the hub, or no hub.
+        ValueError: a LoRA adapter, an architecture that needs its own code, or weights that do not fit.
+    """
+    local = Path(name).expanduser().is_dir()
+    source = str(Path(name).expanduser()) if local else str(name)
+    if local:
+        _check_folder(Path(source))
+    elif source.startswith((".", "~", os.sep)) or source.count("/") > 1:
+        raise FileNotFoundError(
+            f"{source}: no such folder; give one with config.json, or a hub id 'org/name'."
+        )
+    offline = not local and not _hub_answers()
+    try:
+        with quiet_progress():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                local_files_only=offline,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except OSError as error:
+        if local:
+            raise FileNotFoundError(f"{source} cannot be loaded: {_first_line(error)}") from error
+        raise FileNotFoundError(_not_on_hub(source, error, offline)) from error
+    except (ValueError, RuntimeError) as error:  # needs remote code, unknown architecture, wrong shapes
+        raise ValueError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    _check_complete(source, info)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """No progress bars of transformers inside; theirs flash by for drafters and break ours."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a LoRA adapter, not a model. Give its base model, or the merged folder that "
+            "`export` writes."
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; give a folder written by `save_pretrained`.")
+
+
+def _check_complete(source: str, info: dict) -> None:
+    wrong = {key: sorted(map(str, info.get(key) or ())) for key in info}
+    wrong = {key: names for key, names in wrong.items() if names}
+    if wrong:
+        listed = "; ".join(
+            f"{key.replace('_', ' ')}: {', '.join(names[:5])}"
+            + (f" and {len(names) - 5} more" * (len(names) > 5))
+            for key, names in wrong.items()
+        )
+        raise ValueError(
+            f"the weights of {source} do not fit its config.json: {listed}. Random numbers would stand in "
+            "for them; write the checkpoint again from the model it was trained as."
+        )
+
+
+def _hub_answers() -> bool:
+    """Whether to ask the hub at all: not told to stay offline, and its address answers."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _not_on_hub(name: str, error: Exception, offline: bool) -> str:
+    reason = (
+        "the hub is unreachable (or HF_HUB_OFFLINE is set) and its cache here has no config.json of it"
+        if offline
+        else _first_line(error)
+    )
+    return (
+        f"{name!r} is no folder here, and {reason}. Run `hf download {name} --local-dir DIR` where there is "
+        "access and give DIR instead; a gated model needs the HF_TOKEN environment variable."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,140 @@
+"""What every drafter offers: a training forward and a decoding state.
+
+Three families fit this frame. A causal drafter is fed every drafted token and reads nothing else. An EAGLE
+head is fed every drafted token too, and reads the target's features of committed tokens. A block drafter is
+fed the round's root alone and answers with the distributions of all following depths at once.
+
+Decoding goes in rounds, batch 1. Committed tokens are those whose place in the text is settled; the latest of
+them, the round's root, has not been run through either model yet.
+
+    state = drafter.start(ids, features)              # every committed token but the latest
+    while …:
+        logits = drafter.draft(state, [root], [-1])   # node 0, then more calls with more nodes
+        …                                             # the target verifies, an acceptor picks a path
+        drafter.commit(state, path, features)
+
+An accepted leaf was never fed, and a marginal drafter was fed the root alone. Such committed tokens are fed
+first thing in the next round, as a chain in front of its root, and are then nodes like any other.
+
+Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, D draft depth, L tapped layers,
+H hidden, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Drafter(nn.Module, ABC):
+    """Base of the drafter families.
+
+    Attributes:
+        kind: "conditional": `draft` answers [K, V], the next token's distribution after each node given its
+            root path. "marginal": `draft` takes the root and answers [D, V], the distributions at depths 1
+            to D, whatever stands in between.
+        taps: 0-based target layers whose outputs the drafter reads, in the order of the L axis; empty when it
+            reads tokens only. `start` and `commit` must then be given features.
+    """
+
+    kind: Literal["conditional", "marginal"]
+    taps: tuple[int, ...] = ()
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, equal to the target's."""
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions it can read; None: no limit."""
+        return None
+
+    @abstractmethod
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """Last hidden state at every step, from which `head` makes the distribution of the next token.
+
+        Apart from `head`, so that a loss can pick its steps before the vocabulary axis appears.
+
+        Args:
+            input_ids: packed rows of tokens.
+            position_ids: position of each token in its document. None: each row is one document.
+            document_ids: document of each token, −1 for padding; no attention across documents. None: each
+                row is one document.
+            features: outputs of the tapped target layers at the same steps, for drafters that read them.
+        """
+
+    @abstractmethod
+    def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
+        """Logits of the next token; differentiable, in the dtype of the drafter."""
+
+    def logits(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T V"]:
+        """`head(hidden(…))`: next-token logits at every step."""
+        return self.head(self.hidden(input_ids, position_ids, document_ids, features))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T V"]:
+        """`logits`."""
+        return self.logits(input_ids, position_ids, document_ids, features)
+
+    @abstractmethod
+    def start(
+        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> Any:
+        """The decoding state of a text.
+
+        Args:
+            ids: every committed token but the latest, which is the root of the first round.
+            features: the tapped target layers at these tokens, for drafters that read them.
+        """
+
+    @abstractmethod
+    def draft(
+        self,
+        state: Any,
+        tokens: Int[Tensor, " K"] | Sequence[int],
+        parents: Sequence[int] | Int[Tensor, " K"],
+    ) -> Float[Tensor, "K V"]:
+        """Feed nodes of the draft tree in one pass.
+
+        Nodes are numbered from 0 in the order they are fed in the round.
+
+        Args:
+            state: from `start`; holds the new nodes afterwards.
+            tokens: token of each new node. A marginal drafter takes one call, a chain that ends in the root.
+            parents: number of each new node's parent, −1 for a child of the last committed token it has read.
+
+        Returns:
+            fp32 logits. Conditional: [K, V], of the token after each new node. Marginal: [D, V], of the
+            tokens at depths 1 to D.
+        """
+
+    @abstractmethod
+    def commit(self, state: Any, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None) -> None:
+        """End the round: a path of its nodes becomes committed text, every other node is forgotten.
+
+        Args:
+            state: from `start`; modified.
+            path: nodes of this round, root first. Empty: forget the round.
+            features: the tapped target layers at all tokens the round committed, for drafters that read them:
+                at the path's nodes, then at accepted tokens not fed yet.
+        """
