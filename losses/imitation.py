@@ -111,7 +111,8 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """KL(q‖p), nats; 0 iff equal. Mode-seeking: the drafter may drop what it cannot match.
 
-    On a head the bucket is finite but can be expensive where the target's tail is nearly empty.
+    On a head it asks for the log of the tail mass, which a stored fp32 head knows only to about 1e-7/mass:
+    a nearly empty tail makes the value imprecise by that much, and expensive for a drafter with a full one.
     """
 
     def between(self, logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:

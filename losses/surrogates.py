@@ -110,15 +110,19 @@ class CappedCE(Loss):
 
     Args:
         m: draft tokens proposed per step.
-        slack: nats beyond the certificate at which a step is done, > 0.
+        slack: nats beyond the certificate at which a step is done, in (0, log(m + 1)): done at
+            q(g) = exp(slack)/(m + 1).
 
     Source: theory notes §3.4, §8.4.
     """
 
     def __init__(self, m: int = 4, slack: float = 1.0) -> None:
         super().__init__()
-        if m < 1 or not slack > 0.0:
-            raise ValueError(f"CappedCE: m={m}, slack={slack}; need m >= 1 and slack > 0 nats.")
+        if m < 1 or not 0.0 < slack < math.log(m + 1):
+            raise ValueError(
+                f"CappedCE: m={m}, slack={slack}; need m >= 1 and slack in (0, log(m + 1)) nats, or the "
+                "loss never stops: a step is done at q(g) = exp(slack)/(m + 1)."
+            )
         self.m, self.slack = m, slack
         self.cross_entropy = HardCE()
 

@@ -1,0 +1,153 @@
+"""Reduction, step weights and path weights; the budget loss against real best-first trees."""
+
+import math
+
+import oracles.losses as oracle
+import pytest
+import torch
+from oracles.loss_cases import head_target, target_probs
+
+from certdraft import losses as L
+
+
+def test_reductions_are_weighted_masked_and_scale_free():
+    loss = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    mask, weight = torch.tensor([True, True, False, True]), torch.tensor([1.0, 2.0, 5.0, 1.0])
+    assert float(L.reduce(loss, mask, weight)) == pytest.approx(13 / 4)
+    assert float(L.reduce(loss, mask, 10 * weight)) == pytest.approx(13 / 4)
+    assert float(L.reduce(loss, mask, weight, "sum")) == 13
+    assert L.reduce(loss, mask, weight, "none").tolist() == [1.0, 4.0, 0.0, 8.0]
+    assert float(L.reduce(loss, mask, weight, denominator=26.0)) == 0.5
+    assert float(L.reduce(loss)) == float(loss.mean())
+
+
+def test_uncounted_steps_cannot_poison_value_or_gradient():
+    loss = torch.tensor([1.0, torch.nan, torch.inf], requires_grad=True)
+    value = L.reduce(loss, torch.tensor([True, False, False]))
+    value.backward()
+    assert float(value.detach()) == 1.0
+    assert loss.grad.tolist() == [1.0, 0.0, 0.0]
+    nothing = L.reduce(loss, torch.zeros(3, dtype=torch.bool))
+    assert float(nothing.detach()) == 0.0
+
+
+def test_weights_carry_no_gradient():
+    loss, weight = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    L.reduce(loss, weight=weight).backward()
+    assert weight.grad is None
+
+
+def test_reduce_names_what_is_wrong():
+    with pytest.raises(ValueError, match=r"mask has shape \[2\].*\[3\]"):
+        L.reduce(torch.ones(3), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match="reduction='average'"):
+        L.reduce(torch.ones(3), reduction="average")
+    with pytest.raises(ValueError, match="gamma=0"):
+        L.depth_decay(4, 0)
+
+
+def test_step_weights():
+    torch.testing.assert_close(L.depth_decay(3, 7.0), torch.tensor([1.0, math.exp(-1 / 7), math.exp(-2 / 7)]))
+    p = target_probs(16, 13)
+    target = head_target(p)
+    top = p.topk(2).values
+    low = top[:, 0] - top[:, 1] < 0.1
+    assert low.any()
+    assert not low.all()
+    weight = L.low_margin_weight(target, 0.1, 3.0)
+    torch.testing.assert_close(weight, torch.where(low, 3.0, 1.0).to(weight.dtype))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5])
+def test_prefix_weights_are_the_gradient_of_expected_length(smoothing):
+    accept = torch.rand(5, 6, dtype=torch.float64)
+    weights = L.prefix_weights(accept, smoothing=smoothing)
+    expected = torch.tensor([oracle.prefix_weights(row, smoothing) for row in accept.tolist()]).double()
+    torch.testing.assert_close(weights, expected)
+    log_s = ((1 - smoothing) * accept + smoothing).log().requires_grad_()
+    length = log_s.exp().cumprod(-1).sum()
+    torch.testing.assert_close(weights, torch.autograd.grad(length, log_s)[0])
+    # a path that ends at depth 2 is a path of length 2
+    mask = torch.arange(6).expand(5, 6) < 2
+    short = L.prefix_weights(accept, mask, smoothing)
+    torch.testing.assert_close(short[:, :2], L.prefix_weights(accept[:, :2], smoothing=smoothing))
+    assert (short[:, 2:] == 0).all()
+
+
+def test_windows_and_fold_are_adjoint():
+    values, weights = torch.rand(2, 7), torch.rand(2, 7, 3)
+    inside = L.windows(torch.ones(2, 7), 3)
+    torch.testing.assert_close(
+        (L.windows(values, 3) * weights).sum(), (values * L.fold(weights * inside)).sum()
+    )
+    assert L.windows(values, 3)[1, 5].tolist() == [*values[1, 5:].tolist(), 0.0]
+    torch.testing.assert_close(L.fold(torch.ones(1, 2, 5)), torch.tensor([[1.0, 2.0]]))
+
+
+def test_paths_end_with_the_document_and_at_the_first_uncounted_step():
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1]])
+    counted = torch.tensor([[True, False, True, True, True, False]])
+    paths = L.path_mask(counted, documents, 3)[0].int().tolist()
+    assert paths == [[1, 0, 0], [0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def test_a_document_does_not_resume_after_another():
+    documents = torch.tensor([[0, 1, 0]])
+    paths = L.path_mask(torch.ones(1, 3, dtype=torch.bool), documents, 3)[0, 0]
+    assert paths.tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softplus"])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_budget_loss_counts_at_least_the_lost_tokens(form, temperature):
+    nll = torch.rand(200, 6, dtype=torch.float64) * 2
+    budget = torch.rand(200, dtype=torch.float64) * 6
+    mask = torch.arange(6).expand(200, 6) < torch.randint(1, 7, (200, 1))
+    lost = ((nll.cumsum(-1) >= budget[:, None]) & mask).sum(-1)
+    assert (L.budget_loss(nll, budget, mask, temperature, form) >= lost).all()
+    at_threshold = L.budget_loss(torch.tensor([[1.0]]), 1.0, form=form)
+    assert float(at_threshold) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softplus"])
+def test_budget_weights_are_the_gradient_of_the_budget_loss(form):
+    nll = (torch.rand(9, 5, dtype=torch.float64) * 2).requires_grad_()
+    mask = torch.arange(5).expand(9, 5) < torch.randint(1, 6, (9, 1))
+    (gradient,) = torch.autograd.grad(L.budget_loss(nll, 3.0, mask, 0.7, form).sum(), nll)
+    weights = L.budget_weights(nll, 3.0, mask, 0.7, form)
+    torch.testing.assert_close(weights, gradient)
+    assert not weights.requires_grad
+    torch.autograd.gradcheck(lambda x: L.budget_loss(x, 3.0, mask, 0.7, form), (nll,))
+
+
+def test_a_certain_budget_path_is_in_every_best_first_tree():
+    """Random drafters with a likely first token: paths within log(B/D) nats are always among the B nodes."""
+    depth, vocab, checked = 3, 4, 0
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        table = {}
+
+        def next_token(prefix, table=table, generator=generator):
+            if prefix not in table:
+                z = torch.randn(vocab, generator=generator, dtype=torch.float64)
+                z[0] += 2.0
+                table[prefix] = z.softmax(-1).tolist()
+            return table[prefix]
+
+        for budget in (6, 9, 16):
+            tree = oracle.best_first_tree(next_token, budget, depth)
+            nats, path = 0.0, ()
+            for _ in range(depth):
+                nats -= math.log(next_token(path)[0])
+                path = (*path, 0)
+                if nats < L.certain_budget_nats(budget, depth):
+                    checked += 1
+                    assert path in tree
+    assert checked > 100
+
+
+def test_budget_refuses_nonsense():
+    with pytest.raises(ValueError, match="temperature=0"):
+        L.budget_loss(torch.ones(1, 2), 1.0, temperature=0.0)
+    with pytest.raises(ValueError, match="node_budget=0"):
+        L.certain_budget_nats(0, 3)
