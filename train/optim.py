@@ -1,0 +1,77 @@
+"""AdamW with a warm-up and a decay that ends with the run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How weights move.
+
+    Args:
+        lr: peak learning rate.
+        warmup_steps: optimiser steps of linear warm-up from 0.
+        schedule: shape of the decay from the peak to `final_lr` over the rest of `trainer.max_steps`.
+        final_lr: learning rate at the end, as a fraction of the peak.
+        weight_decay: of matrices; vectors (norms, biases) and embeddings are not decayed.
+        betas: of AdamW.
+        eps: of AdamW.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Learning rate of an optimiser step as a fraction of the peak, in [0, 1].
+
+        Args:
+            step: counts from 0.
+            max_steps: length of the run.
+
+        Examples:
+            >>> settings = OptimizerSettings(warmup_steps=10, schedule="linear")
+            >>> [round(settings.factor(step, 110), 2) for step in (0, 9, 10, 60, 110)]
+            [0.1, 1.0, 1.0, 0.5, 0.0]
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return self.final_lr + (1.0 - self.final_lr) * left
+
+    def build(self, module: nn.Module, max_steps: int) -> dict[str, Any]:
+        """What `configure_optimizers` returns, for the trainable parameters of a module.
+
+        Raises:
+            ValueError: the run has no length, or nothing is trainable.
+        """
+        if max_steps <= 0:
+            raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
+        embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+        trainable = [p for p in module.parameters() if p.requires_grad]
+        if not trainable:
+            raise ValueError("the drafter has no trainable parameter; check its LoRA target modules")
+        decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+        kept = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

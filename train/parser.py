@@ -1,0 +1,157 @@
+"""Strict argument parsers: no abbreviated flags, one-line errors, the nearest name suggested.
+
+jsonargparse reports a wrong key inside nested classes as an indented tree of every alternative it tried.
+`explain` reads that tree and keeps the deepest complaint, with the key it is about.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from jsonargparse import ArgumentParser
+
+_KEY = re.compile(r'^Parser key "(?P<key>[^"]+)":')
+_CLASS = re.compile(r"^Problem with given class_path '(?P<path>[^']+)'")
+_NOISE = re.compile(
+    r"^(Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|"
+    r"Problem with|Parser key)"
+)
+_OPTION = re.compile(
+    r"^(?:Option '(?P<a>[^']+)' is not accepted|Subcommand '\w+' does not accept option '(?P<b>[^']+)'|"
+    r"unrecognized arguments: --(?P<c>[^\s=]+))"
+)
+_IMPORT = re.compile(
+    r"^(?:Expected a dot import path string|Unexpected import path format|Import path): ?(?P<name>\S+)"
+)
+
+
+class Strict:
+    """Mixin of argument parsers: exact flags only, and `error` in one paragraph with exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not getattr(self, "exit_on_error", True):
+            super().error(message, ex)  # type: ignore[misc]
+        prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
+        print(f"{prog}: error: {explain(message, known_keys(self))}", file=sys.stderr)
+        print(f"all options: {prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class StrictParser(Strict, ArgumentParser):
+    """Parser of the commands that are plain functions."""
+
+
+def known_keys(parser: Any) -> list[str]:
+    """Dotted names of every option a parser and its subcommands have, without the leading dashes."""
+    names = [
+        option[2:]
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    ]
+    for child in getattr(getattr(parser, "_subcommands_action", None), "_name_parser_map", {}).values():
+        names += known_keys(child)
+    return list(dict.fromkeys(names))
+
+
+def explain(message: str, keys: Iterable[str] = ()) -> str:
+    """The deepest complaint in a jsonargparse message, on one line, with the nearest legal name.
+
+    Args:
+        message: what jsonargparse said.
+        keys: dotted names that are legal at the top level.
+
+    Examples:
+        >>> explain("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps", "trainer.max_time"])
+        "unrecognized option '--trainer.max_step'; did you mean '--trainer.max_steps'?"
+    """
+    trail: list[tuple[int, str, str]] = []  # (indent, "key" or "class", value)
+    found: list[tuple[int, list[str], str | None, str]] = []  # (depth, keys, class, complaint)
+    for line in message.splitlines():
+        text = line.strip()
+        if not text:
+            continue
+        indent = len(line) - len(line.lstrip())
+        if text.startswith("- "):
+            text, indent = text[2:].strip(), indent + 2
+        trail = [entry for entry in trail if entry[0] < indent]
+        if match := _KEY.match(text):
+            trail.append((indent, "key", match["key"]))
+            text = text[match.end() :].strip()
+        if match := _CLASS.match(text):
+            trail.append((indent, "class", match["path"]))
+        if text and not _NOISE.match(text):
+            path = [value for _, kind, value in trail if kind == "key"]
+            owner = next((value for _, kind, value in reversed(trail) if kind == "class"), None)
+            found.append((len(trail), path, owner, text))
+    if not found:
+        return " ".join(message.split())
+    depth = max(entry[0] for entry in found)
+    deepest = [entry for entry in found if entry[0] == depth]
+    _, path, owner, complaint = deepest[0]
+    where = ".".join(path) + ": " if path else ""
+    if match := _OPTION.match(complaint):
+        return where + _unknown(match["a"] or match["b"] or match["c"], owner, keys)
+    if match := next((m for entry in deepest if (m := _IMPORT.match(entry[3]))), None):
+        return where + _no_class(match["name"].strip("'\""))
+    several = " or ".join(
+        dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
+    )
+    return where + (f"expected {several}" if complaint.startswith("Expected a ") else several)
+
+
+def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
+    if owner is None:
+        names, said, option = [f"--{key}" for key in keys], f"unrecognized option '--{option}'", f"--{option}"
+    else:
+        module, _, name = owner.rpartition(".")
+        head, _, option = option.rpartition(".")
+        taker = _annotation(getattr(import_module(module), name), head)
+        names, said = _arguments(taker), f"{getattr(taker, '__name__', name)} has no option {option!r}"
+    near = get_close_matches(option, names, n=1, cutoff=0.6)
+    if near:
+        return f"{said}; did you mean {near[0]!r}?"
+    return f"{said}; it has {', '.join(names)}" if owner and names else said
+
+
+def _annotation(taker: Any, dotted: str) -> Any:
+    """The class that holds a nested option: ("DrafterModule", "optimizer") → OptimizerSettings."""
+    for part in filter(None, dotted.split(".")):
+        hint = get_type_hints(taker.__init__).get(part)
+        taker = next(
+            (t for t in (hint, *get_args(hint)) if isinstance(t, type) and t is not type(None)), taker
+        )
+    return taker
+
+
+def _arguments(taker: Any) -> list[str]:
+    try:
+        parameters = inspect.signature(taker).parameters
+    except (ValueError, TypeError):
+        return []
+    return [p for p in parameters if p not in ("self", "args", "kwargs")]
+
+
+def _no_class(name: str) -> str:
+    """`name` is no class that can be imported: suggest one of ours."""
+    classes = {
+        value.__name__
+        for path, module in list(sys.modules.items())
+        if path.startswith("certdraft.")
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__.startswith("certdraft.")
+    }
+    if name.endswith((".yaml", ".yml", ".json")):
+        return f"no such file: {name}"
+    near = get_close_matches(name.rpartition(".")[2], sorted(classes), n=1, cutoff=0.5)
+    return f"no class {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; give its full import path")

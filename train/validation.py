@@ -1,0 +1,129 @@
+"""Validation metrics of a drafter as sums over steps, so that batches and ranks simply add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from certdraft.certificates import Coverage
+from certdraft.evaluation.views import JoinedSteps
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """What validation reports.
+
+    Args:
+        widths: m of every coverage@m, the share of steps whose greedy token is in the drafter's top-m.
+        low_margin: steps with a target margin below this are also counted apart.
+        certified_width: m for the certified fraction and the low-margin coverage.
+        depth: draft tokens a round of the chain whose acceptance length is expected.
+    """
+
+    widths: tuple[int, ...] = (1, 2, 4, 8)
+    low_margin: float = 0.1
+    certified_width: int = 4
+    depth: int = 4
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or min(self.widths, default=0) < 1 or self.certified_width < 1:
+            raise ValueError("validation: depth, widths and certified_width count tokens; give 1 or more")
+
+
+class ValidationSums:
+    """Sums of one validation epoch.
+
+    Args:
+        settings: what to count.
+        device: where the sums live.
+    """
+
+    def __init__(self, settings: ValidationSettings, device: torch.device | str = "cpu") -> None:
+        self.settings = settings
+        widths = (f"covered@{m}" for m in settings.widths)
+        self.names = ("steps", *widths, "low", "low_covered", "certified", "kl", "tokens", "rounds")
+        # float64 counts to 2^53; MPS has no float64
+        dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
+        self.sums = torch.zeros(len(self.names), dtype=dtype, device=device)
+
+    def add_steps(self, joined: JoinedSteps) -> None:
+        """Counts some steps at which both models are known."""
+        m = self.settings.certified_width
+        low = joined.margin < self.settings.low_margin
+        values = {f"covered@{width}": joined.rank <= width for width in self.settings.widths}
+        values |= {
+            "steps": torch.ones_like(low),
+            "low": low,
+            "low_covered": low & (joined.rank <= m),
+            "certified": joined.certified(Coverage(m))[0],
+            "kl": joined.kl,
+        }
+        for name, value in values.items():
+            self.sums[self.names.index(name)] += value.sum()
+
+    def add_rounds(self, hits: Bool[Tensor, "R T"], segments: Int[Tensor, "R T"]) -> None:
+        """Counts the rounds of a chain along the trace.
+
+        Args:
+            hits: steps at which the drafter's first choice is the target's greedy token.
+            segments: document of every counted step, −1 elsewhere; each run of equal numbers is walked alone.
+        """
+        tokens = rounds = 0
+        for hit, segment in zip(hits.cpu().numpy(), segments.cpu().numpy(), strict=True):
+            for stretch in np.split(np.arange(len(segment)), np.flatnonzero(np.diff(segment)) + 1):
+                if segment[stretch[0]] >= 0:
+                    tokens += len(stretch)
+                    rounds += chain_rounds(hit[stretch], self.settings.depth)
+        self.sums[self.names.index("tokens")] += tokens
+        self.sums[self.names.index("rounds")] += rounds
+
+    def metrics(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """The metrics of everything added.
+
+        Args:
+            total: adds the sums of all ranks.
+
+        Returns:
+            `coverage@m`, `low_margin_coverage@m` and `certified@m` in [0, 1], `kl_nats` (of the head and one
+            bucket when the target is a trace), `tau_expected` ≥ 1. Empty when no step was added.
+        """
+        sums = dict(zip(self.names, total(self.sums).tolist(), strict=True))
+        if not sums["steps"]:
+            return {}
+        m, steps = self.settings.certified_width, sums["steps"]
+        values = {f"coverage@{width}": sums[f"covered@{width}"] / steps for width in self.settings.widths}
+        if sums["low"]:
+            values[f"low_margin_coverage@{m}"] = sums["low_covered"] / sums["low"]
+        values[f"certified@{m}"] = sums["certified"] / steps
+        values["kl_nats"] = sums["kl"] / steps
+        values["tau_expected"] = sums["tokens"] / max(sums["rounds"], 1)
+        return values
+
+
+def chain_rounds(hits: NDArray[np.bool_], depth: int) -> int:
+    """Target passes a chain drafter needs for a stretch of greedy text.
+
+    Each round commits the accepted draft tokens, at most `depth`, and the target's own next token.
+
+    Args:
+        hits: [T] whether the drafter's first choice at each step is the target's greedy token.
+        depth: draft tokens a round.
+
+    Examples:
+        >>> chain_rounds(np.array([True, True, False, True, False]), depth=4)  # 2 accepted + 1, then 1 + 1
+        2
+    """
+    misses = np.flatnonzero(~hits)
+    rounds = done = 0
+    while done < len(hits):
+        at = np.searchsorted(misses, done)
+        run = (misses[at] if at < len(misses) else len(hits)) - done
+        done += min(int(run), depth) + 1
+        rounds += 1
+    return rounds
