@@ -71,7 +71,7 @@ def margin_bound(
     Raises:
         ValueError: nothing is known, a number is outside its range, or p0 < margin.
 
-    Source: THEORY §4 and §5; forward: arXiv 2606.30265, Thms 4.7 to 4.15 and 5.2.
+    Source: docs/theory.md §4 and §5; forward: arXiv 2606.30265, Thms 4.7 to 4.15 and 5.2.
 
     Examples:
         >>> float(margin_bound(StrictGreedy(), margin=torch.tensor(0.0)))

@@ -3,7 +3,7 @@
 All take and return float64 tensors of any common shape, in nats. Differences of nearly equal numbers are
 rewritten as sums of nonnegative terms or through log1p, so relative accuracy survives small margins.
 
-Source: THEORY §4 and §5 of this project; the forward strict row is arXiv 2606.30265, Thm 4.7, the forward
+Source: docs/theory.md §4 and §5; the forward strict row is arXiv 2606.30265, Thm 4.7, the forward
 order-margin row Thm 5.2. The rest is proved by the same argument: drop constraints until the optimum is
 symmetric.
 """
@@ -14,14 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from certdraft.certificates.pooling import Direction, coverage_level, pooled_kl, single_token_level
+from certdraft.certificates.dense import coordinate
+from certdraft.certificates.pooling import Direction, coverage_pool, phi, single_token_pool
 
 Nats = Float[Tensor, "*step"]
-
-
-def phi(d: Nats) -> Nats:
-    """(1 + d) log(1 + d) − d ≥ 0 for d ≥ −1; about d²/2."""
-    return torch.special.xlog1py(1 + d, d.clamp_min(-1 + 2.0**-53)) - d
 
 
 def even_pair(x: Nats, direction: Direction) -> Nats:
@@ -43,12 +39,8 @@ def pair(a: Nats, b: Nats, direction: Direction) -> Nats:
 
 def triple(a: Nats, b: Nats, c: Nats, direction: Direction) -> Nats:
     """Radius of three tokens a ≥ b > c, only the last rejected."""
-    p = torch.stack([a, b, c], dim=-1)
-    relative = (p - p[..., :1]) / p[..., :1].clamp_min(1e-300)
-    x = relative if direction == "forward" else relative.clamp_min(-1 + 2.0**-53).log1p()
-    level, _ = single_token_level(x[..., :2], torch.full_like(a, 2, dtype=torch.int64), x[..., 2])
-    pooled = (x > level.unsqueeze(-1)) | torch.tensor([False, False, True], device=x.device)
-    value = pooled_kl(x, pooled, level, a, direction)
+    x = coordinate(torch.stack([a, b, c]), a.clamp_min(1e-300), direction)
+    value, _ = single_token_pool(x[:2], torch.full_like(a, 2, dtype=torch.int64), x[2], a, direction)
     return torch.where(c <= 0, torch.inf, value) if direction == "reverse" else value
 
 
@@ -77,13 +69,10 @@ def order_coverage(gap: Nats, m: int, direction: Direction) -> Nats:
 def leading_pool(p0: Nats, p1: Nats, m: int, direction: Direction) -> Nats:
     """Least coverage radius for known p(x0) and p(x1): the other competitors as large as they can be."""
     rest = torch.minimum(p1, (1 - p0 - p1).clamp_min(0.0) / max(m - 1, 1))
-    p = torch.stack([p0, p1] + [rest] * (m - 1), dim=-1)
-    relative = (p - p[..., :1]) / p[..., :1].clamp_min(1e-300)
-    x = relative if direction == "forward" else relative.clamp_min(-1 + 2.0**-53).log1p()
-    level, pooled = coverage_level(x)
-    value = pooled_kl(x, pooled, level, p0, direction)
+    x = coordinate(torch.stack([p0, p1] + [rest] * (m - 1)), p0.clamp_min(1e-300), direction)
+    value, _ = coverage_pool(x, p0, direction)
     if direction == "reverse":  # a competitor of mass 0 wins only when the greedy token is deleted
-        value = torch.where(p[..., -1] <= 0, -torch.log1p(-p0), value)
+        value = torch.where((rest if m > 1 else p1) <= 0, -torch.log1p(-p0), value)
     return value
 
 

@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from certdraft.certificates.selection import largest
+from certdraft.certificates.divergences import entropy
+from certdraft.certificates.selection import largest, over_rows
 
-_CHUNK_ENTRIES = 1 << 23  # fp32 work space of from_logits: 32 MiB at a time, whatever the number of steps
+_SUM_TOLERANCE = 1e-3  # of a row of probabilities
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,6 @@ class Head:
                 f"a head of {self.num_kept} entries does not fit a vocabulary of {self.vocab_size}"
             )
 
-    # ------------------------------------------------------------------ views
     @property
     def num_kept(self) -> int:
         """K."""
@@ -133,10 +133,9 @@ class Head:
             raise ValueError(f"cannot cut a head of {self.num_kept} entries to {k}")
         return Head(self.ids[..., :k], self.gap[..., :k], self.lse_gap, self.vocab_size, self.entropy)
 
-    # ------------------------------------------------------------ constructors
     @classmethod
     def from_logits(cls, logits: Float[Tensor, "*step V"], k: int) -> Head:
-        """Cut a head from logits, in float32 whatever their dtype.
+        """Cut a head from logits, in float32 unless they are float64.
 
         Args:
             logits: natural-log scores up to a constant; −inf marks an impossible token.
@@ -146,21 +145,10 @@ class Head:
             ValueError: a row holds NaN or +inf, or no finite entry; the row is named.
         """
         vocab_size = logits.shape[-1]
-        flat = logits.reshape(-1, vocab_size)
-        rows = max(1, _CHUNK_ENTRIES // vocab_size)
-        parts = [_cut_logits(part, min(k, vocab_size)) for part in flat.split(rows)] if len(flat) else []
-        if not parts:
-            parts = [_cut_logits(flat, min(k, vocab_size))]
-        ids, gap, lse_gap, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        _check_rows(lse_gap, "logits", "NaN, +inf or no finite entry", logits.shape[:-1])
-        step = logits.shape[:-1]
-        return cls(
-            ids.unflatten(0, step) if step else ids[0],
-            gap.unflatten(0, step) if step else gap[0],
-            lse_gap.reshape(step),
-            vocab_size,
-            entropy.reshape(step),
-        )
+        kept = min(k, vocab_size)
+        ids, gap, lse_gap, entropy = over_rows(lambda z: _cut_logits(z, kept), logits)
+        _require(torch.isfinite(lse_gap), "logits", "holds NaN, +inf or nothing finite", lse_gap)
+        return cls(ids, gap, lse_gap, vocab_size, entropy)
 
     @classmethod
     def from_probs(cls, p: Float[Tensor, "*step V"], k: int) -> Head:
@@ -175,17 +163,28 @@ class Head:
         """
         vocab_size = p.shape[-1]
         p = p if p.dtype == torch.float64 else p.float()
+        require_distributions(p)
         values, ids = largest(p, min(k, vocab_size))
-        p0 = values[..., :1]
-        # (p_k − p0) is exact for neighbours, so small gaps keep all their digits
-        gap = torch.where(values > 0.5 * p0, -torch.log1p((values - p0) / p0), p0.log() - values.log())
-        others = p.scatter(-1, ids[..., :1], 0.0).sum(-1)
-        total = others + p0.squeeze(-1)
-        total = torch.where((total - 1).abs() < 1e-3, total, torch.nan)
-        lse_gap = torch.log1p(others / p0.squeeze(-1)) + 0.0 * total
-        _check_rows(lse_gap, "p", "entries that do not sum to 1", p.shape[:-1])
-        entropy = torch.special.entr(p).sum(-1)
-        return cls(ids, gap, lse_gap, vocab_size, entropy)
+        top = values[..., :1].double()
+        # float64 keeps every digit of a small gap between neighbours
+        gap = -(values.double() / top).log().clamp_max(0.0)
+        lse_gap = (mass_of_others(p, ids[..., :1]).double() / top.squeeze(-1)).log1p()
+        return cls(ids, gap.to(p.dtype), lse_gap.to(p.dtype), vocab_size, entropy(p))
+
+
+def require_distributions(p: Float[Tensor, "*step V"]) -> None:
+    """Raise ValueError, naming the first bad row, unless each is nonnegative and sums to 1 within 1e-3."""
+    if torch.compiler.is_compiling():
+        return
+    with torch.no_grad():
+        total, least = p.sum(-1), p.amin(-1)
+        _require(least >= 0, "p", "has a negative or undefined entry", least)
+        _require((total - 1).abs() < _SUM_TOLERANCE, "p", "does not sum to 1", total)
+
+
+def mass_of_others(p: Float[Tensor, "*step V"], token: Int[Tensor, "*step 1"]) -> Float[Tensor, "*step"]:
+    """Σ p over all tokens but one, added up without it: small masses keep their digits."""
+    return over_rows(lambda x, i: (x.scatter(-1, i, 0.0).sum(-1),), p, token)[0]
 
 
 def _cut_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -193,9 +192,7 @@ def _cut_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     z = logits if logits.dtype == torch.float64 else logits.float()
     values, ids = largest(z, k)
     top = values[:, :1]
-    others = (z - top).scatter(
-        -1, ids[:, :1], -torch.inf
-    )  # x0 apart: log1p keeps a confident step's small tail
+    others = (z - top).scatter(-1, ids[:, :1], -torch.inf)  # log1p keeps a confident step's small tail
     weight = others.exp()
     lse_gap = torch.log1p(weight.sum(-1))
     # exp underflows below −104, so the clamp changes no product but 0·inf
@@ -203,12 +200,12 @@ def _cut_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return ids, top - values, lse_gap, lse_gap + mean_gap
 
 
-def _check_rows(value: Tensor, name: str, problem: str, step: torch.Size) -> None:
-    """Raise when a per-row result is not finite, naming the first such row."""
-    if torch.compiler.is_compiling():
+def _require(good: Tensor, name: str, problem: str, seen: Tensor) -> None:
+    """Raise unless every row is good, naming the first that is not and the value seen there."""
+    if torch.compiler.is_compiling() or bool(good.all()):
         return
-    bad = ~torch.isfinite(value.detach()).reshape(-1)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(row), step)) if step else ()
-        raise ValueError(f"{name}: row {list(where)} holds {problem}; {int(bad.sum())} of {len(bad)} rows do")
+    row = (~good).nonzero()[0].tolist()
+    count = f"{int((~good).sum())} of {good.numel()} rows"
+    raise ValueError(
+        f"{name}: row {row} {problem} (it gives {float(seen[tuple(row)]):g}); {count} are like it"
+    )

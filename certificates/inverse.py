@@ -41,6 +41,7 @@ def safe_margin(
         ValueError: kl < 0 or not a number, or p0 outside [0, 1].
 
     Examples:
+        >>> from certdraft.certificates import StrictGreedy
         >>> kl = 0.005
         >>> abs(float(safe_margin(StrictGreedy(), kl=kl)) - (2 * kl) ** 0.5) < 1e-3
         True

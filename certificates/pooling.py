@@ -2,14 +2,14 @@
 
 At the radius the drafter gives one common probability to a pool S of tokens and leaves the rest as it was. In
 the coordinate x (p/p0 − 1 for the forward direction, log(p/p0) for the reverse) that level is the mean of x
-over S, and both unions of prefixes that can be S are scanned at once by a cumulative sum and one max or min.
+over S, and S is a prefix of a sorted list with one end added, so a cumulative sum and one max or min find it.
 
-Working with x instead of p means the greedy token contributes an exact 0 and near-ties keep their digits; the
-sums below have only nonnegative terms. float64 inside: a handful of entries per step.
+Working with x instead of p means that the greedy token is an exact 0 and near-ties keep their digits; every
+sum has terms of one sign. float64 inside, for a handful of entries per step. Entries are the *first* axis, so
+that each operation runs over long contiguous rows of steps.
 
-Source: certificate theory notes §2 (power-mean pooling) and §10 (numerics), generalising arXiv 2606.30265
-Thms 4.4, 5.1. Axis letters: *step leading axes · K entries in descending probability, the first is the greedy
-token.
+Source: docs/theory.md §2 (power-mean pooling) and §10 (numerics); arXiv 2606.30265, Thms 4.4 and 5.1.
+Axis letters: *step leading axes · K entries in descending probability, the first is the greedy token.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 Direction = Literal["forward", "reverse"]
+Measure = Literal["forward", "reverse", "tv"]
+
+LOG_FLOOR = -1e4  # stands for log 0 inside the pool; the callers know when it was met
+_TINY = -1 + 2.0**-53  # relative size of probability zero
 
 
 def check_direction(direction: str) -> None:
@@ -29,52 +33,77 @@ def check_direction(direction: str) -> None:
         raise ValueError(f'direction={direction!r} must be "forward", KL(p‖q), or "reverse", KL(q‖p)')
 
 
-def single_token_level(
-    x: Float[Tensor, "*step K"], num_accepted: Int[Tensor, "*step"], x_rejected: Float[Tensor, "*step"]
-) -> tuple[Float[Tensor, "*step"], Bool[Tensor, "*step K"]]:
-    """Level and accepted part of the pool when one rejected token has to overtake every accepted one.
+def single_token_pool(
+    x: Float[Tensor, " K *step"],
+    num_accepted: Int[Tensor, "*step"],
+    x_rejected: Float[Tensor, "*step"],
+    p0: Float[Tensor, "*step"],
+    measure: Measure,
+) -> tuple[Float[Tensor, "*step"], Float[Tensor, "*step"]]:
+    """Radius and level when one rejected token has to overtake every accepted one.
 
     The level is the largest mean of the rejected token and k accepted ones, best first.
 
-    Returns:
-        Level [*step], and a mask over x of the pooled accepted tokens.
+    Args:
+        x: coordinates of the K most probable tokens, float64.
+        num_accepted: how many of them are accepted, 1 to K.
+        x_rejected: coordinate of the most probable rejected token.
+        p0: p(x0).
+        measure: the divergence.
     """
-    place = torch.arange(x.shape[-1], device=x.device)
-    accepted = place < num_accepted.unsqueeze(-1)
-    sums = x_rejected.unsqueeze(-1) + torch.where(accepted, x, 0.0).cumsum(-1)
-    means = torch.where(accepted, sums / (place + 2), -torch.inf)
-    level = means.amax(-1)
-    return level, accepted & (x > level.unsqueeze(-1))
+    place = torch.arange(len(x), device=x.device).reshape(-1, *[1] * num_accepted.ndim)
+    x = torch.where(place < num_accepted, x, -torch.inf)
+    with torch.no_grad():
+        level = ((x_rejected + x.cumsum(0)) / (place + 2)).amax(0)
+    return divergence((x - level).clamp_min(0.0), x_rejected - level, level, p0, measure), level
 
 
-def coverage_level(x: Float[Tensor, "*step K"]) -> tuple[Float[Tensor, "*step"], Bool[Tensor, "*step K"]]:
-    """Level and pool when all of x[1:] have to overtake x[0].
+def coverage_pool(
+    x: Float[Tensor, " K *step"], p0: Float[Tensor, "*step"], measure: Measure
+) -> tuple[Float[Tensor, "*step"], Float[Tensor, "*step"]]:
+    """Radius and level when all of x[1:] have to overtake x[0], which is 0.
 
     The level is the smallest mean of the greedy token and k competitors, worst first.
     """
-    from_below = x[..., 1:].flip(-1).cumsum(-1)
-    count = torch.arange(2, x.shape[-1] + 1, device=x.device)
-    level = (from_below / count).amin(-1)
-    pooled = x < level.unsqueeze(-1)
-    return level, pooled | (torch.arange(x.shape[-1], device=x.device) == 0)
+    with torch.no_grad():
+        count = torch.arange(2, len(x) + 1, device=x.device).reshape(-1, *[1] * p0.ndim)
+        level = (x[1:].flip(0).cumsum(0) / count).amin(0)
+    return divergence((x[1:] - level).clamp_max(0.0), x[0] - level, level, p0, measure), level
 
 
-def pooled_kl(
-    x: Float[Tensor, "*step K"],
-    pooled: Bool[Tensor, "*step K"],
+def divergence(
+    many: Float[Tensor, " K *step"],
+    one: Float[Tensor, "*step"],
     level: Float[Tensor, "*step"],
     p0: Float[Tensor, "*step"],
-    direction: Direction,
+    measure: Measure,
 ) -> Float[Tensor, "*step"]:
-    """KL between p and p with the pool levelled out, nats.
+    """Divergence between p and p with its pool levelled out.
 
-    The value is stationary in the level, so the level carries no gradient.
+    It is stationary in the level, so the level carries no gradient.
+
+    Args:
+        many: signed distance to the level of the tokens on the populous side, 0 outside the pool.
+        one: the same for the single token on the other side.
+        level: mean of x over the pool.
+        p0: p(x0).
+        measure: the divergence.
     """
-    v = level.detach()
-    if direction == "forward":
-        scale = 1 + v
-        d = ((x - v.unsqueeze(-1)) / scale.unsqueeze(-1)).clamp_min(-1 + 2.0**-53)
-        return p0 * scale * torch.where(pooled, (1 + d) * d.log1p() - d, 0.0).sum(-1).clamp_min(0.0)
-    d = torch.where(pooled, x - v.unsqueeze(-1), 0.0)
-    lost = p0 * v.exp() * (d.expm1() - d).sum(-1)
-    return -torch.log1p(-lost.clamp(0.0, 1.0))
+    if measure == "tv":
+        return p0 * one.abs()
+    if measure == "forward":
+        scale = 1 + level
+        return p0 * scale * (phi(many / scale).sum(0) + phi(one / scale))
+    lost = p0 * level.exp() * (psi(many).sum(0) + psi(one))
+    return -torch.log1p(-lost.clamp_max(1.0))
+
+
+def phi(d: Tensor) -> Tensor:
+    """(1 + d) log(1 + d) − d ≥ 0 for d ≥ −1; about d²/2."""
+    d = d.clamp_min(_TINY)
+    return (1 + d) * d.log1p() - d
+
+
+def psi(u: Tensor) -> Tensor:
+    """exp(u) − 1 − u ≥ 0; about u²/2."""
+    return u.expm1() - u

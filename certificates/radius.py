@@ -3,89 +3,107 @@
 `kl < radius` guarantees acceptance whatever the drafter is; at the radius nothing is claimed, and the
 constant is the best possible. +inf means that nothing can be rejected.
 
+Source: docs/theory.md §2 and §7; forward: arXiv 2606.30265, Thms 4.4 and 5.1.
 Axis letters: *step leading axes · V vocabulary · K entries kept.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from jaxtyping import Float
 from torch import Tensor
 
+from certdraft.certificates.dense import DenseTop
 from certdraft.certificates.head import Head
-from certdraft.certificates.pooling import (
-    Direction,
-    check_direction,
-    coverage_level,
-    pooled_kl,
-    single_token_level,
-)
-from certdraft.certificates.rules import Coverage, Rule, SingleTokenRule
+from certdraft.certificates.head_radius import head_coverage, head_single
+from certdraft.certificates.pooling import Direction, Measure, check_direction
+from certdraft.certificates.rules import Coverage, Rule
 
 
 def radius(
     p: Float[Tensor, "*step V"] | Head, rule: Rule, direction: Direction = "forward"
 ) -> Float[Tensor, "*step"]:
-    """The least KL divergence at which the rule can reject the drafter's best token.
+    """The KL radius: the least divergence from the target at which the drafter's best token may be rejected.
 
-    Forward is KL(p‖q), reverse KL(q‖p), p the target and q the drafter.
+    For `Coverage(m)`: the least divergence at which the greedy token may be missing from the drafter's top-m.
+
+    Args:
+        p: target probabilities, each row summing to 1, or a head of them.
+        rule: acceptance rule.
+        direction: "forward" for KL(p‖q), "reverse" for KL(q‖p); p the target, q the drafter.
+
+    Returns:
+        Nats, in [0, +inf]; 0 at a tie for the greedy place, +inf when nothing can be rejected. Exact for
+        probabilities, and for a head that holds the accepted tokens and the best rejected one; otherwise a
+        head gives a lower bound. Differentiable in p, and in the gaps of a head; the accepted set is held
+        fixed.
+
+    Raises:
+        ValueError: a row of p is no distribution, a head is too short for `Coverage(m)` (K ≤ m), or a head
+            without entropy meets `Typical`.
+
+    Examples:
+        >>> import torch
+        >>> from certdraft.certificates import Coverage, StrictGreedy
+        >>> p = torch.tensor([0.6, 0.3, 0.1])
+        >>> round(float(radius(p, StrictGreedy())), 4), round(float(radius(p, Coverage(2))), 4)
+        (0.051, 0.2007)
+    """
+    return radii(p, [rule], direction)[0]
+
+
+def radii(
+    p: Float[Tensor, "*step V"] | Head, rules: Sequence[Rule], direction: Direction = "forward"
+) -> list[Float[Tensor, "*step"]]:
+    """The radius of several rules at once: p is read once.
+
+    Args:
+        p: target probabilities or a head.
+        rules: acceptance rules.
+        direction: as in `radius`.
+
+    Returns:
+        One tensor of nats a rule, in the order given.
+
+    Raises:
+        ValueError: as in `radius`.
     """
     check_direction(direction)
-    head = p if isinstance(p, Head) else Head.from_probs(p, p.shape[-1])
-    value = _coverage(head, rule, direction) if isinstance(rule, Coverage) else _single(head, rule, direction)
-    return value.to(head.lse_gap.dtype)
+    return _all(p, rules, direction)
 
 
-def _coordinate(gap: Tensor, direction: Direction) -> Tensor:
-    return (-gap).expm1() if direction == "forward" else -gap
+def tv_radius(p: Float[Tensor, "*step V"] | Head, rule: Rule) -> Float[Tensor, "*step"]:
+    """The least total variation at which the rule may reject; for strict greedy, half the margin.
+
+    Args:
+        p: target probabilities or a head.
+        rule: acceptance rule.
+
+    Returns:
+        In [0, 1], or +inf when nothing can be rejected.
+
+    Raises:
+        ValueError: as in `radius`.
+
+    Source: docs/theory.md §9: the pool is that of the forward KL radius.
+    """
+    return _all(p, [rule], "tv")[0]
 
 
-def _coverage(head: Head, rule: Coverage, direction: Direction) -> Tensor:
-    m = rule.m
-    if head.vocab_size <= m:
-        return torch.full_like(head.lse_gap, torch.inf)
-    if head.num_kept <= m:
-        raise ValueError(
-            f"coverage(m={m}) needs the {m + 1} most probable tokens; this head keeps K={head.num_kept}"
-        )
-    gap = head.gap[..., : m + 1].double()
-    p0 = (-head.lse_gap.double()).exp()
-    impossible = torch.isinf(gap[..., -1])
-    x = _coordinate(gap.clamp_max(1e4) if direction == "reverse" else gap, direction)
-    level, pooled = coverage_level(x)
-    value = pooled_kl(x, pooled, level, p0, direction)
-    if (
-        direction == "reverse"
-    ):  # a competitor of probability zero can be overtaken only by deleting the greedy token
-        value = torch.where(impossible, -(-(-head.lse_gap.double()).expm1()).log(), value)
-    return value
-
-
-def _single(head: Head, rule: SingleTokenRule, direction: Direction) -> Tensor:
-    theta = rule.threshold(head)
-    accepted = rule.accepted_entries(head)
-    num_accepted = accepted.sum(-1)
-    k = head.num_kept
-    gap = head.gap.double()
-    lse_gap = head.lse_gap.double()
-    p0 = (-lse_gap).exp()
-    rejected = gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
-    everything = theta < 0
-    unseen = num_accepted == k
-    if k == head.vocab_size:
-        everything = everything | unseen
-    else:  # some rejected token outside the head, of at most this mass
-        mass = torch.minimum(torch.minimum(theta.double(), head.tail_mass.double() + 2.0**-22), p0)
-        virtual = (-mass.clamp_min(0.0).log() - lse_gap).clamp_min(0.0)
-        rejected = torch.where(unseen, torch.maximum(virtual, gap[..., -1]), rejected)
-    impossible = torch.isinf(rejected)
-    floor = 1e4 if direction == "reverse" else torch.inf
-    x = _coordinate(gap.clamp_max(floor), direction)
-    x_rejected = _coordinate(rejected.clamp_max(floor), direction)
-    level, pooled = single_token_level(x, num_accepted, x_rejected)
-    both = torch.cat([x, x_rejected.unsqueeze(-1)], -1)
-    pooled = torch.cat([pooled, torch.ones_like(everything).unsqueeze(-1)], -1)
-    value = pooled_kl(both, pooled, level, p0, direction)
-    if direction == "reverse":
-        value = torch.where(impossible, torch.inf, value)
-    return torch.where(everything, torch.inf, value)
+def _all(p: Tensor | Head, rules: Sequence[Rule], measure: Measure) -> list[Tensor]:
+    if isinstance(p, Head):
+        dtype = p.lse_gap.dtype
+        return [
+            (
+                head_coverage(p, rule.m, measure)
+                if isinstance(rule, Coverage)
+                else head_single(p, rule, measure)
+            ).to(dtype)
+            for rule in rules
+        ]
+    top = DenseTop.of(p, rules, measure)
+    return [
+        (top.coverage(rule.m) if isinstance(rule, Coverage) else top.single(rule)).to(top.p.dtype)
+        for rule in rules
+    ]

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from certdraft.certificates.divergences import entropy
 from certdraft.certificates.head import Head
 from certdraft.certificates.selection import largest
 
@@ -26,8 +27,26 @@ _HEAD_TIE = 1e-6
 class _SingleToken:
     """What the single-token rules share: accepted = greedy, or strictly above the threshold."""
 
-    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    def threshold_from(
+        self, top: Float[Tensor, "*step K"], entropy: Float[Tensor, "*step"] | None, vocab_size: int
+    ) -> Float[Tensor, "*step"]:
+        """The threshold, from the largest probabilities in descending order and the entropy."""
         raise NotImplementedError
+
+    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+        """Probability that a token other than the greedy one must exceed; negative when every token passes.
+
+        Args:
+            p: target probabilities, or a head of them.
+
+        Raises:
+            ValueError: the typical rule meets a head without entropy.
+        """
+        if isinstance(p, Head):
+            return self.threshold_from(p.p, p.entropy, p.vocab_size)
+        rank = min(self.m, p.shape[-1]) if isinstance(self, TopM) else 1
+        h = entropy(p) if isinstance(self, Typical) else None
+        return self.threshold_from(largest(p, rank)[0], h, p.shape[-1])
 
     def accepts(
         self, p: Float[Tensor, "*step V"] | Head, token: Int[Tensor, "*step"]
@@ -39,13 +58,16 @@ class _SingleToken:
             token: one draft token a step.
 
         Returns:
-            True only when acceptance is certain: for a token outside a head nothing is claimed, unless the
+            True only when acceptance is certain: of a token outside a head nothing is known, unless the
             threshold is negative and everything passes.
+
+        Raises:
+            ValueError: the shape of token is not that of the steps.
         """
         step = p.shape if isinstance(p, Head) else p.shape[:-1]
         if token.shape != step:
             raise ValueError(
-                f"token has shape {list(token.shape)}, the steps of p are {list(step)}; they must agree"
+                f"token has shape {list(token.shape)} and the steps of p have {list(step)}; they must agree"
             )
         theta = self.threshold(p)
         if isinstance(p, Head):
@@ -55,21 +77,39 @@ class _SingleToken:
         return (token == p.argmax(-1)) | (chosen > theta)
 
     def accepted_entries(self, p: Float[Tensor, "*step V"] | Head) -> Bool[Tensor, "*step V"]:
-        """The accepted set as a mask over the vocabulary, or over the entries of a head."""
-        theta = self.threshold(p).unsqueeze(-1)
+        """The accepted set as a mask over the vocabulary, or over the entries of a head.
+
+        Args:
+            p: target probabilities, or a head of them.
+        """
+        theta = self.threshold(p)
         if isinstance(p, Head):
-            mask = (p.p > theta + _HEAD_TIE * theta.abs()) | (theta < 0)
-            return mask | (torch.arange(p.num_kept, device=p.device) == 0)
-        return (p > theta) | (torch.arange(p.shape[-1], device=p.device) == p.argmax(-1, keepdim=True))
+            count = self.num_accepted(p, theta)
+            return torch.arange(p.num_kept, device=p.device) < count.unsqueeze(-1)
+        greedy = p.argmax(-1, keepdim=True)
+        return (p > theta.unsqueeze(-1)) | (torch.arange(p.shape[-1], device=p.device) == greedy)
+
+    def num_accepted(self, head: Head, theta: Float[Tensor, "*step"]) -> Int[Tensor, "*step"]:
+        """How many entries of a head are certainly accepted at this threshold, 1 to K: the first ones.
+
+        Args:
+            head: target head.
+            theta: its threshold.
+        """
+        limit = -theta.clamp_min(0.0).log() - head.lse_gap
+        limit = torch.where(theta < 0, torch.nan, limit - _HEAD_TIE * (1 + limit))
+        return (~(head.gap >= limit.unsqueeze(-1))).sum(-1).clamp_min(1)
 
 
 @dataclass(frozen=True)
 class StrictGreedy(_SingleToken):
-    """Accept the greedy token and nothing else, as lossless greedy decoding does (arXiv 2606.30265, Thm 4.7)."""
+    """Accept the greedy token and nothing else, as lossless greedy decoding does (arXiv 2606.30265, 4.7)."""
 
-    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    def threshold_from(
+        self, top: Float[Tensor, "*step K"], entropy: Float[Tensor, "*step"] | None, vocab_size: int
+    ) -> Float[Tensor, "*step"]:
         """p(x0): nothing is strictly above it."""
-        return greedy_probability(p)
+        return top[..., 0]
 
     def __str__(self) -> str:
         return "strict"
@@ -88,9 +128,11 @@ class Additive(_SingleToken):
     def __post_init__(self) -> None:
         _check_fraction("Additive", "t", self.t)
 
-    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    def threshold_from(
+        self, top: Float[Tensor, "*step K"], entropy: Float[Tensor, "*step"] | None, vocab_size: int
+    ) -> Float[Tensor, "*step"]:
         """p(x0) − t; negative when every token passes."""
-        return greedy_probability(p) - self.t
+        return top[..., 0] - self.t
 
     def __str__(self) -> str:
         return f"additive(t={self.t:g})"
@@ -109,9 +151,11 @@ class Multiplicative(_SingleToken):
     def __post_init__(self) -> None:
         _check_fraction("Multiplicative", "alpha", self.alpha)
 
-    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    def threshold_from(
+        self, top: Float[Tensor, "*step K"], entropy: Float[Tensor, "*step"] | None, vocab_size: int
+    ) -> Float[Tensor, "*step"]:
         """α p(x0)."""
-        return self.alpha * greedy_probability(p)
+        return self.alpha * top[..., 0]
 
     def __str__(self) -> str:
         return f"multiplicative(alpha={self.alpha:g})"
@@ -119,8 +163,7 @@ class Multiplicative(_SingleToken):
 
 @dataclass(frozen=True)
 class TopM(_SingleToken):
-    """Additive or multiplicative, and more probable than the target's m-th token (arXiv 2606.30265, Thm
-    4.14).
+    """Additive or multiplicative, and above the target's m-th token (arXiv 2606.30265, Thm 4.14).
 
     The m-th token itself fails, so at most m − 1 tokens are accepted: m ≤ 2 is strict greedy.
 
@@ -148,17 +191,17 @@ class TopM(_SingleToken):
         """The rule without its rank test."""
         return Additive(self.t) if self.t is not None else Multiplicative(self.alpha or 0.0)
 
-    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    def threshold_from(
+        self, top: Float[Tensor, "*step K"], entropy: Float[Tensor, "*step"] | None, vocab_size: int
+    ) -> Float[Tensor, "*step"]:
         """max(p(x0) − t or α p(x0), p of the m-th token).
 
-        A head shorter than m stands in with its last entry: the threshold is then too high, never too low.
+        A head shorter than m lends its last entry: the threshold is then too high, never too low.
         """
-        base = self.relaxation.threshold(p)
-        if self.m > (p.vocab_size if isinstance(p, Head) else p.shape[-1]):
+        base = self.relaxation.threshold_from(top, entropy, vocab_size)
+        if self.m > vocab_size:
             return base
-        if isinstance(p, Head):
-            return torch.maximum(base, p.p[..., min(self.m, p.num_kept) - 1])
-        return torch.maximum(base, largest(p, self.m)[0][..., -1])
+        return torch.maximum(base, top[..., min(self.m, top.shape[-1]) - 1])
 
     def __str__(self) -> str:
         slack = f"t={self.t:g}" if self.t is not None else f"alpha={self.alpha:g}"
@@ -181,19 +224,16 @@ class Typical(_SingleToken):
 
     def __post_init__(self) -> None:
         _check_fraction("Typical", "epsilon", self.epsilon)
-        if not (0.0 <= self.delta < float("inf")):
-            raise ValueError(f"Typical: delta={self.delta!r} must be a number ≥ 0")
+        _check_number("Typical", "delta", self.delta, float("inf"), "0 or more and finite")
 
-    def threshold(self, p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
+    def threshold_from(
+        self, top: Float[Tensor, "*step K"], entropy: Float[Tensor, "*step"] | None, vocab_size: int
+    ) -> Float[Tensor, "*step"]:
         """min(ε, δ exp(−H(p)))."""
-        if isinstance(p, Head):
-            if p.entropy is None:
-                raise ValueError(
-                    "typical acceptance needs the entropy of p, and this head was stored without it"
-                )
-            entropy = p.entropy
-        else:
-            entropy = torch.special.entr(p).sum(-1)
+        if entropy is None:
+            raise ValueError(
+                f"{self} needs the entropy of p, and this head was stored without; record it in `entropy`"
+            )
         return (self.delta * (-entropy).exp()).clamp_max(self.epsilon)
 
     def __str__(self) -> str:
@@ -235,14 +275,14 @@ SingleTokenRule = StrictGreedy | Additive | Multiplicative | TopM | Typical
 Rule = SingleTokenRule | Coverage
 
 
-def greedy_probability(p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
-    """p(x0)."""
-    return (-p.lse_gap).exp() if isinstance(p, Head) else p.amax(-1)
+def _check_number(rule: str, name: str, value: float, top: float, what: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= top or value == float("inf"):
+        raise ValueError(f"{rule}: {name}={value!r} must be a number, {what}")
 
 
 def _check_fraction(rule: str, name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"{rule}: {name}={value!r} must be a number between 0 and 1")
+    _check_number(rule, name, value, 1.0, "from 0 to 1")
 
 
 def _check_rank(rule: str, m: int) -> None:
