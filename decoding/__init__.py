@@ -1,1 +1,31 @@
+"""Draft -> tree -> verify -> accept -> commit: the loop, tree builders, acceptors and costs (floor 3)."""
 
+from certdraft.decoding.acceptors import Acceptor as Acceptor
+from certdraft.decoding.acceptors import Relaxed as Relaxed
+from certdraft.decoding.acceptors import SampleMatch as SampleMatch
+from certdraft.decoding.acceptors import Strict as Strict
+from certdraft.decoding.acceptors import Verdict as Verdict
+from certdraft.decoding.acceptors import as_acceptor as as_acceptor
+from certdraft.decoding.builders import BestFirst as BestFirst
+from certdraft.decoding.builders import Chain as Chain
+from certdraft.decoding.builders import StaticTree as StaticTree
+from certdraft.decoding.builders import TreeBuilder as TreeBuilder
+from certdraft.decoding.clock import Clock as Clock
+from certdraft.decoding.clock import RealClock as RealClock
+from certdraft.decoding.clock import TableClock as TableClock
+from certdraft.decoding.cost import CostModel as CostModel
+from certdraft.decoding.cost_aware import CostAware as CostAware
+from certdraft.decoding.loop import decode as decode
+from certdraft.decoding.loop import greedy as greedy
+from certdraft.decoding.profiling import profile as profile
+from certdraft.decoding.ranking import NonFiniteLogits as NonFiniteLogits
+from certdraft.decoding.replay import greedy_ranks as greedy_ranks
+from certdraft.decoding.replay import replay as replay
+from certdraft.decoding.results import DecodeResult as DecodeResult
+from certdraft.decoding.results import Round as Round
+from certdraft.decoding.results import acceptance_length as acceptance_length
+from certdraft.decoding.target import TargetRunner as TargetRunner
+from certdraft.decoding.target import device_name as device_name
+from certdraft.decoding.target import fingerprint as fingerprint
+from certdraft.decoding.tree import NodeStream as NodeStream
+from certdraft.decoding.tree import Tree as Tree
