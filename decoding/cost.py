@@ -1,0 +1,189 @@
+"""What a round costs: convex monotone latency curves over (draft tokens, context), kept as JSON.
+
+    C(round) = sum over drafter passes of draft_s(nodes read, context)  +  verify_s(n, context)
+
+`verify_s(n)` is the time of everything in a round with n draft tokens except the drafter's passes: selecting
+the tree, one target pass over its **1 + n** slots, acceptance and cache compaction. So `verify_s(0)` is
+measured, it is the cost of a plain decoding step, and host overhead, which dominates for small models, is
+inside the curves: its constant in `verify_s(0)` and `draft_s`, its slope in `verify_s`.
+
+Curves are fitted per context: f(n) = a + b n + sum_k g_k max(0, n - k) with all coefficients >= 0, by
+non-negative least squares. Convexity is what makes "stop at the first node that does not pay" globally
+optimal. Between contexts curves are interpolated, which keeps them convex; outside the grid the nearest
+context is used; beyond the largest n the last slope goes on. Letters: C contexts, N knots (numbers of draft
+tokens).
+
+Source: CaDDTree, arXiv 2606.01813, sections 3-4; the differences are listed in docs/decoding.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from scipy.optimize import nnls
+
+FORMAT = "certdraft-cost-model/1"
+_AGAIN = "measure again with certdraft.decoding.profile"
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Latency curves of one target, drafter and device.
+
+    Attributes:
+        contexts: committed tokens before the root, ascending, [C].
+        nodes: draft tokens, ascending from 0, [N].
+        verify: fitted seconds, [C][N], convex and non-decreasing along N.
+        draft: (seconds of a pass that reads one node, seconds of each further node) per context, [C][2].
+        device: where it was measured; "*" fits every device (a table made by hand).
+        target: fingerprint of the target's architecture; "*" fits every target.
+        drafter: fingerprint of the drafter's architecture; "*" fits every drafter.
+        measured: medians before the fit, and how they were taken.
+    """
+
+    contexts: tuple[int, ...]
+    nodes: tuple[int, ...]
+    verify: tuple[tuple[float, ...], ...]
+    draft: tuple[tuple[float, float], ...]
+    device: str = "*"
+    target: str = "*"
+    drafter: str = "*"
+    measured: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        grid = np.asarray(self.verify, dtype=float)
+        if grid.shape != (len(self.contexts), len(self.nodes)) or len(self.draft) != len(self.contexts):
+            raise ValueError(
+                f"cost model: {len(self.contexts)} contexts and {len(self.nodes)} node counts need a verify "
+                f"table of that shape and one draft pair per context; got {grid.shape} and {len(self.draft)}"
+            )
+        for name, values in (("contexts", self.contexts), ("nodes", self.nodes)):
+            if list(values) != sorted(set(values)):
+                raise ValueError(f"cost model: {name} must ascend without repeats, got {list(values)}")
+        if self.nodes[0] != 0:
+            raise ValueError(
+                f"cost model: nodes must start at 0, a pass over the root alone, not {self.nodes[0]}"
+            )
+        if not (np.isfinite(grid).all() and (grid > 0).all() and (np.diff(grid, axis=1) >= 0).all()):
+            raise ValueError(
+                "cost model: verify seconds must be positive and non-decreasing in the draft tokens"
+            )
+
+    @classmethod
+    def table(
+        cls, verify: Sequence[float], draft_s: float, *, draft_node_s: float = 0.0, context: int = 0
+    ) -> CostModel:
+        """A cost model made by hand: `verify[n]` seconds for n draft tokens, the same at every context."""
+        return cls((context,), tuple(range(len(verify))), (tuple(verify),), ((draft_s, draft_node_s),))
+
+    def verify_curve(self, context: int, max_nodes: int) -> list[float]:
+        """`verify_s(n, context)` for n = 0..max_nodes, seconds."""
+        curve = self._at(context, self.verify)
+        wanted = np.arange(max_nodes + 1, dtype=float)
+        values = np.interp(wanted, self.nodes, curve)
+        if max_nodes > self.nodes[-1] and len(self.nodes) > 1:
+            slope = (curve[-1] - curve[-2]) / (self.nodes[-1] - self.nodes[-2])
+            values += np.maximum(wanted - self.nodes[-1], 0) * slope
+        return values.tolist()
+
+    def verify_s(self, num_nodes: int, context: int) -> float:
+        """Seconds of a round with `num_nodes` draft tokens, the drafter's passes left out."""
+        return self.verify_curve(context, num_nodes)[-1]
+
+    def draft_s(self, num_nodes: int, context: int) -> float:
+        """Seconds of one drafter pass that reads `num_nodes` nodes."""
+        first, further = self._at(context, self.draft)
+        return float(first + further * max(num_nodes - 1, 0))
+
+    def _at(self, context: int, table: Sequence[Sequence[float]]) -> Float[np.ndarray, " columns"]:
+        """Row of a [C][...] table at a context: linear between grid contexts, the nearest outside."""
+        high = int(np.searchsorted(self.contexts, context))
+        if high == 0 or high == len(self.contexts):
+            return np.asarray(table[min(high, len(self.contexts) - 1)], dtype=float)
+        low = high - 1
+        share = (context - self.contexts[low]) / (self.contexts[high] - self.contexts[low])
+        return (1 - share) * np.asarray(table[low], dtype=float) + share * np.asarray(
+            table[high], dtype=float
+        )
+
+    def require(self, *, device: str, target: str, drafter: str) -> None:
+        """Refuses to speak for another machine or model; "*" stands for one that cannot be known.
+
+        Raises:
+            ValueError: device, target or drafter differ from what was measured.
+        """
+        for name, mine, yours in (
+            ("device", self.device, device),
+            ("target", self.target, target),
+            ("drafter", self.drafter, drafter),
+        ):
+            if "*" not in (mine, yours) and mine != yours:
+                raise ValueError(
+                    f"this cost model was measured with {name} '{mine}', not '{yours}'; its budgets would be "
+                    f"wrong here; {_AGAIN}"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostModel:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a cost model, or one with impossible curves.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such cost model; {_AGAIN}")
+        try:
+            record = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error}); {_AGAIN}") from None
+        if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
+            raise ValueError(f"{path}: not a cost model of format {FORMAT}; {_AGAIN}")
+        try:
+            return cls(
+                contexts=tuple(record.pop("contexts")),
+                nodes=tuple(record.pop("nodes")),
+                verify=tuple(map(tuple, record.pop("verify"))),
+                draft=tuple((float(a), float(b)) for a, b in record.pop("draft")),
+                **record,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; {_AGAIN}") from None
+
+
+def fit_convex(nodes: Sequence[int], seconds: Sequence[float]) -> Float[np.ndarray, " N"]:
+    """Least-squares convex non-decreasing curve through measured latencies, at the measured points.
+
+    Args:
+        nodes: draft tokens, ascending, [N]; every interior one is a knot.
+        seconds: latency at each, > 0, [N].
+
+    Returns:
+        fitted seconds [N].
+
+    Source: SYSTEMS 6.4 item 7; the quadratic programme of arXiv 2606.01813 without a solver for it.
+    """
+    x = np.asarray(nodes, dtype=float) / max(nodes[-1], 1)
+    y = np.asarray(seconds, dtype=float)
+    if len(x) == 1:
+        return y
+    columns = [np.ones_like(x), x - x[0], *(np.maximum(0.0, x - knot) for knot in x[1:-1])]
+    design, scale = np.stack(columns, axis=1), y.max()
+    coefficients, _ = nnls(design, y / scale)
+    return np.maximum.accumulate(design @ coefficients * scale)  # rounding alone may dip

@@ -1,0 +1,184 @@
+"""CostAware: a tree as large as pays on this machine, and no tree where drafting does not pay at all.
+
+Source: CaDDTree, arXiv 2606.01813 (marginal drafters, one pass). The `lambda` rule, the plain rounds and the
+treatment of autoregressive drafters are ours; see `docs/decoding.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import get_args
+
+from certdraft.decoding.builders import Growth, Propose, grow_exactly, positive, positive_temperature
+from certdraft.decoding.cost import CostModel
+from certdraft.decoding.stopping import Stop, take_lambda, take_ratio, take_safe
+from certdraft.decoding.target import device_name, fingerprint
+from certdraft.decoding.tree import Node, Tree
+
+_WARM_UP = 8  # drafted rounds before "drafting does not pay" may be concluded
+
+
+class Throughput:
+    """Discounted tokens per second over rounds.
+
+    Args:
+        decay: weight of a round relative to the next one, in (0, 1].
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.tokens, self.seconds, self.rounds = decay, 0.0, 0.0, 0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """One round."""
+        self.tokens = self.decay * self.tokens + tokens
+        self.seconds = self.decay * self.seconds + seconds
+        self.rounds += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second; 0 before the first round."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class CostAware:
+    """The best-first tree cut where the next node costs more than it is expected to earn.
+
+    Seconds come from the cost model, never from the wall clock, so the trees of a run can be reproduced. The
+    builder remembers throughput from round to round and from prompt to prompt; `reset` forgets it.
+
+    A marginal drafter's tree is one cut of the stream. For a conditional one each further drafter pass is a
+    decision of its own: the unread nodes of the current cut are read, best first, as long as their expected
+    best child (mass times the mean top probability seen this round) raises the rule's objective by more than
+    the pass and the extra nodes cost. That estimate is a heuristic; the cut of what is known is exact.
+
+    Plain rounds: when the drafted rounds of late earned fewer tokens per second than plain decoding would,
+    rounds go undrafted, and one in `probe` drafts again to see whether that has changed.
+
+    Args:
+        cost_model: curves measured on this machine for this target and drafter, or the path of their JSON.
+        stop: "lambda" (long-run throughput), "ratio" (the paper's), "safe" (best ratio for any non-decreasing
+            curve) or "fixed" (always `budget` nodes and every round drafted).
+        budget: most draft tokens in one tree, >= 1.
+        max_depth: longest path, >= 1.
+        temperature: of the drafter's softmax, > 0; the masses are as calibrated as this makes them.
+        rate: tokens per second for "lambda"; None learns it, starting at the speed of plain decoding.
+        probe: rounds from one attempt to draft to the next while drafting does not pay, >= 1; 1 always
+            drafts.
+        decay: forgetting of the throughput per round, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        cost_model: CostModel | str | Path,
+        stop: Stop = "lambda",
+        budget: int = 64,
+        max_depth: int = 8,
+        temperature: float = 1.0,
+        rate: float | None = None,
+        probe: int = 16,
+        decay: float = 0.98,
+    ) -> None:
+        if stop not in get_args(Stop):
+            raise ValueError(f"CostAware.stop is '{stop}'; choose one of {', '.join(get_args(Stop))}")
+        if rate is not None and not rate > 0:
+            raise ValueError(
+                f"CostAware.rate is {rate}; it is a speed in tokens per second and must be above 0"
+            )
+        if not 0 < decay <= 1:
+            raise ValueError(f"CostAware.decay is {decay}; it must be in (0, 1]")
+        self.cost_model = cost_model if isinstance(cost_model, CostModel) else CostModel.load(cost_model)
+        self.stop: Stop = stop
+        self.budget = positive("CostAware.budget", budget)
+        self.max_depth = positive("CostAware.max_depth", max_depth)
+        self.temperature = positive_temperature("CostAware.temperature", temperature)
+        self.rate, self.probe, self.decay = rate, positive("CostAware.probe", probe), decay
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"cost_aware(stop={self.stop}, budget={self.budget})"
+
+    def reset(self) -> None:
+        """Forgets the throughput seen so far."""
+        self._all, self._drafted = Throughput(self.decay), Throughput(0.9)
+        self._waited = 0  # rounds since the last drafted one
+        self._spent: float | None = None  # seconds of drafting in the round under way
+
+    def prepare(self, target: object, drafter: object) -> None:
+        """Refuses a cost model of another device, target or drafter; called by the loop before each text."""
+        self.cost_model.require(
+            device=device_name(target.device) if hasattr(target, "device") else "*",
+            target=getattr(target, "fingerprint", "*"),
+            drafter=fingerprint(drafter),
+        )
+
+    def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
+        """See `TreeBuilder.build`."""
+        self._spent = None
+        depth = min(self.max_depth, max_depth)
+        verify = self.cost_model.verify_curve(context, self.budget)
+        if depth == 0 or not self._drafting_pays(verify[0]):
+            return Tree.root_only(root)
+        growth = Growth(propose, root, self.budget, depth, self.temperature)
+        if self.stop == "fixed":
+            nodes = grow_exactly(growth, self.budget, None)
+        else:
+            nodes = self._cut(growth, context, verify)
+            while batch := self._worth_reading(growth, nodes, context, verify):
+                growth.read(batch)
+                nodes = self._cut(growth, context, verify)
+        self._spent = self._draft_s(growth, context)
+        return growth.tree(nodes)
+
+    def observe(self, tree: Tree, committed: int, context: int) -> None:
+        """What the round came to; called by the loop."""
+        seconds = self.cost_model.verify_s(tree.num_nodes, context) + (self._spent or 0.0)
+        self._all.add(committed, seconds)
+        if self._spent is None:
+            self._waited += 1
+        else:
+            self._drafted.add(committed, seconds)
+            self._waited = 0
+
+    def _drafting_pays(self, plain_s: float) -> bool:
+        if self.stop == "fixed" or self._drafted.rounds < _WARM_UP or self._drafted.rate * plain_s >= 1.0:
+            return True
+        return self._waited + 1 >= self.probe
+
+    def _draft_s(self, growth: Growth, context: int) -> float:
+        return sum(self.cost_model.draft_s(read, context) for read in growth.passes)
+
+    def _rate(self, plain_s: float) -> float:
+        """Plain decoding is always possible, so the best long-run throughput is never below it."""
+        return self.rate if self.rate is not None else max(self._all.rate, 1.0 / plain_s)
+
+    def _cut(self, growth: Growth, context: int, verify: list[float]) -> list[Node]:
+        stream = growth.stream()
+        if self.stop == "lambda":
+            return take_lambda(stream, self._rate(verify[0]), verify)
+        if self.stop == "safe":
+            return take_safe(stream, self._draft_s(growth, context), verify, growth.max_depth)
+        return take_ratio(stream, self._draft_s(growth, context), verify)
+
+    def _worth_reading(
+        self, growth: Growth, nodes: list[Node], context: int, verify: list[float]
+    ) -> list[Node]:
+        """The unread nodes to give one more drafter pass to; none when the pass would not pay."""
+        unread = growth.unread(nodes)[: self.budget - len(nodes)]
+        if not unread:
+            return []
+        top, size = growth.mean_top_probability(), len(nodes)
+        spent, phi = self._draft_s(growth, context), math.fsum(math.exp(node.logmass) for node in nodes)
+        rate = self._rate(verify[0])
+        gain, best, count = 0.0, 0.0, 0
+        now = (1.0 + phi) / (spent + verify[size])
+        for number, node in enumerate(unread, start=1):
+            gain += math.exp(node.logmass) * top
+            cost = self.cost_model.draft_s(number, context) + verify[size + number] - verify[size]
+            if self.stop == "lambda":
+                value = gain - rate * cost
+            else:
+                value = (1.0 + phi + gain) / (spent + verify[size] + cost) - now
+            if value > best:
+                best, count = value, number
+        return unread[:count]

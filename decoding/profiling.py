@@ -1,0 +1,163 @@
+"""Measures a cost model on this machine: what a drafter pass and a verified tree cost, context by context.
+
+What is timed is the loop's own work. A verify sample selects a tree of n nodes, runs the target over its 1 +
+n slots, walks it with `Strict` and compacts both caches; a draft sample is one drafter pass and the reading
+of its most probable tokens. Samples of all sizes are interleaved, so that a slow minute of the machine
+touches them all, and the median of each is kept.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import islice
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from certdraft.decoding.acceptors import Strict
+from certdraft.decoding.clock import Clock, RealClock
+from certdraft.decoding.cost import CostModel, fit_convex
+from certdraft.decoding.loop import as_target
+from certdraft.decoding.ranking import top_rows
+from certdraft.decoding.target import Target, device_name, fingerprint
+from certdraft.decoding.tree import NodeStream, tree_from_nodes
+from certdraft.drafters import Drafter
+
+_DEPTH = 8  # of the synthetic trees
+_GROWTH = 64  # committed tokens a state may gather before it is started afresh
+
+
+@torch.inference_mode()
+def profile(
+    target: Target | PreTrainedModel,
+    drafter: Drafter,
+    contexts: Sequence[int] = (16, 128, 512),
+    nodes: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
+    draft_nodes: Sequence[int] = (1, 4, 16),
+    repeats: int = 20,
+    warm_up: int = 3,
+    clock: Clock | None = None,
+    seed: int = 0,
+) -> CostModel:
+    """The cost model of a target and a drafter on this machine.
+
+    Args:
+        target: a causal LM or a `TargetRunner`.
+        drafter: the drafter.
+        contexts: committed tokens at which to measure, ascending.
+        nodes: tree sizes to measure, ascending from 0.
+        draft_nodes: nodes of one drafter pass to measure, ascending from 1.
+        repeats: samples per point; the median is kept.
+        warm_up: samples per point before the first that counts.
+        clock: source of the seconds; None is the wall clock.
+        seed: of the random token ids.
+
+    Raises:
+        ValueError: a context plus the samples' own tokens does not fit the target.
+    """
+    target = as_target(target)
+    room = max(contexts) + _GROWTH + _DEPTH
+    if target.max_context is not None and room > target.max_context:
+        raise ValueError(
+            f"profiling at context {max(contexts)} needs {room} positions, the target reads "
+            f"{target.max_context}; pass smaller contexts"
+        )
+    clock = clock or RealClock(getattr(target, "device", "cpu"))
+    verify = [_verify_samples(target, drafter, c, nodes, repeats, warm_up, clock, seed) for c in contexts]
+    draft = [_draft_samples(target, drafter, c, draft_nodes, repeats, warm_up, clock, seed) for c in contexts]
+    return CostModel(
+        contexts=tuple(contexts),
+        nodes=tuple(nodes),
+        verify=tuple(tuple(fit_convex(nodes, row).tolist()) for row in verify),
+        draft=tuple(_affine(draft_nodes, row) for row in draft),
+        device=device_name(getattr(target, "device", "cpu")),
+        target=getattr(target, "fingerprint", type(target).__name__),
+        drafter=fingerprint(drafter),
+        measured={
+            "verify_s": verify,
+            "draft_nodes": list(draft_nodes),
+            "draft_s": draft,
+            "repeats": repeats,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _verify_samples(
+    target: Target,
+    drafter: Drafter,
+    context: int,
+    nodes: Sequence[int],
+    repeats: int,
+    warm_up: int,
+    clock: Clock,
+    seed: int,
+) -> list[float]:
+    """Median seconds of a round with n draft tokens, its drafter passes left out; one per n."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
+    levels = top_rows(torch.randn(_DEPTH, target.vocab_size, generator=generator), max(*nodes, 1))
+    accept, state, draft_state, gathered = Strict(), None, None, _GROWTH
+    samples: list[list[float]] = [[] for _ in nodes]
+    for repeat in range(-warm_up, repeats):
+        for column, num_nodes in enumerate(nodes):
+            if gathered + _DEPTH > _GROWTH:
+                state, draft_state, gathered = target.start(ids), drafter.start(ids), 0
+            drafter.draft(draft_state, [0], [-1])
+            clock.lap("host")
+            stream = NodeStream(lambda ranks: levels[len(ranks)] if len(ranks) < _DEPTH else None)
+            tree = tree_from_nodes(0, list(islice(stream, num_nodes)), lambda ranks: -1)
+            accept.walk(tree, target.verify(state, tree))
+            path = tree.path_to(tree.num_nodes)  # any path: its length is not what takes time
+            target.keep(state, path)
+            drafter.commit(draft_state, [0])
+            seconds = clock.lap("verify", num_nodes, context)
+            gathered += len(path)
+            if repeat >= 0:
+                samples[column].append(seconds)
+    return [statistics.median(column) for column in samples]
+
+
+def _draft_samples(
+    target: Target,
+    drafter: Drafter,
+    context: int,
+    widths: Sequence[int],
+    repeats: int,
+    warm_up: int,
+    clock: Clock,
+    seed: int,
+) -> list[float]:
+    """Median seconds of a drafter pass that reads k nodes; one per k."""
+    generator = torch.Generator().manual_seed(seed)
+    state = drafter.start(torch.randint(target.vocab_size, (context,), generator=generator).tolist())
+    samples: list[list[float]] = [[] for _ in widths]
+    for repeat in range(-warm_up, repeats):
+        for column, width in enumerate(widths):
+            tokens, parents = [i % target.vocab_size for i in range(width)], [-1] * width
+            clock.lap("host")
+            top_rows(drafter.draft(state, tokens, parents), 8)
+            seconds = clock.lap("draft", width, context)
+            drafter.commit(state, [])
+            if repeat >= 0:
+                samples[column].append(seconds)
+    return [statistics.median(column) for column in samples]
+
+
+def _affine(widths: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds of the first node and of each further one: least squares with both >= 0."""
+    first = seconds[0]
+    steps = [w - widths[0] for w in widths]
+    weight = math.fsum(step * step for step in steps)
+    slope = (
+        math.fsum(step * (s - first) for step, s in zip(steps, seconds, strict=True)) / weight
+        if weight
+        else 0.0
+    )
+    return first, max(slope, 0.0)
