@@ -1,0 +1,95 @@
+"""Replay against the live loop, round by round."""
+
+import pytest
+from oracles.decoding_models import (
+    GarbageDrafter,
+    MarginalDrafter,
+    NetworkDrafter,
+    perturbed,
+    random_distribution,
+    tiny_qwen3,
+)
+
+from certdraft.decoding import (
+    BestFirst,
+    Chain,
+    CostAware,
+    CostModel,
+    StaticTree,
+    TargetRunner,
+    decode,
+    greedy,
+    greedy_ranks,
+    replay,
+)
+
+V = 40
+TARGET = TargetRunner(tiny_qwen3(0, V))
+PROMPT = [1, 2, 3]
+BUILDERS = {
+    "chain": lambda: Chain(3),
+    "long_chain": lambda: Chain(40),
+    "static": lambda: StaticTree((3, 2, 1, 1)),
+    "best_first": lambda: BestFirst(9, max_depth=4),
+    "cost_aware": lambda: CostAware(CostModel.table([1 + 0.05 * n for n in range(33)], 0.1), max_depth=4),
+}
+
+
+@pytest.fixture(scope="module")
+def text() -> list[int]:
+    return greedy(TARGET, PROMPT, 30)
+
+
+def key(rounds) -> list[tuple]:
+    return [(r.context, r.nodes, r.depth, r.accepted, r.committed) for r in rounds]
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("scale", [0.0, 0.1, 0.3])
+def test_replay_is_the_live_loop_round_by_round(builder: str, scale: float, text: list[int]) -> None:
+    drafter = NetworkDrafter(perturbed(TARGET.model, scale))
+    live = decode(TARGET, drafter, PROMPT, BUILDERS[builder](), max_new_tokens=30)
+    again = replay(drafter, PROMPT, text, BUILDERS[builder]())
+    assert again.tokens == live.tokens
+    assert key(again.rounds) == key(live.rounds)
+    assert again.acceptance_length == live.acceptance_length
+    assert again.stopped == live.stopped
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_replay_ends_where_the_text_ends(builder: str, text: list[int]) -> None:
+    """Stop tokens at every place of the round, with room left that the live loop still drafts for."""
+    drafter = NetworkDrafter(perturbed(TARGET.model, 0.05))
+    for stop in (text[3], text[9], text[10], text[11], text[17]):
+        live = decode(TARGET, drafter, PROMPT, BUILDERS[builder](), max_new_tokens=30, eos=stop)
+        again = replay(drafter, PROMPT, live.tokens, BUILDERS[builder](), max_new_tokens=30, eos=stop)
+        assert key(again.rounds) == key(live.rounds)
+        assert again.stopped == live.stopped == "eos"
+
+
+def test_other_drafters_replay_through_the_loop(text: list[int]) -> None:
+    table = random_distribution(V, 4, 4.0)
+    parallel = MarginalDrafter(lambda p: [table((*p, d)) for d in range(4)], V)
+    for make in (lambda: parallel, lambda: GarbageDrafter(V, seed=3)):
+        for builder in (Chain(3), BestFirst(9)):
+            if isinstance(make(), GarbageDrafter) and isinstance(builder, Chain):
+                continue  # has no teacher-forced pass: its logits differ at every call
+            live = decode(TARGET, make(), PROMPT, builder, max_new_tokens=30)
+            assert key(replay(make(), PROMPT, text, builder).rounds) == key(live.rounds)
+
+
+def test_ranks_of_the_drafters_own_text_are_zero(text: list[int]) -> None:
+    assert greedy_ranks(NetworkDrafter(TARGET.model), PROMPT, text) == [0] * 30
+    ranks = greedy_ranks(NetworkDrafter(perturbed(TARGET.model, 0.3)), PROMPT, text)
+    assert 0 < sum(rank == 0 for rank in ranks) < 30
+
+
+def test_an_unfinished_text_is_refused(text: list[int]) -> None:
+    drafter = NetworkDrafter(TARGET.model)
+    with pytest.raises(ValueError, match="30 tokens, .* max_new_tokens is 40"):
+        replay(drafter, PROMPT, text, max_new_tokens=40)
+    with pytest.raises(ValueError, match=f"ends after {text.index(text[4]) + 1}"):
+        replay(drafter, PROMPT, text, eos=text[4])
+    drafter.taps = (1,)
+    with pytest.raises(ValueError, match=r"target layers \(1,\)"):
+        replay(drafter, PROMPT, text)
