@@ -29,13 +29,13 @@ class Command:
 
 TRAINER = "certdraft.train.lightning_cli:run"
 COMMANDS = {
-    "trace": Command("certdraft.data:trace", "record what a target says along its own greedy text"),
+    "trace": Command("certdraft.data:record_trace", "record what a target says along its own greedy text"),
     "fit": Command(TRAINER, "train a drafter (LightningCLI)"),
     "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)"),
     "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)"),
     "predict": Command(TRAINER, "run a LightningModule over data (LightningCLI)"),
     "certify": Command(
-        "certdraft.evaluation:certify", "how hard a target is to draft for; needs a trace only"
+        "certdraft.evaluation:run_certify", "how hard a target is to draft for; needs a trace only"
     ),
     "evaluate": Command(
         "certdraft.evaluation:evaluate", "certified and realised acceptance of a drafter, report"
@@ -128,8 +128,9 @@ def _load(command: Command) -> Callable[[str, list[str], str], Any]:
     def run(name: str, args: list[str], prog: str) -> Any:
         from jsonargparse import auto_cli
 
-        from certdraft.train.parser import StrictParser
+        from certdraft.train.parser import StrictParser, check_syntax
 
+        check_syntax(args)
         function = getattr(import_module(module), attribute)
         return auto_cli(function, args, as_positional=False, parser_class=StrictParser, prog=prog)
 

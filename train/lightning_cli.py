@@ -23,7 +23,7 @@ from certdraft.train import runs
 from certdraft.train.callbacks import GracefulStop, Provenance, RunCheckpoint, RunFolder, StepRNG
 from certdraft.train.loggers import RunMetrics
 from certdraft.train.module import DrafterModule
-from certdraft.train.parser import Strict
+from certdraft.train.parser import Strict, check_syntax
 from certdraft.train.progress import RunProgress
 from certdraft.train.target import TargetModule as TargetModule
 
@@ -147,6 +147,7 @@ class CertdraftCLI(LightningCLI):
 def run(name: str, args: list[str], prog: str) -> None:
     """Runs one of the Trainer's commands with arguments as typed."""
     _quieten()
+    check_syntax(args)
     skipped = CertdraftCLI.subcommands()[name]
 
     class OneCommand(CertdraftCLI):
@@ -209,6 +210,6 @@ def _quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
         "LightningCLI's args parameter is intended.*",
         "Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its folder
-        "`Trainer.fit` stopped.*",
+        "Be aware that when using `ckpt_path`, callbacks.*",  # validate needs none of them
     ):
         warnings.filterwarnings("ignore", message=message)

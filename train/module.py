@@ -51,7 +51,6 @@ class DrafterModule(pl.LightningModule):
         chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)
         self.drafter = drafter
         self.loss = loss or MarginDiscountedCE()
         self.optimizer_settings, self.validation_settings = optimizer, validation

@@ -9,11 +9,13 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
 
 _KEY = re.compile(r'^Parser key "(?P<key>[^"]+)":')
@@ -24,10 +26,12 @@ _NOISE = re.compile(
 )
 _OPTION = re.compile(
     r"^(?:Option '(?P<a>[^']+)' is not accepted|Subcommand '\w+' does not accept option '(?P<b>[^']+)'|"
-    r"unrecognized arguments: --(?P<c>[^\s=]+))"
+    r"unrecognized arguments: --(?P<c>[^\s=]+)|"
+    r"Group '(?P<group>[^']+)' does not accept option '(?P<d>[^']+)')"
 )
 _IMPORT = re.compile(
-    r"^(?:Expected a dot import path string|Unexpected import path format|Import path): ?(?P<name>\S+)"
+    r"^(?:Expected a dot import path string: ?|Unexpected import path format: ?|No module named |"
+    r"module '[^']+' has no attribute )(?P<name>\S+)"
 )
 
 
@@ -62,6 +66,27 @@ def known_keys(parser: Any) -> list[str]:
     for child in getattr(getattr(parser, "_subcommands_action", None), "_name_parser_map", {}).values():
         names += known_keys(child)
     return list(dict.fromkeys(names))
+
+
+def check_syntax(args: Sequence[str]) -> None:
+    """Reads every `--config` file once, because the parser's own message does not name the file.
+
+    Raises:
+        ValueError: a file is no YAML; names file, line and column.
+    """
+    for flag, value in zip(args, [*args[1:], ""], strict=True):
+        name, _, attached = flag.partition("=")
+        path = Path(attached or value)
+        if name not in ("-c", "--config") or not path.is_file():
+            continue
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+            raise ValueError(
+                f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+            ) from error
 
 
 def explain(message: str, keys: Iterable[str] = ()) -> str:
@@ -101,9 +126,10 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     _, path, owner, complaint = deepest[0]
     where = ".".join(path) + ": " if path else ""
     if match := _OPTION.match(complaint):
-        return where + _unknown(match["a"] or match["b"] or match["c"], owner, keys)
+        parts = (match["group"], match["a"] or match["b"] or match["c"] or match["d"])
+        return where + _unknown(".".join(filter(None, parts)), owner, keys)
     if match := next((m for entry in deepest if (m := _IMPORT.match(entry[3]))), None):
-        return where + _no_class(match["name"].strip("'\""))
+        return where + _no_class(owner if "No module" in match[0] and owner else match["name"].strip("'\""))
     several = " or ".join(
         dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
     )
@@ -115,8 +141,13 @@ def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
         names, said, option = [f"--{key}" for key in keys], f"unrecognized option '--{option}'", f"--{option}"
     else:
         module, _, name = owner.rpartition(".")
-        head, _, option = option.rpartition(".")
-        taker = _annotation(getattr(import_module(module), name), head)
+        taker: Any = getattr(import_module(module), name)
+        *parents, option = option.split(".")
+        for parent in parents:
+            if parent not in _arguments(taker):
+                option = parent
+                break
+            taker = _annotation(taker, parent)
         names, said = _arguments(taker), f"{getattr(taker, '__name__', name)} has no option {option!r}"
     near = get_close_matches(option, names, n=1, cutoff=0.6)
     if near:
@@ -124,14 +155,10 @@ def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
     return f"{said}; it has {', '.join(names)}" if owner and names else said
 
 
-def _annotation(taker: Any, dotted: str) -> Any:
-    """The class that holds a nested option: ("DrafterModule", "optimizer") → OptimizerSettings."""
-    for part in filter(None, dotted.split(".")):
-        hint = get_type_hints(taker.__init__).get(part)
-        taker = next(
-            (t for t in (hint, *get_args(hint)) if isinstance(t, type) and t is not type(None)), taker
-        )
-    return taker
+def _annotation(taker: Any, argument: str) -> Any:
+    """The class an argument is annotated with: (DrafterModule, "optimizer") → OptimizerSettings."""
+    hint = get_type_hints(taker.__init__).get(argument)
+    return next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and t is not type(None)), taker)
 
 
 def _arguments(taker: Any) -> list[str]:
