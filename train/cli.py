@@ -38,7 +38,7 @@ COMMANDS = {
         "certdraft.evaluation:run_certify", "how hard a target is to draft for; needs a trace only"
     ),
     "evaluate": Command(
-        "certdraft.evaluation:evaluate", "certified and realised acceptance of a drafter, report"
+        "certdraft.evaluation:run_evaluate", "certified and realised acceptance of a drafter, report"
     ),
     "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
     "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from certdraft.data import Batch
 from certdraft.drafters import Drafter
-from certdraft.evaluation.views import JoinedSteps
 from certdraft.losses import Chunked, Loss, MarginDiscountedCE, OnlineTarget, TargetBatch, reduce
 from certdraft.train.fitting import fit_to_target
 from certdraft.train.online import Online, TargetSettings
@@ -86,9 +85,7 @@ class DrafterModule(pl.LightningModule):
             rows = slice(start, start + size)
             seen = target[rows]
             logits = self.drafter.head(hidden[rows]).float()
-            joined = JoinedSteps.from_logits(logits, seen.head if seen.logp is None else seen.logp)
-            self._sums.add_steps(joined)
-            hits[steps[rows]] = joined.rank == 1
+            hits[steps[rows]] = self._sums.add_steps(logits, seen.head, seen.logp)
         segments = torch.where(batch.loss_mask, batch.document_ids, -1)
         self._sums.add_rounds(hits.view_as(batch.loss_mask), segments)
 

@@ -145,7 +145,7 @@ def refuse_changed(
 
 def write_command(folder: Path) -> None:
     """Appends this command, its time, versions and source state to the run's command.txt."""
-    from certdraft.evaluation.provenance import provenance
+    from certdraft.evaluation import provenance
 
     facts = "\n".join(f"{label}: {text}" for label, text in provenance().items())
     with (folder / "command.txt").open("a", encoding="utf-8") as stream:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from certdraft.certificates import Coverage
-from certdraft.evaluation.views import JoinedSteps
+from certdraft.certificates import Head, coarse_kl, coarse_radius, kl_divergence_logp, margin, num_tail_above
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,41 @@ class ValidationSums:
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.names), dtype=dtype, device=device)
 
-    def add_steps(self, joined: JoinedSteps) -> None:
-        """Counts some steps at which both models are known."""
-        m = self.settings.certified_width
-        low = joined.margin < self.settings.low_margin
-        values = {f"covered@{width}": joined.rank <= width for width in self.settings.widths}
+    def add_steps(
+        self, logits: Float[Tensor, "N V"], head: Head, logp: Float[Tensor, "N V"] | None = None
+    ) -> Bool[Tensor, " N"]:
+        """Counts some steps.
+
+        Args:
+            logits: the drafter's, fp32.
+            head: the target at these steps.
+            logp: the target's full log-probabilities; without them KL is that of head and one bucket.
+
+        Returns:
+            Whether the target's greedy token is the drafter's first choice; a tie is a miss.
+
+        Raises:
+            ValueError: the drafter's logits hold NaN.
+        """
+        m, logq = self.settings.certified_width, logits.log_softmax(-1)
+        if bool(torch.isnan(logq).any()):
+            raise ValueError("the drafter's logits hold NaN: training has diverged; lower the learning rate")
+        own = logq.gather(-1, head.greedy.unsqueeze(-1))
+        rank = (logq >= own).sum(-1)  # the greedy token counts itself
+        low = margin(head) < self.settings.low_margin
+        coarse = coarse_kl(head, logq)
+        radius = coarse_radius(head, m, tail_above=num_tail_above(head, logq))
+        values = {f"covered@{width}": rank <= width for width in self.settings.widths}
         values |= {
             "steps": torch.ones_like(low),
             "low": low,
-            "low_covered": low & (joined.rank <= m),
-            "certified": joined.certified(Coverage(m))[0],
-            "kl": joined.kl,
+            "low_covered": low & (rank <= m),
+            "certified": coarse < radius,
+            "kl": coarse if logp is None else kl_divergence_logp(logp, logq),
         }
         for name, value in values.items():
             self.sums[self.names.index(name)] += value.sum()
+        return rank == 1
 
     def add_rounds(self, hits: Bool[Tensor, "R T"], segments: Int[Tensor, "R T"]) -> None:
         """Counts the rounds of a chain along the trace.
