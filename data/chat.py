@@ -7,7 +7,6 @@ teacher-forced, the tokens that follow the prompt. Text is never rendered, gener
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
 
 _GROUP = 256  # rows tokenised in one call
 _CHARS_PER_TOKEN = 32  # text cut for a window; no tokenizer in use averages more
+_CHARS_AHEAD = 6  # per token of a window, left between its start and the end of the text
+_LONGEST_LINE = 1000  # characters; a text without line ends is cut at words
 
 
 @dataclass(frozen=True)
@@ -266,17 +267,14 @@ def _cut(
 
 
 def _window(text: str, digest: bytes, number: int, tokens: int) -> str:
-    """A slice of `text` that starts at a line, or else at a word, chosen by the text's own hash."""
-    room = len(text) - tokens * 6  # leave enough characters for the window and something to predict
-    starts = [0] + [m.end() for m in re.finditer(r"\n+", text[: max(room, 0)])]
-    if len(starts) < 8 and room > 0:
-        starts = [0] + [m.end() for m in re.finditer(r"\s+", text[:room])]
-    if len(starts) < 8 and room > 0:
-        starts = list(range(0, room, tokens))
-    chosen = int.from_bytes(hashlib.sha256(digest + number.to_bytes(4, "big")).digest()[:8], "big") % len(
-        starts
-    )
-    return text[starts[chosen] : starts[chosen] + tokens * _CHARS_PER_TOKEN]
+    """A slice of `text` that starts with a line, or else a word, at a place chosen by the text's hash."""
+    room = max(0, len(text) - tokens * _CHARS_AHEAD)
+    draw = hashlib.sha256(digest + number.to_bytes(4, "big")).digest()
+    place = int.from_bytes(draw[:8], "big") % (room + 1)
+    start = text.rfind("\n", max(0, place - _LONGEST_LINE), place) + 1
+    if not start and place > _LONGEST_LINE:
+        start = text.rfind(" ", place - _LONGEST_LINE, place) + 1 or place
+    return text[start : start + tokens * _CHARS_PER_TOKEN]
 
 
 def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> Int32[ndarray, " b"]:

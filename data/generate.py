@@ -230,10 +230,12 @@ class _Recording:
             head = Head.from_logits(logits, self.top_ids.shape[-1])
         except ValueError as error:
             bad = int((~torch.isfinite(logits.logsumexp(-1))).nonzero()[0])
+            row, position = int(rows[bad]), int(positions[bad])
+            known = self.input_ids[row, : max(position + 1, int(self.given[row]))]
             raise TargetError(
-                f"{self.prompts[rows[bad]].where}: the target's logits after token {positions[bad]} of the "
-                "document hold NaN or +inf; nothing of this shard was written. Check the checkpoint, or try "
-                "dtype=float32."
+                f"{self.prompts[row].where}: the target's logits after token "
+                f"{_first_bad_position(self.target, self.head, known, position)} of the document hold NaN or "
+                "+inf; nothing of this shard was written. Check the checkpoint, or try dtype=float32."
             ) from error
         self.top_ids[rows, positions] = head.ids.int().cpu().numpy()
         with np.errstate(over="ignore"):  # a gap above 65504 nats is probability zero in any dtype
@@ -305,3 +307,24 @@ def _looping(recording: _Recording, row: int, written: int) -> bool:
     if recording.settings.loops != "cut" or written % _LOOP_CHECK_TOKENS:
         return False
     return loop_onset(recording.input_ids[row, recording.given[row] : recording.lengths[row]]) is not None
+
+
+def _first_bad_position(target: PreTrainedModel, head: LogitHead, ids: ndarray, position: int) -> int:
+    """The token whose step is the first without finite logits; `position` when the row alone has none.
+
+    One NaN value reaches every step of its row through the attention's 0 · NaN, so the step where it shows is
+    not the step it comes from; prefixes tell.
+    """
+    tokens = torch.from_numpy(ids.astype(np.int64)).to(head.weight.device).unsqueeze(0)
+
+    def is_fine(length: int) -> bool:
+        hidden = target.base_model(input_ids=tokens[:, :length], use_cache=False).last_hidden_state[0]
+        return bool(torch.isfinite(head(hidden).logsumexp(-1)).all())
+
+    fine, bad = 0, len(ids)
+    if is_fine(bad):
+        return position
+    while bad - fine > 1:
+        middle = (fine + bad) // 2
+        fine, bad = (middle, bad) if is_fine(middle) else (fine, middle)
+    return bad - 1

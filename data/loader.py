@@ -86,9 +86,8 @@ class ResumableLoader:
                 "weights."
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        # An epoch that had ended is iterated once more and gives nothing: Lightning asks for that.
         self._restored = self._epoch >= 0
-        if self._position >= len(self):
-            self._epoch, self._position = self._epoch + 1, 0
 
     def _identity(self) -> dict[str, int]:
         names = ("num_rows", "batch_size", "seed", "world_size")

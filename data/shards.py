@@ -174,14 +174,14 @@ class Ledger:
         try:
             self._resume()
         except BaseException:
-            self.release()
+            self.close() if (self.folder / TRACE_FILE).exists() else self.release()
             raise
 
     def _resume(self) -> None:
         file = self.notes / "settings.json"
         if (self.folder / TRACE_FILE).exists():
             self._reopen()
-        elif file.exists():
+        elif any(self.is_done(shard) for shard in range(self.num_shards)):
             self._refuse_difference(json.loads(file.read_text(encoding="utf-8")), "an unfinished recording")
         write_json(file, self.settings)
         for shard in range(self.num_shards):  # a note vouches for its file only while the file is as it was
@@ -190,8 +190,11 @@ class Ledger:
                 info = ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
                 if shard_problem(self.folder / info.file, info, "full") is not None:
                     note.unlink()
-        for leftover in self.folder.glob(".shard-*.tmp"):
+        for leftover in (*self.folder.glob(".*.tmp"), *self.notes.glob(".*.tmp")):
             leftover.unlink()
+        for shard_file in self.folder.glob("shard-*.arrow"):
+            if not (self.notes / f"{shard_file.name}.json").exists():
+                shard_file.unlink()
 
     def _reopen(self) -> None:
         """A finished trace becomes a recording again, so that damaged shards alone are recorded anew."""

@@ -1,0 +1,193 @@
+"""Prompts: exact token ids of chat templates, windows fixed by content, and full accounting."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase
+
+from certdraft.data import (
+    Accounting,
+    CorpusError,
+    Prompt,
+    Prompts,
+    PromptSet,
+    Row,
+    build_prompts,
+    load_tokenizer,
+)
+
+SYSTEM = {"role": "system", "content": "be brief"}
+TURNS = [
+    SYSTEM,
+    {"role": "user", "content": "fox?"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\ndog"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "lazy"},
+]
+FIRST = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nfox?<|im_end|>\n<|im_start|>assistant\n"
+LAST = FIRST + "dog<|im_end|>\n<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\n"  # without thought
+NO_THINK = "<think>\n\n</think>\n\n"
+
+
+def row(content: object, number: int = 0) -> Row:
+    kind = "text" if isinstance(content, str) else "messages" if isinstance(content, list) else "prompt"
+    value = content["prompt"] if kind == "prompt" else tuple(content) if kind == "messages" else content
+    return Row(f"x.jsonl:{number + 1}", kind, value, json.dumps([content, number]).encode())
+
+
+def build(
+    tokenizer: PreTrainedTokenizerBase, rows: list, settings: Prompts | None = None, forced: bool = False
+) -> tuple[list[Prompt], Accounting]:
+    accounting = Accounting("rows")
+
+    def counted() -> Iterator[Row]:
+        for number, content in enumerate(rows):
+            accounting.read += 1
+            yield row(content, number)
+
+    settings = settings or Prompts()
+    prompts = list(build_prompts(counted(), tokenizer, settings, accounting, teacher_forced=forced))
+    assert accounting.balanced
+    return prompts, accounting
+
+
+@pytest.mark.parametrize(
+    ("settings", "texts"),
+    [
+        (Prompts(thinking=True), [LAST]),
+        (Prompts(thinking=False), [LAST + NO_THINK]),
+        (Prompts(thinking=True, turns="first"), [FIRST]),
+        (Prompts(thinking=True, turns="all"), [FIRST, LAST]),
+    ],
+)
+def test_conversation_is_the_ids_that_serving_produces(
+    tokenizer: PreTrainedTokenizerBase, settings: Prompts, texts: list[str]
+) -> None:
+    prompts, _ = build(tokenizer, [TURNS], settings)
+    assert [p.ids.tolist() for p in prompts] == [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+    assert all(p.ids.dtype == np.int32 and p.first_learned == len(p.ids) for p in prompts)
+    # and what transformers itself gives for the whole conversation (as a BatchEncoding)
+    own = {"add_generation_prompt": True, "enable_thinking": settings.thinking}
+    if settings.turns != "first":
+        assert prompts[-1].ids.tolist() == tokenizer.apply_chat_template(TURNS[:4], **own)["input_ids"]
+
+
+def test_prompt_row_with_and_without_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    for template, text in (
+        ("auto", "<|im_start|>user\nfox<|im_end|>\n<|im_start|>assistant\n" + NO_THINK),
+        ("none", "fox"),
+    ):
+        [prompt], _ = build(tokenizer, [{"prompt": "fox"}], Prompts(template=template))
+        assert tokenizer.decode(prompt.ids) == text
+
+
+def test_teacher_forced_learns_assistant_tokens_only(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts, _ = build(tokenizer, [TURNS], Prompts(thinking=True, turns="all"), forced=True)
+    given = [tokenizer.decode(p.ids[: p.first_learned]) for p in prompts]
+    learned = [tokenizer.decode(p.ids[p.first_learned :]) for p in prompts]
+    assert given == [FIRST, LAST]
+    assert learned == ["dog<|im_end|>\n", "lazy<|im_end|>\n"]
+
+
+def test_conversation_without_assistant_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts, _ = build(tokenizer, [TURNS[:2]], Prompts(thinking=True))
+    assert tokenizer.decode(prompts[0].ids) == FIRST
+    prompts, accounting = build(tokenizer, [TURNS[:2]], forced=True)
+    assert prompts == []
+    assert accounting.skipped["no assistant turn to learn from"].example == "x.jsonl:1"
+
+
+def test_template_that_rewrites_the_prompt_is_refused(target_dir: str) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.chat_template = "{{ messages | length }}{{ 'x' if add_generation_prompt }}"
+    with pytest.raises(CorpusError, match=r"x\.jsonl:1: the chat template changes the prompt"):
+        build(tokenizer, [TURNS], forced=True)
+
+
+def test_template_errors_name_the_row(target_dir: str) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(CorpusError, match=r"x\.jsonl:1: .*roles must alternate"):
+        build(tokenizer, [TURNS])
+    tokenizer.chat_template = None
+    with pytest.raises(CorpusError, match=r"x\.jsonl:1: `messages` rows need a chat template"):
+        build(tokenizer, [TURNS])
+    with pytest.raises(CorpusError, match="`prompt` rows need a chat template"):
+        build(tokenizer, [{"prompt": "fox"}], Prompts(template="chat"))
+    assert len(build(tokenizer, [{"prompt": "fox"}])[0]) == 1
+
+
+TEXT = "".join(f"def add_{i}(a, b):\n    return a + {i}\n\n" for i in range(200))
+
+
+def test_windows_are_fixed_by_content(tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = Prompts(prompt_tokens=20, prompts_per_document=5)
+    alone = build(tokenizer, [TEXT], settings)[0]
+    again = build(tokenizer, [TEXT, "other text " * 99], settings)[0]
+    assert [p.ids.tolist() for p in alone] == [p.ids.tolist() for p in again[:5]]
+    assert {len(p.ids) for p in alone} == {20}
+    texts = [tokenizer.decode(p.ids) for p in alone]
+    assert len(set(texts)) == 5
+    starts = [TEXT.index(text) for text in texts]
+    assert all(start == 0 or TEXT[start - 1] == "\n" for start in starts)
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000_000, "word " * 2_000_000], ids=["one word", "one line"])
+def test_window_of_ten_megabytes(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    [prompt], _ = build(tokenizer, [text], Prompts(prompt_tokens=16))
+    assert len(prompt.ids) == 16
+
+
+def test_teacher_forced_text_is_cut_without_loss(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts, _ = build(tokenizer, [TEXT], Prompts(max_prompt_tokens=50), forced=True)
+    whole = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert np.concatenate([p.ids for p in prompts]).tolist() == whole[: sum(len(p.ids) for p in prompts)]
+    assert sum(len(p.ids) for p in prompts) >= len(whole) - 1  # a last token alone has nothing to predict
+    assert {p.first_learned for p in prompts} == {1}
+
+
+def test_what_is_left_out_is_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "fox"}, {"prompt": "fox"}, {"prompt": "dog " * 50}, "short"]
+    prompts, accounting = build(tokenizer, rows, Prompts(max_prompt_tokens=60))
+    assert len(prompts) == accounting.used == 1
+    assert {reason: s.example for reason, s in accounting.skipped.items()} == {
+        "duplicate prompt": "x.jsonl:2",
+        "longer than max_prompt_tokens=60": "x.jsonl:3",
+        "text shorter than prompt_tokens=64": "x.jsonl:4",
+    }
+    assert "4 rows read = 1 used + 3 skipped" in str(accounting)
+    assert Accounting.from_dict(accounting.to_dict()) == accounting
+
+
+def test_beginning_of_sequence_once_and_only_before_plain_text(target_dir: str) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    for content, count in ((TEXT, 1), ({"prompt": "fox"}, 0)):
+        [prompt], _ = build(tokenizer, [content])
+        assert (prompt.ids == bos).sum() == count
+        assert not count or prompt.ids[0] == bos
+
+
+def test_prompt_set_keeps_prompts_and_its_hash_notices_changes() -> None:
+    prompts = [Prompt(np.arange(n, dtype=np.int32), n, f"row {n}") for n in (3, 1, 4)]
+    kept = PromptSet(prompts)
+    assert [(p.ids.tolist(), p.first_learned, p.where) for p in kept] == [
+        (p.ids.tolist(), p.first_learned, p.where) for p in prompts
+    ]
+    assert kept.lengths.tolist() == [3, 1, 4]
+    assert kept.max_id == 3
+    assert kept.sha256() == PromptSet(prompts).sha256()
+    shorter = [Prompt(p.ids, 1, p.where) for p in prompts]
+    assert kept.sha256() not in (PromptSet(prompts[:2]).sha256(), PromptSet(shorter).sha256())
+
+
+def test_settings_out_of_range() -> None:
+    with pytest.raises(ValueError, match="prompt_tokens is 0; give at least 1"):
+        Prompts(prompt_tokens=0)
