@@ -208,16 +208,20 @@ class CausalDrafter(Drafter):
         state.keep(path)
 
     def _fresh(self, vocab_size: int) -> PreTrainedModel:
-        """Random weights in fp32 arithmetic, then the wanted dtype, so bf16 starts from the same numbers."""
         assert self.config is not None
-        config = fresh_config(self.config, vocab_size)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=self.attention)
-        return model.to(self.dtype or torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            fresh_config(self.config, vocab_size),
+            attn_implementation=self.attention,
+            dtype=self.dtype or torch.float32,
+        )
+        return model
 
     def _adopt(self, model: PreTrainedModel) -> None:
         split_causal_lm(model)  # refuses what training and decoding would get wrong
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.23 renamed it and warns at the old name
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.network = add_adapters(model, self.lora) if self.lora else model
         self._lm = CachedLM(self.model)
 

@@ -67,13 +67,10 @@ def add_adapters(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
-    """A copy of the base model with the adapters added into its weights; `model` stays as it is.
-
-    The sums are taken in fp32, whatever the base's dtype, and rounded once to that dtype.
+    """An fp32 copy of the base model with the adapters added into its weights; `model` stays as it is.
 
     Raises:
         ValueError: an adapter holds NaN or infinity.
     """
-    base = model.get_base_model()
     plain: PreTrainedModel = copy.deepcopy(model).float().merge_and_unload(safe_merge=True)
-    return plain.to(base.dtype)
+    return plain

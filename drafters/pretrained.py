@@ -46,7 +46,7 @@ def load_causal_lm(
         )
     offline = not local and not _hub_answers()
     try:
-        with quiet_progress():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype or "auto",
@@ -54,6 +54,7 @@ def load_causal_lm(
                 local_files_only=offline,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed in info, and refused below in words
             )
     except OSError as error:
         if local:
@@ -67,13 +68,15 @@ def load_causal_lm(
 
 
 @contextmanager
-def quiet_progress() -> Iterator[None]:
-    """No progress bars of transformers inside; theirs flash by for drafters and break ours."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """No progress bars and loading reports of transformers: ours say what matters, in one place."""
+    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if enabled:
             transformers_logging.enable_progress_bar()
 

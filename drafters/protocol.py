@@ -21,9 +21,10 @@ H hidden, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Self
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -41,6 +42,25 @@ class Drafter(nn.Module, ABC):
 
     kind: Literal["conditional", "marginal"]
     taps: tuple[int, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast, except that rotary frequencies stay fp32.
+
+        `to(bfloat16)` would round them too: an angle is then off by up to a radian at position 1000, and the
+        network is not the one that a loader of its bf16 weights gets.
+        """
+        exact = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name in module._non_persistent_buffers_set and buffer.dtype == torch.float32
+        ]
+        super()._apply(fn, recurse)
+        for module, name, buffer in exact:
+            moved = module.get_buffer(name)
+            if moved.dtype in (torch.bfloat16, torch.float16):
+                module._buffers[name] = buffer.to(moved.device)
+        return self
 
     @property
     @abstractmethod

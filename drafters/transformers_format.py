@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from certdraft.drafters.causal import CausalDrafter
 from certdraft.drafters.lora import merged
-from certdraft.drafters.pretrained import load_causal_lm, quiet_progress
+from certdraft.drafters.pretrained import load_causal_lm, quiet
 from certdraft.drafters.protocol import Drafter
 
 _PROBE_TOKENS = 48
@@ -50,11 +50,9 @@ def write_transformers(
         raise ValueError(f"format 'transformers' is for causal drafters, not {type(drafter).__name__}.")
     if adapter and drafter.lora is None:
         raise ValueError("adapter=True asks for the LoRA adapter alone, but this drafter has none.")
-    model = standalone(drafter)
-    if dtype is not None:
-        model = model.to(dtype)
+    model = standalone(drafter, dtype)
     _name_special_tokens(model, tokenizer)
-    with quiet_progress():
+    with quiet():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     _update_json(directory / "config.json", _legacy_rope(model))
@@ -77,25 +75,43 @@ def assistant_settings(draft_length: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def standalone(drafter: CausalDrafter) -> PreTrainedModel:
-    """A copy of the drafter's network as a plain causal LM in eval mode, LoRA merged.
+def standalone(drafter: CausalDrafter, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A plain causal LM with the drafter's weights, LoRA merged in fp32, in eval mode.
+
+    Built anew from the config, so that nothing but config and weights, which is what a folder holds, gets in.
+
+    Args:
+        drafter: not modified.
+        dtype: of the weights; None: the drafter's.
 
     Raises:
         ValueError: merging changed the logits by more than rounding.
     """
-    if drafter.lora is None:
-        return copy.deepcopy(drafter.model).eval()
-    model = merged(drafter.network).eval()
-    if drafter.model.dtype == torch.float32:
-        reference = copy.deepcopy(drafter.model).eval()
-        mine, theirs = (_probe(network) for network in (model, reference))
-        error, scale = (mine - theirs).abs().max().item(), theirs.abs().max().item()
-        if not error <= _MERGE_TOLERANCE * max(scale, 1.0):
-            raise ValueError(
-                f"merging the LoRA adapter changed the logits by {error:.2g} (largest logit {scale:.2g}); "
-                "the adapter holds NaN, or values too large to add in fp32."
-            )
+    network = drafter.model if drafter.lora is None else merged(drafter.network)
+    with torch.random.fork_rng(devices=[]):  # the random weights it starts with must not move training
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            copy.deepcopy(drafter.model.config), attn_implementation=drafter.attention, dtype=network.dtype
+        )
+    model.load_state_dict(network.state_dict())
+    model.generation_config = copy.deepcopy(drafter.model.generation_config)
+    model = model.to(drafter.model.device).eval()
+    if drafter.lora is not None and drafter.model.dtype == torch.float32:
+        _check_merge(model, drafter)
+    dtype = dtype or drafter.model.dtype
+    for parameter in model.parameters():  # parameters alone: `to` would round the rotary frequencies as well
+        parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _check_merge(model: PreTrainedModel, drafter: CausalDrafter) -> None:
+    adapted = copy.deepcopy(drafter.model).eval()
+    mine, theirs = _probe(model), _probe(adapted)
+    error, scale = (mine - theirs).abs().max().item(), theirs.abs().max().item()
+    if not error <= _MERGE_TOLERANCE * max(scale, 1.0):
+        raise ValueError(
+            f"merging the LoRA adapter changed the logits by {error:.2g} (largest logit {scale:.2g}); its "
+            "adapters are switched off, or what they add does not fit in fp32."
+        )
 
 
 @torch.no_grad()
