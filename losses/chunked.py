@@ -15,6 +15,7 @@ Axes: N steps · V vocabulary · H hidden · C chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,11 @@ def _chunk_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Per-step loss and, given coefficients, the gradient in the logits; may overwrite the logits with it."""
     loss.check(logits, target)
+    function: Callable[[Tensor, TargetBatch], Tensor] = loss.on_full
+    seen, total = logits, None
     if loss.view(target) == "head":
         seen, total = split_(logits, target.top_ids)
         function = loss.on_coarse
-    else:
-        seen, total = logits, None
-        function = loss.on_full
     if coefficient is None:
         return function(seen, target), None
     with torch.enable_grad():

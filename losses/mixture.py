@@ -14,6 +14,7 @@ loss:
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -46,14 +47,19 @@ class Mixture(Loss):
         self.requires: View = "full" if any(part.requires == "full" for part in losses) else "head"
         self.min_head = max(part.min_head for part in losses)
 
+    @property
+    def parts(self) -> list[Loss]:
+        """The losses, typed."""
+        return [cast(Loss, part) for part in self.losses]
+
     def view(self, target: TargetBatch) -> View:
-        return "full" if any(part.view(target) == "full" for part in self.losses) else "head"
+        return "full" if any(part.view(target) == "full" for part in self.parts) else "head"
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
-        return self._sum([part.on_coarse(coarse_logits, target) for part in self.losses])
+        return self._sum([part.on_coarse(coarse_logits, target) for part in self.parts])
 
     def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
-        return self._sum([part(logits, target) for part in self.losses])
+        return self._sum([part(logits, target) for part in self.parts])
 
     def _sum(self, values: list[Tensor]) -> Float[Tensor, " N"]:
         total = self.weights[0] * values[0]
@@ -64,6 +70,6 @@ class Mixture(Loss):
     def __repr__(self) -> str:
         return (
             "Mixture("
-            + " + ".join(f"{w:g} {part!r}" for w, part in zip(self.weights, self.losses, strict=True))
+            + " + ".join(f"{w:g} {part!r}" for w, part in zip(self.weights, self.parts, strict=True))
             + ")"
         )

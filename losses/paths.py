@@ -37,10 +37,11 @@ def path_mask(
 
 def fold(weights: Float[Tensor, "R T D"]) -> Float[Tensor, "R T"]:
     """Adds up, for every step, its weight in all the paths that contain it: the adjoint of `windows`."""
-    steps = weights.shape[1]
-    return sum(
-        functional.pad(weights[:, : steps - d, d], (d, 0)) for d in range(min(weights.shape[2], steps))
-    )
+    steps, depth = weights.shape[1:]
+    total = torch.zeros_like(weights[:, :, 0])
+    for d in range(min(depth, steps)):
+        total[:, d:] += weights[:, : steps - d, d]
+    return total
 
 
 def prefix_weights(

@@ -41,6 +41,18 @@ def test_stored_half_precision_gaps_become_fp32_and_probabilities_still_add_up()
     assert torch.isfinite(target.coarse_logp).all()
 
 
+def test_a_stored_head_that_rounds_to_one_has_a_small_tail_not_an_impossible_one():
+    """Half-precision gaps can make the K probabilities add up to more than one."""
+    gap = torch.tensor([[0.0, 1.0, 2.0]])
+    lse_gap = gap.neg().logsumexp(-1) - 1e-4
+    target = L.TargetBatch(Head(torch.tensor([[4, 1, 2]]), gap, lse_gap, VOCAB))
+    assert float(target.tail_logp) == -torch.inf
+    torch.testing.assert_close(target.coarse_logp.exp().sum(-1), torch.ones(1))
+    z = torch.zeros(1, VOCAB)
+    assert float(L.ReverseKL()(z, target)) < 20.0
+    assert float(L.ForwardKL()(target.coarse_logp.new_zeros(1, VOCAB), target)) > 0.0
+
+
 def test_indexing_selects_the_same_steps_everywhere():
     target = full_target(target_probs(8, VOCAB))
     for index in (slice(2, 5), torch.tensor([2, 3, 4]), torch.arange(8).sub(3).abs() < 2):
@@ -54,9 +66,13 @@ def test_indexing_selects_the_same_steps_everywhere():
 
 def test_no_gradient_flows_into_the_target():
     scores = torch.randn(4, VOCAB, requires_grad=True)
-    target = L.TargetBatch.from_logits(scores, K)
+    head = Head.from_logits(scores, K)
+    assert head.gap.requires_grad
+    target = L.TargetBatch(head, scores.log_softmax(-1))
     z = torch.randn(4, VOCAB, requires_grad=True)
-    (L.ForwardKL()(z, target) + L.PoolDiscountedCE(3)(z, target)).sum().backward()
+    (
+        L.ForwardKL()(z, target) + L.ForwardKL("head")(z, target) + L.PoolDiscountedCE(3)(z, target)
+    ).sum().backward()
     assert scores.grad is None
     assert z.grad is not None
 
