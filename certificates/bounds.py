@@ -83,12 +83,11 @@ def margin_bound(
     known = [x for x in (margin, p0, order_margin) if x is not None]
     if not known:
         raise ValueError("margin_bound needs at least one of margin, p0 and order_margin")
-    tensors = [torch.as_tensor(x) for x in known]
-    dtype = next((x.dtype for x in tensors if x.is_floating_point()), torch.float32)
+    dtype = next((x.dtype for x in known if isinstance(x, Tensor)), torch.float32)
     d = unit_interval("margin", margin)
     p = unit_interval("p0", p0)
     order = unit_interval("order_margin", order_margin)
-    h = None if entropy is None else torch.as_tensor(entropy).double()
+    h = None if entropy is None else torch.as_tensor(entropy, dtype=torch.float64)
     if d is not None and p is not None:
         _check_order(p, d, "p0", "margin")
         d = torch.minimum(d, p)
@@ -123,7 +122,7 @@ def _bound(
             value = torch.where(second > theta, relaxed, forms.pair(p, second, direction))
         return torch.where(theta < 0, torch.inf, value)
     if d is None:
-        raise ValueError(f"{rule} makes no use of an order margin; give margin or p0")
+        raise ValueError(f"an order margin alone bounds only coverage; for {rule} give margin or p0 as well")
     strict_value = forms.even_pair(d, direction)
     if isinstance(rule, Additive):
         # margin exactly d below t: the runner-up is accepted too, and the worst case has three tokens
@@ -186,7 +185,7 @@ def unit_interval(name: str, value: Number | None) -> Tensor | None:
     """The value as a float64 tensor; ValueError outside [0, 1] beyond rounding."""
     if value is None:
         return None
-    x = torch.as_tensor(value).double()
+    x = value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     if not torch.compiler.is_compiling() and bool((~((x >= -_SLACK) & (x <= 1 + _SLACK))).any()):
         bad = x[~((x >= -_SLACK) & (x <= 1 + _SLACK))].reshape(-1)[0]
         raise ValueError(f"{name}={float(bad):g} is outside [0, 1]")

@@ -39,6 +39,7 @@ def pair(a: Nats, b: Nats, direction: Direction) -> Nats:
 
 def triple(a: Nats, b: Nats, c: Nats, direction: Direction) -> Nats:
     """Radius of three tokens a ≥ b > c, only the last rejected."""
+    a, b, c = torch.broadcast_tensors(a, b, c)
     x = coordinate(torch.stack([a, b, c]), a.clamp_min(1e-300), direction)
     value, _ = single_token_pool(x[:2], torch.full_like(a, 2, dtype=torch.int64), x[2], a, direction)
     return torch.where(c <= 0, torch.inf, value) if direction == "reverse" else value
@@ -68,6 +69,7 @@ def order_coverage(gap: Nats, m: int, direction: Direction) -> Nats:
 
 def leading_pool(p0: Nats, p1: Nats, m: int, direction: Direction) -> Nats:
     """Least coverage radius for known p(x0) and p(x1): the other competitors as large as they can be."""
+    p0, p1 = torch.broadcast_tensors(p0, p1)
     rest = torch.minimum(p1, (1 - p0 - p1).clamp_min(0.0) / max(m - 1, 1))
     x = coordinate(torch.stack([p0, p1] + [rest] * (m - 1)), p0.clamp_min(1e-300), direction)
     value, _ = coverage_pool(x, p0, direction)

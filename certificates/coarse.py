@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.certificates.head import Head
-from certdraft.certificates.pooling import LOG_FLOOR, Direction, check_direction, coverage_pool
+from certdraft.certificates.pooling import LOG_FLOOR, Direction, check_direction, coverage_pool, deletion_cost
 
 
 def coarse_kl(
@@ -126,7 +126,7 @@ def _with_tail_rivals(head: Head, m: int, n: int, direction: Direction) -> Tenso
     x = u.expm1() if direction == "forward" else u.clamp_min(LOG_FLOOR)
     value, level = coverage_pool(x, (-lse_gap).exp(), direction)
     if direction == "reverse":
-        value = torch.where(missing, -(-(-lse_gap).expm1()).log(), value)
+        value = torch.where(missing, deletion_cost(lse_gap), value)
     return torch.where(level >= 0, 0.0, value)
 
 

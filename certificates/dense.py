@@ -14,7 +14,14 @@ from torch import Tensor
 
 from certdraft.certificates.divergences import entropy
 from certdraft.certificates.head import mass_of_others, require_distributions
-from certdraft.certificates.pooling import LOG_FLOOR, Measure, coverage_pool, divergence, single_token_pool
+from certdraft.certificates.pooling import (
+    LOG_FLOOR,
+    Measure,
+    coverage_pool,
+    deletion_cost,
+    divergence,
+    single_token_pool,
+)
 from certdraft.certificates.rules import Coverage, Rule, SingleTokenRule, StrictGreedy, TopM, Typical
 from certdraft.certificates.selection import largest, on_rows
 
@@ -29,7 +36,7 @@ class DenseTop:
         p: probabilities, float32 or float64.
         values: the K largest, descending.
         ids: where they are; the first is the greedy token.
-        p0: p(x0) in float64.
+        lse_gap: −log p(x0), float64.
         entropy: H(p), nats; None when no rule asks for it.
         measure: the divergence whose radius is wanted.
     """
@@ -37,7 +44,7 @@ class DenseTop:
     p: Float[Tensor, "*step V"]
     values: Float[Tensor, "*step K"]
     ids: Int[Tensor, "*step K"]
-    p0: Float[Tensor, "*step"]
+    lse_gap: Float[Tensor, "*step"]
     entropy: Float[Tensor, "*step"] | None
     measure: Measure
 
@@ -47,20 +54,21 @@ class DenseTop:
         p = p if p.dtype == torch.float64 else p.float()
         require_distributions(p)
         vocab_size = p.shape[-1]
-        values, ids = largest(p, min(vocab_size, max((_needed(r, vocab_size) for r in rules), default=1)))
-        p0 = values[..., 0].double()
-        if measure == "reverse":  # 1 − p0 to full relative precision: the answer is the log of what is left
-            p0 = 1 / (1 + mass_of_others(p, ids[..., :1]).double() / p0)
+        values, ids = largest(p, min(vocab_size, max([1, *(_needed(rule, vocab_size) for rule in rules)])))
+        lse_gap = -values[..., 0].double().log()
+        if measure == "reverse":  # the answer is the log of what is left: 1 − p0 needs its own digits
+            lse_gap = (mass_of_others(p, ids[..., :1]).double() / values[..., 0]).log1p()
         h = entropy(p) if any(isinstance(rule, Typical) for rule in rules) else None
-        return cls(p, values, ids, p0, h, measure)
+        return cls(p, values, ids, lse_gap, h, measure)
 
     def coverage(self, m: int) -> Float[Tensor, "*step"]:
         """Radius of `Coverage(m)`."""
         if self.p.shape[-1] <= m:
-            return torch.full_like(self.p0, torch.inf)
-        value, _ = coverage_pool(self._coordinate(self.values[..., : m + 1]), self.p0, self.measure)
+            return torch.full_like(self.lse_gap, torch.inf)
+        x = self._coordinate(self.values[..., : m + 1])
+        value, _ = coverage_pool(x, (-self.lse_gap).exp(), self.measure)
         if self.measure == "reverse":  # a competitor of probability zero wins only when the greedy token goes
-            value = torch.where(self.values[..., m] <= 0, -torch.log1p(-self.p0), value)
+            value = torch.where(self.values[..., m] <= 0, deletion_cost(self.lse_gap), value)
         return value
 
     def single(self, rule: SingleTokenRule) -> Float[Tensor, "*step"]:
@@ -71,28 +79,28 @@ class DenseTop:
         theta = rule.threshold_from(self.values, self.entropy, vocab_size)
         num_accepted = (values > theta.unsqueeze(-1)).sum(-1).clamp_min(1)
         rejected = values.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
-        everything = theta < 0
-        full = (num_accepted == k) & ~everything
+        endless = theta < 0  # rows of infinite radius
+        full = (num_accepted == k) & ~endless
         # a rule of bounded size always leaves a rejected token among the k selected
         bounded = isinstance(rule, (StrictGreedy, TopM))
         beyond = k < vocab_size and not bounded and bool(full.any())
         if beyond:
-            best = on_rows(_best_rejected, full, self.p, theta)
-            rejected = rejected.masked_scatter(full, best)
-            everything = everything | (rejected < 0)
+            rejected = rejected.masked_scatter(full, on_rows(_best_rejected, full, self.p, theta))
+            endless = endless | (rejected < 0)
         elif k == vocab_size:
-            everything = everything | full
-        x = self._coordinate(values)
-        x_rejected = self._coordinate(rejected.clamp_min(0.0).unsqueeze(-1))[0]
-        value, level = single_token_pool(x, num_accepted, x_rejected, self.p0, self.measure)
-        if beyond:  # accepted tokens that were not selected may still be pooled
-            rows = full & ~everything & (x[-1] > level)
-            if bool(rows.any()):
-                args = (theta, x_rejected, level, self.p0)
-                value = value.masked_scatter(rows, on_rows(self._whole_row, rows, self.p, *args))
+            endless = endless | full
         if self.measure == "reverse":  # no finite divergence lifts a token of probability zero
-            value = torch.where(rejected <= 0, torch.inf, value)
-        return torch.where(everything, torch.inf, value)
+            endless = endless | (rejected <= 0)
+        p0 = (-self.lse_gap).exp()
+        x = self._coordinate(values)
+        x_rejected = self._coordinate(torch.where(endless, self.values[..., 0], rejected).unsqueeze(-1))[0]
+        value, level = single_token_pool(x, num_accepted, x_rejected, p0, self.measure)
+        if beyond:  # accepted tokens that were not selected may still be pooled
+            rows = full & ~endless & (x[-1] > level)
+            if bool(rows.any()):
+                whole = on_rows(self._whole_row, rows, self.p, theta, x_rejected, level, p0)
+                value = value.masked_scatter(rows, whole)
+        return torch.where(endless, torch.inf, value)
 
     def _coordinate(self, values: Tensor) -> Tensor:
         """Pooling coordinate of selected probabilities, float64, entries first: [*step, K] → [K, *step]."""
@@ -120,7 +128,10 @@ class DenseTop:
 
 def coordinate(p: Tensor, p0: Tensor, measure: Measure) -> Tensor:
     """p/p0 − 1, or log(p/p0) with a floor; float64."""
-    return (p / p0).log().clamp_min(LOG_FLOOR) if measure == "reverse" else (p - p0) / p0
+    if measure != "reverse":
+        return (p - p0) / p0
+    possible = p > 0
+    return torch.where(possible, (torch.where(possible, p, p0) / p0).log().clamp_min(LOG_FLOOR), LOG_FLOOR)
 
 
 def _best_rejected(p: Tensor, theta: Tensor) -> Tensor:

@@ -87,13 +87,15 @@ class Head:
 
     @property
     def tail_mass(self) -> Float[Tensor, "*step"]:
-        """1 − Σ p over the kept tokens, in [0, 1]; exactly 0 when the head is the whole vocabulary."""
+        """1 − Σ p over the kept tokens, in [0, 1]; 0 when nothing but rounding is left."""
         if self.num_kept == self.vocab_size:
             return torch.zeros_like(self.lse_gap)
         # relative to p(x0): the 1 never meets the small numbers, so a confident step keeps its small tail
-        others = (-self.gap[..., 1:].double()).exp().sum(-1)
+        kept = (-self.gap[..., 1:].double()).exp().sum(-1)
         lse_gap = self.lse_gap.double()
-        tail = (lse_gap.expm1() - others).clamp_min(0.0) * (-lse_gap).exp()
+        others = lse_gap.expm1()
+        rounding = 8 * torch.finfo(self.lse_gap.dtype).eps * others
+        tail = torch.where(others - kept > rounding, others - kept, 0.0) * (-lse_gap).exp()
         return tail.to(self.lse_gap.dtype)
 
     @property
@@ -194,7 +196,7 @@ def _cut_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     top = values[:, :1]
     others = (z - top).scatter(-1, ids[:, :1], -torch.inf)  # log1p keeps a confident step's small tail
     weight = others.exp()
-    lse_gap = torch.log1p(weight.sum(-1))
+    lse_gap = torch.log1p(weight.sum(-1)) + (top - top).squeeze(-1)  # NaN where the greedy logit is infinite
     # exp underflows below −104, so the clamp changes no product but 0·inf
     mean_gap = -(weight * others.clamp_min(-200.0)).sum(-1) * (-lse_gap).exp()
     return ids, top - values, lse_gap, lse_gap + mean_gap

@@ -10,10 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.certificates.head import Head
-from certdraft.certificates.pooling import LOG_FLOOR, Measure, coverage_pool, single_token_pool
-from certdraft.certificates.rules import SingleTokenRule
+from certdraft.certificates.pooling import (
+    LOG_FLOOR,
+    Measure,
+    coverage_pool,
+    deletion_cost,
+    single_token_pool,
+)
+from certdraft.certificates.rules import HEAD_TIE, SingleTokenRule
 
-_TAIL_SLACK = 2.0**-22  # a tail mass rebuilt from float32 logarithms may be this much too small
+_TAIL_SLACK = 2.0**-20  # a tail mass rebuilt from float32 logarithms may be this much too small
 _NARROW = 4  # most steps accept fewer tokens than this; only the others look at the whole head
 
 
@@ -30,7 +36,7 @@ def head_coverage(head: Head, m: int, measure: Measure) -> Float[Tensor, "*step"
     x = _coordinate(head.gap[..., : m + 1], measure)
     value, _ = coverage_pool(x, (-lse_gap).exp(), measure)
     if measure == "reverse":  # a competitor of probability zero wins only when the greedy token is deleted
-        value = torch.where(torch.isinf(head.gap[..., m]), -(-(-lse_gap).expm1()).log(), value)
+        value = torch.where(torch.isinf(head.gap[..., m]), deletion_cost(lse_gap), value)
     return value
 
 
@@ -47,20 +53,20 @@ def head_single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Te
     k = head.num_kept
     lse_gap = head.lse_gap.double()
     rejected = head.gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1).double()
-    everything = theta < 0
+    endless = theta < -HEAD_TIE  # rows of infinite radius
     unseen = num_accepted == k
     if k == head.vocab_size:
-        everything = everything | unseen
+        endless = endless | unseen
     else:
         mass = torch.minimum(theta, head.tail_mass + _TAIL_SLACK).clamp_min(0.0).double()
         virtual = torch.maximum(-mass.log() - lse_gap, head.gap[..., -1].double())
         rejected = torch.where(unseen, virtual, rejected)
-    p0 = (-lse_gap).exp()
-    x_rejected = _coordinate(rejected.unsqueeze(-1), measure)[0]
-    value = _solve(head.gap, num_accepted, x_rejected, p0, measure)
     if measure == "reverse":  # no finite divergence lifts a token of probability zero
-        value = torch.where(torch.isinf(rejected), torch.inf, value)
-    return torch.where(everything, torch.inf, value)
+        endless = endless | torch.isinf(rejected)
+    rejected = torch.where(endless, 1.0, rejected)
+    x_rejected = _coordinate(rejected.unsqueeze(-1), measure)[0]
+    value = _solve(head.gap, num_accepted, x_rejected, (-lse_gap).exp(), measure)
+    return torch.where(endless, torch.inf, value)
 
 
 def _solve(gap: Tensor, num_accepted: Tensor, x_rejected: Tensor, p0: Tensor, measure: Measure) -> Tensor:

@@ -127,9 +127,8 @@ def _with_probability(rule: Rule, p: Tensor, direction: Direction) -> Tensor:
 
 def _invert(bound: Callable[[Tensor], Tensor], kl: Number, top: Tensor) -> Tensor:
     """The least x in [0, top] with bound(x) > kl; +inf when there is none."""
-    target = torch.as_tensor(kl)
-    dtype = target.dtype if target.is_floating_point() else torch.float32
-    target, top = torch.broadcast_tensors(target.double(), top)
+    dtype = kl.dtype if isinstance(kl, Tensor) else torch.float32
+    target, top = torch.broadcast_tensors(torch.as_tensor(kl, dtype=torch.float64), top)
     if bool((~(target >= 0)).any()):
         raise ValueError(f"kl={float(target[~(target >= 0)].reshape(-1)[0]):g} must be ≥ 0")
     low, high = torch.zeros_like(target), top.clone()

@@ -62,7 +62,7 @@ def budget_radius(
         0.1438
     """
     logp = greedy_logp.double()
-    target = torch.as_tensor(log_threshold, device=logp.device).double().expand(logp.shape[:-1])
+    target = torch.as_tensor(log_threshold, dtype=torch.float64, device=logp.device).expand(logp.shape[:-1])
     if not torch.compiler.is_compiling() and bool((logp > 1e-6).any() | (target > 1e-6).any()):
         raise ValueError("greedy_logp and log_threshold are logarithms of probabilities and cannot exceed 0")
     rest = -logp.clamp_max(0.0).expm1()  # 1 − p

@@ -23,7 +23,7 @@ from torch import Tensor
 Direction = Literal["forward", "reverse"]
 Measure = Literal["forward", "reverse", "tv"]
 
-LOG_FLOOR = -1e4  # stands for log 0 inside the pool; the callers know when it was met
+LOG_FLOOR = -600.0  # stands for log 0 inside the pool, where exp(±) of it must stay finite
 _TINY = -1 + 2.0**-53  # relative size of probability zero
 
 
@@ -95,7 +95,14 @@ def divergence(
         scale = 1 + level
         return p0 * scale * (phi(many / scale).sum(0) + phi(one / scale))
     lost = p0 * level.exp() * (psi(many).sum(0) + psi(one))
-    return -torch.log1p(-lost.clamp_max(1.0))
+    return -torch.log1p(-lost.clamp_max(1 - 2.0**-53))
+
+
+def deletion_cost(lse_gap: Float[Tensor, "*step"]) -> Float[Tensor, "*step"]:
+    """−log(1 − p0), what it costs in reverse to delete the greedy token; lse_gap = −log p0."""
+    possible = lse_gap > 0
+    rest = -(-torch.where(possible, lse_gap, 1.0)).expm1()
+    return torch.where(possible, -rest.log(), torch.inf)
 
 
 def phi(d: Tensor) -> Tensor:

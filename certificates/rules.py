@@ -21,7 +21,7 @@ from certdraft.certificates.head import Head
 from certdraft.certificates.selection import largest
 
 # Head probabilities are rebuilt from rounded logarithms: closer to the threshold than this counts as a tie.
-_HEAD_TIE = 1e-6
+HEAD_TIE = 1e-6
 
 
 class _SingleToken:
@@ -72,7 +72,7 @@ class _SingleToken:
         theta = self.threshold(p)
         if isinstance(p, Head):
             held = (p.ids == token.unsqueeze(-1)) & self.accepted_entries(p)
-            return held.any(-1) | (theta < 0)
+            return held.any(-1) | (theta < -HEAD_TIE)
         chosen = p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
         return (token == p.argmax(-1)) | (chosen > theta)
 
@@ -96,9 +96,9 @@ class _SingleToken:
             head: target head.
             theta: its threshold.
         """
-        limit = -theta.clamp_min(0.0).log() - head.lse_gap
-        limit = torch.where(theta < 0, torch.nan, limit - _HEAD_TIE * (1 + limit))
-        return (~(head.gap >= limit.unsqueeze(-1))).sum(-1).clamp_min(1)
+        limit = (-theta.clamp_min(0.0).log() - head.lse_gap) * (1 - HEAD_TIE) - HEAD_TIE
+        accepted = (head.gap < limit.unsqueeze(-1)) | (theta < -HEAD_TIE).unsqueeze(-1)
+        return accepted.sum(-1).clamp_min(1)
 
 
 @dataclass(frozen=True)
