@@ -28,7 +28,6 @@ from certdraft.losses.paths import (
     prefix_weights,
     windows,
 )
-from certdraft.losses.pool import coarse_coverage_radius
 from certdraft.losses.surrogates import CappedCE, CertificateHinge
 from certdraft.losses.target import OnlineTarget, TargetBatch
 from certdraft.losses.weighting import (
@@ -64,7 +63,6 @@ __all__ = [
     "budget_loss",
     "budget_weights",
     "certain_budget_nats",
-    "coarse_coverage_radius",
     "depth_decay",
     "fold",
     "low_margin_weight",

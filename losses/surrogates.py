@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from certdraft.certificates import Coverage, radius
+from certdraft.certificates import Coverage, coarse_radius, radius
 from certdraft.losses.base import Loss, View
 from certdraft.losses.imitation import ForwardKL, HardCE, Vocabulary
-from certdraft.losses.pool import coarse_coverage_radius
 from certdraft.losses.target import TargetBatch
 
 
@@ -26,8 +25,8 @@ class CertificateHinge(Loss):
     """Forward KL measured against the radius κ of top-m coverage.
 
     D is KL(p‖q) and κ its exact radius when the target is full. On a head D is the KL of the coarsening and κ
-    the exact radius *of the coarsening* (`coarse_coverage_radius`), which is smaller: with the radius of the
-    full KL, a token hidden in the tail could beat g unseen. Either way D < κ proves coverage, and:
+    the exact radius *of the coarsening* (`coarse_radius`), which is smaller: with the radius of the full KL,
+    a token hidden in the tail could beat g unseen. Either way D < κ proves coverage, and:
 
     | form | value | unit | gradient in z | bound |
     |---|---|---|---|---|
@@ -75,7 +74,7 @@ class CertificateHinge(Loss):
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
         kl = self.divergence.on_coarse(coarse_logits, target)
-        return self.against(kl, coarse_coverage_radius(target, self.m))
+        return self.against(kl, coarse_radius(target.head, self.m))
 
     def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
         return self.against(self.divergence.on_full(logits, target), radius(target.head, Coverage(self.m)))

@@ -10,7 +10,7 @@ import torch
 from oracles.loss_cases import full_target, head_target, target_probs
 
 from certdraft import losses as L
-from certdraft.certificates import Coverage, Head, radius
+from certdraft.certificates import Coverage, Head, coarse_radius, radius
 
 VOCAB, K = 12, 7
 
@@ -107,9 +107,7 @@ def test_capped_ce_pays_its_slack_on_every_miss(failing):
 def test_kl_over_radius_is_at_least_one_on_every_miss(failing):
     m, p, z = failing
     for target in (full_target(p, K), head_target(p, K)):
-        kappa = (
-            L.coarse_coverage_radius(target, m) if target.logp is None else radius(target.head, Coverage(m))
-        )
+        kappa = coarse_radius(target.head, m) if target.logp is None else radius(target.head, Coverage(m))
         kl = L.ForwardKL()(z, target)
         assert (kl >= kappa - 1e-9).all()
         certifiable = kappa > 1e-3
@@ -138,10 +136,8 @@ def test_coarse_radius_is_its_definition():
     for m in (1, 2, 4, 6):
         p = target_probs(40, VOCAB, 7)
         expected = torch.tensor([oracle.coarse_radius(row.tolist(), K, m) for row in p], dtype=torch.float64)
-        torch.testing.assert_close(
-            L.coarse_coverage_radius(head_target(p, K), m), expected, rtol=1e-6, atol=1e-9
-        )
-    assert torch.isinf(L.coarse_coverage_radius(head_target(p, K), VOCAB)).all()
+        torch.testing.assert_close(coarse_radius(head_target(p, K).head, m), expected, rtol=1e-6, atol=1e-9)
+    assert torch.isinf(coarse_radius(head_target(p, K).head, VOCAB)).all()
 
 
 @pytest.mark.parametrize("case", json.loads((Path(__file__).parent / "coarse_vectors.json").read_text()))
@@ -154,7 +150,7 @@ def test_coarse_radius_meets_the_convex_solver(case):
     gap = (p.max().log() - p[ranks].log())[None]
     lse_gap = -p.max().log()[None]
     head = Head(ranks[None], gap, lse_gap, len(p) + case["n_tail"])
-    value = float(L.coarse_coverage_radius(L.TargetBatch(head), case["m"]))
+    value = float(coarse_radius(head, case["m"]))
     expected = float(case["expected"])
     assert value == expected or abs(value - expected) <= case["tol"]
 
@@ -163,10 +159,8 @@ def test_with_the_whole_vocabulary_the_coarse_radius_is_the_radius():
     p = target_probs(80, VOCAB)
     for m in (1, 3):
         exact = radius(Head.from_probs(p, VOCAB), Coverage(m))
-        torch.testing.assert_close(
-            L.coarse_coverage_radius(head_target(p, VOCAB), m), exact, rtol=1e-9, atol=1e-12
-        )
-        assert (L.coarse_coverage_radius(head_target(p, K), m) <= exact + 1e-12).all()
+        torch.testing.assert_close(coarse_radius(head_target(p, VOCAB).head, m), exact, rtol=1e-9, atol=1e-12)
+        assert (coarse_radius(head_target(p, K).head, m) <= exact + 1e-12).all()
 
 
 def test_full_radius_on_a_coarse_kl_would_be_unsound():
@@ -178,4 +172,4 @@ def test_full_radius_on_a_coarse_kl_would_be_unsound():
     assert oracle.missed(z[0].tolist(), 0, 1)
     kl = L.ForwardKL()(z, target)
     assert kl < radius(target.head, Coverage(1))
-    assert kl >= L.coarse_coverage_radius(target, 1)
+    assert kl >= coarse_radius(target.head, 1)
