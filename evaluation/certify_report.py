@@ -33,6 +33,7 @@ def write_certify(report: CertifyReport, out: Path, provenance: Mapping[str, str
         Path of the HTML page.
     """
     target = report.data["trace"].get("target", "the target")
+    target = "the embedded target" if target == "embedded" else target
     write_json(out / "certify.json", {**report.data, "provenance": dict(provenance)})
     figures = _figures(report.data, out)
     page = _page(report, figures, provenance, title or f"Acceptance certificates of {target}")

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from certdraft.data import Corpus, Generation, Prompts, open_trace
+import torch
+
+from certdraft.data import (
+    Corpus,
+    Generation,
+    Prompts,
+    Trace,
+    load_target,
+    load_tokenizer,
+    open_trace,
+    tokenizer_fingerprint,
+)
+from certdraft.decoding import TreeBuilder
+from certdraft.drafters import CausalDrafter, load_drafter, read_facts
 from certdraft.evaluation.certify import CertifyProtocol, certify
 from certdraft.evaluation.certify_report import write_certify
+from certdraft.evaluation.evaluate import evaluate
+from certdraft.evaluation.evaluate_report import write_evaluation
 from certdraft.evaluation.provenance import provenance
 from certdraft.evaluation.reading import select
 from certdraft.evaluation.report import claim_directory
@@ -99,3 +115,97 @@ def run_certify(
     report = certify(select(opened, max_documents, min_prompt_tokens), protocol)
     facts = provenance({"trace.json": source / "trace.json"})
     return write_certify(report, folder, {"trace": str(source), **facts}, title)
+
+
+def run_evaluate(
+    out: str,
+    drafters: dict[str, str],
+    trace: str,
+    target: str | None = None,
+    revision: str | None = None,
+    builders: list[TreeBuilder] | None = None,
+    prompts: int = 32,
+    replay_documents: int | None = 256,
+    max_documents: int | None = None,
+    max_new_tokens: int | None = None,
+    exact_kl: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "auto",
+    seed: int = 0,
+    title: str = "",
+) -> Path:
+    """Drafters side by side on held-out text: certified and realised acceptance, τ, speed.
+
+    Args:
+        out: new folder for report.html, report.json, tables.md, figures.
+        drafters: name → exported folder or hub name; the first is the baseline of the comparisons.
+        trace: folder of a trace that no drafter was trained on.
+        target: "embedded", a local folder or a hub name; decoded for real. Without it nothing is timed.
+        revision: hub revision of the target.
+        builders: draft trees; a chain of 4 and a best-first tree of 16 nodes when not given.
+        prompts: prompts decoded for real.
+        replay_documents: documents replayed for τ.
+        max_documents: documents read for acceptance.
+        max_new_tokens: cut continuations to this length.
+        exact_kl: recompute the target's full distributions along the trace instead of using the recorded
+            heads.
+        dtype: of target and drafters.
+        device: "auto" (CUDA when there is one), "cpu", "cuda:0" and so on.
+        seed: of the bootstrap.
+        title: title of the page.
+
+    Returns:
+        Path of the HTML page.
+
+    Raises:
+        ValueError: a drafter of another tokenizer, a certified step that was rejected, bad numbers.
+        FileExistsError: `out` is in use.
+        FileNotFoundError: no such trace, drafter or target.
+    """
+    opened = open_trace(trace)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    loaded = {name: load_checked(path, opened, where, dtype) for name, path in drafters.items()}
+    model = None
+    if target is not None:
+        model = load_target(target, revision=revision, dtype=getattr(torch, dtype), device=where)
+    folder = claim_directory(out)
+    report = evaluate(
+        loaded,
+        opened,
+        model,
+        builders=builders,
+        prompts=prompts,
+        replay_documents=replay_documents,
+        max_documents=max_documents,
+        max_new_tokens=max_new_tokens,
+        exact_kl=exact_kl,
+        seed=seed,
+        progress=show_progress,
+    )
+    files: dict[str, str | Path] = {"trace.json": Path(trace) / "trace.json"}
+    files |= {f"drafter {name}": path for name, path in drafters.items() if Path(path).is_dir()}
+    return write_evaluation(report, folder, {"trace": trace, **provenance(files)}, title)
+
+
+def load_checked(path: str, trace: Trace, device: torch.device, dtype: str) -> CausalDrafter:
+    """A drafter on its device, once its tokenizer is known to be the trace's.
+
+    Raises:
+        FileNotFoundError: no such drafter.
+        ValueError: another tokenizer or vocabulary, both are shown.
+    """
+    exported = (Path(path) / "drafter.json").is_file()
+    facts = (read_facts(path)["facts"] or {}) if exported else {}
+    fingerprint = facts.get("tokenizer_fingerprint") or tokenizer_fingerprint(load_tokenizer(path))
+    trace.check_tokenizer(fingerprint, f"that of the drafter {path},")
+    wanted: Any = None if dtype == "float16" else dtype
+    drafter = load_drafter(path, dtype=wanted) if exported else CausalDrafter(pretrained=path, dtype=wanted)
+    drafter.build(trace.meta.vocab_size)
+    return drafter.to(device).eval()
+
+
+def show_progress(stage: str, done: int, total: int) -> None:
+    """One line on standard error, rewritten in place; nothing when that is not a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        print(f"\r{stage}: {done}/{total}\033[K", end=end, file=sys.stderr, flush=True)

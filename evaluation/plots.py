@@ -260,7 +260,7 @@ def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         ax.grid(axis="y", visible=False)
         ax.set(
             xlim=(0, 1.12 * max(r["tau"]["high"] for r in rows)),
-            xlabel="acceptance length τ (tokens per target pass, bonus included; 1 = plain decoding)",
+            xlabel="acceptance length τ (tokens per target pass)",
         )
         if len(drafters) > 1:
             ax.legend(

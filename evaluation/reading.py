@@ -8,6 +8,7 @@ Axis letters: R documents of a batch · T tokens · H hidden · N steps · V voc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -201,3 +202,66 @@ def select(trace: TraceLike, max_documents: int | None = None, min_prompt_tokens
             "followed by counted steps; lower min_prompt_tokens, or record longer prompts"
         )
     return Selection(trace, kept)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A prompt and the target's greedy continuation, as recorded.
+
+    Attributes:
+        prompt: token ids, at least one.
+        text: the continuation, at least one token.
+        lead: nats between the target's greedy token and its runner-up, at each token of `text`.
+    """
+
+    prompt: list[int]
+    text: list[int]
+    lead: list[float]
+
+
+def greedy_documents(
+    trace: TraceLike, limit: int | None = None, max_new_tokens: int | None = None
+) -> list[Document]:
+    """Prompts and greedy continuations of a trace, evenly spread over it.
+
+    Documents whose counted text is not the target's greedy text (recorded from a corpus) are passed over.
+
+    Args:
+        trace: rows with token ids.
+        limit: at most this many documents.
+        max_new_tokens: cut continuations to this many tokens.
+
+    Raises:
+        ValueError: no document has a greedy continuation.
+    """
+    found = []
+    for index in spread(len(trace), limit):
+        row = trace.row(index)
+        where = greedy_tail(row)
+        if where is None:
+            continue
+        start, stop = where
+        stop = stop if max_new_tokens is None else min(stop, start + max_new_tokens)
+        ids = row.input_ids.tolist()
+        lead = (
+            row.head.gap[start:stop, 1].tolist() if row.head.num_kept > 1 else [float("inf")] * (stop - start)
+        )
+        found.append(Document(ids[: start + 1], ids[start + 1 : stop + 1], lead))
+    if not found:
+        raise ValueError(
+            f"none of {len(trace)} documents holds a greedy continuation of the target, so no acceptance "
+            "length can be read off them; record the trace with max_new_tokens > 0"
+        )
+    return found
+
+
+def spread(total: int, limit: int | None) -> list[int]:
+    """`limit` indices spread evenly over `total`, all of them when there are fewer.
+
+    Examples:
+        >>> spread(10, 3)
+        [0, 3, 6]
+    """
+    if limit is None or limit >= total:
+        return list(range(total))
+    return [i * total // limit for i in range(limit)]

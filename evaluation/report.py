@@ -11,6 +11,7 @@ import base64
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from certdraft.evaluation.statistics import Interval
+
+_FLAT_LIST = re.compile(r"\[[-+.\deE,\s]+\]")  # strings hold no newline, so only lists of numbers span lines
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Table:
         note: what a number means, one or two sentences.
         name: file stem for the Markdown copy; "" keeps the table in the page only.
         emphasis: index of a row to set in bold, or None.
+        text_columns: leading columns that hold words, set flush left.
     """
 
     caption: str
@@ -39,11 +43,13 @@ class Table:
     note: str = ""
     name: str = ""
     emphasis: int | None = None
+    text_columns: int = 1
 
     def markdown(self) -> str:
         """The table as GitHub Markdown: caption, grid, note."""
         lines = [f"**{self.caption}**", "", _markdown_row(self.columns)]
-        lines.append(_markdown_row(["---"] + ["---:"] * (len(self.columns) - 1)))
+        words = self.text_columns
+        lines.append(_markdown_row(["---"] * words + ["---:"] * (len(self.columns) - words)))
         lines += [_markdown_row(row) for row in self.rows]
         return "\n".join([*lines, "", self.note] if self.note else lines) + "\n"
 
@@ -189,8 +195,9 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write strict JSON: infinities become the strings "inf"/"-inf", NaN becomes null."""
-    write_atomic(path, json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write strict JSON: ±infinity becomes "inf"/"-inf", NaN null; a list of numbers is one line."""
+    text = json.dumps(_strict(value), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, _FLAT_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def _strict(value: Any) -> Any:

@@ -16,17 +16,19 @@ Axis letters: N prompts · S seeds.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+Statistic = Callable[..., Array]  # of the column sums, elementwise over resamples
 Comparison = Literal["difference", "ratio"]
-_CELLS_PER_BATCH = 2_000_000  # resample indices held at once: 16 MB
+_CELLS = 2_000_000  # resampling weights held at once: 16 MB
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def pooled_ratio(
         raise ValueError(
             "pooled_ratio: the denominators must be ≥ 0 with a positive sum (no steps, no rounds?)"
         )
-    return _interval(lambda n, d: n.sum(axis=-1) / d.sum(axis=-1), (num, den), confidence, n_resamples, seed)
+    return _interval(lambda n, d: n / d, (num, den), confidence, n_resamples, seed)
 
 
 def compare_ratios(
@@ -129,8 +131,7 @@ def compare_ratios(
         raise ValueError(f"compare_ratios: comparison {comparison!r} is neither 'difference' nor 'ratio'")
 
     def statistic(a: Array, b: Array, c: Array, d: Array) -> Array:
-        x, y = a.sum(axis=-1) / b.sum(axis=-1), c.sum(axis=-1) / d.sum(axis=-1)
-        return x - y if comparison == "difference" else x / y
+        return a / b - c / d if comparison == "difference" else (a / b) / (c / d)
 
     return _interval(statistic, (n1, d1, n2, d2), confidence, n_resamples, seed)
 
@@ -147,66 +148,77 @@ def _checked(numerator: ArrayLike, denominator: ArrayLike) -> tuple[Array, Array
 
 
 def _interval(
-    statistic: Callable[..., Array], data: tuple[Array, ...], confidence: float, n_resamples: int, seed: int
+    statistic: Statistic, data: tuple[Array, ...], confidence: float, n_resamples: int, seed: int
 ) -> Interval:
     if data[0].ndim == 2 and data[0].shape[0] == 1:
         data = tuple(x[0] for x in data)
     n = data[0].shape[-1]
-    if data[0].ndim == 2:
-        value = float(np.mean(statistic(*data)))
-        low, high = _crossed(statistic, data, confidence, n_resamples, seed)
-        return Interval(value, low, high, confidence, "crossed percentile", n)
-    value = float(statistic(*data))
-    if n == 1:
-        return Interval(value, value, value, confidence, "none", n)
-    low, high, method = _by_prompt(statistic, data, confidence, n_resamples, seed)
-    return Interval(value, low, high, confidence, method, n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if data[0].ndim == 2:
+            value = float(np.mean(statistic(*(x.sum(axis=-1) for x in data))))
+            low, high = _crossed(statistic, data, confidence, n_resamples, seed)
+            return Interval(value, low, high, confidence, "crossed percentile", n)
+        value = float(statistic(*(x.sum() for x in data)))
+        if n == 1:
+            return Interval(value, value, value, confidence, "none", n)
+        draws = np.concatenate([statistic(*(w @ x for x in data)) for w in _weights(n, n_resamples, seed)])
+        # A resample without a step of a rare bucket (0 ÷ 0) says nothing about the ratio; it is left out.
+        draws = draws[np.isfinite(draws)]
+        left_out = statistic(*(x.sum() - x for x in data))  # [N], each without one prompt
+    levels = _bca_levels(value, draws, left_out, confidence)
+    method = "percentile" if levels is None else "BCa"
+    low, high = np.quantile(draws, levels or ((1 - confidence) / 2, (1 + confidence) / 2))
+    return Interval(value, float(low), float(high), confidence, method, n)
 
 
-def _by_prompt(
-    statistic: Callable[..., Array], data: tuple[Array, ...], confidence: float, n_resamples: int, seed: int
-) -> tuple[float, float, str]:
-    """BCa interval over one axis of prompts; percentile where BCa is undefined."""
-    from scipy.stats import bootstrap
+def _weights(n: int, n_resamples: int, seed: int) -> Iterable[Array]:
+    """How often each of n prompts occurs in each resample, in blocks of [B, N]."""
+    if n_resamples * n <= _CELLS:
+        return (_cached_weights(n, n_resamples, seed),)
+    size = max(1, _CELLS // n)
+    blocks = range(0, n_resamples, size)
+    return (_draw_weights(n, min(size, n_resamples - b), np.random.default_rng((seed, b))) for b in blocks)
 
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")  # scipy warns on a constant sample; the percentile branch answers it
-        result = bootstrap(
-            data,
-            lambda *sample, axis=-1: statistic(*sample),
-            paired=True,
-            vectorized=True,
-            axis=-1,
-            method="BCa",
-            confidence_level=confidence,
-            n_resamples=n_resamples,
-            batch=max(1, _CELLS_PER_BATCH // data[0].shape[-1]),
-            rng=np.random.default_rng(seed),
-        )
-    low, high = (float(x) for x in result.confidence_interval)
-    if np.isfinite(low) and np.isfinite(high):
-        return low, high, "BCa"
-    # A resample may hold no step of a rare bucket (0 ÷ 0): it says nothing about the ratio and is left out.
-    draws = result.bootstrap_distribution
-    low, high = _percentiles(draws[np.isfinite(draws)], confidence)
-    return low, high, "percentile"
+
+def _draw_weights(n: int, count: int, rng: np.random.Generator) -> Array:
+    drawn = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+    return np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n).astype(np.float64)
+
+
+@lru_cache(maxsize=4)
+def _cached_weights(n: int, n_resamples: int, seed: int) -> Array:
+    return _draw_weights(n, n_resamples, np.random.default_rng((seed, 0)))
+
+
+def _bca_levels(value: float, draws: Array, left_out: Array, confidence: float) -> tuple[float, float] | None:
+    """Quantile levels of the bias-corrected and accelerated interval; None where it is not defined.
+
+    Source: Efron, "Better Bootstrap Confidence Intervals", JASA 1987; acceleration from the jackknife.
+    """
+    below = (np.mean(draws < value) + np.mean(draws <= value)) / 2
+    if not 0 < below < 1 or not np.isfinite(left_out).all():
+        return None
+    spread = left_out.mean() - left_out
+    scale = float((spread**2).sum()) ** 1.5
+    if scale == 0:
+        return None
+    normal = NormalDist()
+    bias, acceleration = normal.inv_cdf(float(below)), float((spread**3).sum()) / (6 * scale)
+    ends = (bias + normal.inv_cdf((1 - confidence) / 2), bias + normal.inv_cdf((1 + confidence) / 2))
+    low, high = (normal.cdf(bias + z / (1 - acceleration * z)) for z in ends)
+    return low, high
 
 
 def _crossed(
-    statistic: Callable[..., Array], data: tuple[Array, ...], confidence: float, n_resamples: int, seed: int
+    statistic: Statistic, data: tuple[Array, ...], confidence: float, n_resamples: int, seed: int
 ) -> tuple[float, float]:
     """Percentile interval of the seed-averaged statistic; seeds and prompts are resampled independently."""
-    rng = np.random.default_rng(seed)
     seeds, prompts = data[0].shape
-    draws = np.empty(n_resamples)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for i in range(n_resamples):
-            s, p = rng.integers(seeds, size=seeds), rng.integers(prompts, size=prompts)
-            draws[i] = np.mean(statistic(*(x[np.ix_(s, p)] for x in data)))
-    return _percentiles(draws[np.isfinite(draws)], confidence)
-
-
-def _percentiles(draws: Array, confidence: float) -> tuple[float, float]:
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(draws, [tail, 100.0 - tail])
+    rng = np.random.default_rng((seed, 1))
+    draws = []
+    for weights in _weights(prompts, n_resamples, seed):
+        each = statistic(*(weights @ x.T for x in data))  # [B, S]
+        draws.append((each * _draw_weights(seeds, len(each), rng)).sum(axis=1) / seeds)
+    kept = np.concatenate(draws)
+    low, high = np.quantile(kept[np.isfinite(kept)], ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)

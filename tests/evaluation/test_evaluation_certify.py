@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from html import unescape
 from html.parser import HTMLParser
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from certdraft.certificates import Additive, Coverage, Head, Multiplicative, StrictGreedy, radius
-from certdraft.evaluation import certify as module
 from certdraft.evaluation.certify import CertifyProtocol, certify, head_is_exact, run_lengths
 from certdraft.evaluation.certify_report import certify_tables, write_certify
 from certdraft.evaluation.reading import select
@@ -124,7 +124,7 @@ def test_documents_do_not_run_into_each_other_and_chunks_do_not_show(monkeypatch
         Row(torch.rand(n) < 0.8, Head.from_logits(3 * torch.randn(n, 40), 33)) for n in (7, 1, 30, 12, 12, 5)
     )
     whole = certify(made)
-    monkeypatch.setattr(module, "_STEPS_PER_CHUNK", 10)
+    monkeypatch.setattr(sys.modules["certdraft.evaluation.certify"], "_STEPS_PER_CHUNK", 10)
     chunked = certify(made)
     assert json.dumps(whole.data["runs"]) == json.dumps(chunked.data["runs"])
     for a, b in zip(whole.data["certificates"], chunked.data["certificates"], strict=True):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from certdraft.evaluation import statistics
 from certdraft.evaluation.statistics import compare_ratios, pooled_ratio
 from certdraft.evaluation.streaming import StepDistribution
 
@@ -33,6 +34,37 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         interval = pooled_ratio(num, den, n_resamples=400, seed=0)
         hits += interval.low <= 2.5 <= interval.high
     assert 0.89 <= hits / 200 <= 0.985
+
+
+def test_the_interval_is_scipys_bca_up_to_the_draw() -> None:
+    from scipy.stats import bootstrap
+
+    rng = np.random.default_rng(5)
+    den = rng.integers(3, 30, 25).astype(float)
+    num = den * rng.gamma(3, 1, 25)
+    ours = pooled_ratio(num, den, n_resamples=20_000)
+    theirs = bootstrap(
+        (num, den),
+        lambda n, d, axis=-1: n.sum(axis) / d.sum(axis),
+        paired=True,
+        n_resamples=20_000,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert ours.method == "BCa"
+    assert ours.low == pytest.approx(theirs.low, abs=0.04 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.04 * width)
+    assert abs(ours.high - ours.value) > 1.1 * abs(ours.value - ours.low)  # skewed, as it should be
+
+
+def test_large_samples_are_resampled_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    num, den = rng.gamma(2, 1, 50), np.ones(50)
+    whole = pooled_ratio(num, den)
+    monkeypatch.setattr(statistics, "_CELLS", 5000)
+    blocks = pooled_ratio(num, den)
+    assert blocks.low == pytest.approx(whole.low, abs=0.05)
+    assert blocks.high == pytest.approx(whole.high, abs=0.05)
 
 
 def test_pairing_shrinks_the_interval_of_a_difference() -> None:

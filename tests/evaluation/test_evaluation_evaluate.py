@@ -1,0 +1,227 @@
+"""Real decoding, replay and the report on a random target of 48 tokens: small, but the real loop and page."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from certdraft.certificates import Head
+from certdraft.decoding import BestFirst, Chain, StaticTree, greedy
+from certdraft.drafters import CausalDrafter
+from certdraft.evaluation import bench as bench_module
+from certdraft.evaluation.bench import benchmark
+from certdraft.evaluation.evaluate import EvaluationReport, evaluate, labelled
+from certdraft.evaluation.evaluate_report import headline_table, write_evaluation
+from certdraft.evaluation.lengths import replay_lengths
+from certdraft.evaluation.reading import greedy_documents
+from certdraft.evaluation.report import claim_directory, write_json
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 48, "max_position_embeddings": 128,
+}  # fmt: skip
+BUILDERS = [Chain(3), BestFirst(6, max_depth=4), StaticTree((2, 2))]
+
+
+class Row:
+    def __init__(self, input_ids: torch.Tensor, loss_mask: torch.Tensor, head: Head) -> None:
+        self.input_ids, self.loss_mask, self.head = input_ids, loss_mask, head
+
+
+class Rows(list):
+    """An in-memory trace."""
+
+    def row(self, index: int) -> Row:
+        return self[index]
+
+
+@pytest.fixture(scope="module")
+def target() -> PreTrainedModel:
+    torch.manual_seed(7)
+    model = Qwen3ForCausalLM(Qwen3Config(**SIZES, initializer_range=0.4, tie_word_embeddings=False))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def trace(target: PreTrainedModel) -> Rows:
+    rows = Rows()
+    for d in range(5):
+        torch.manual_seed(d)
+        prompt = torch.randint(48, (3 + d,)).tolist()
+        ids = torch.tensor(prompt + greedy(target, prompt, 14))
+        mask = torch.arange(len(ids)) >= len(prompt) - 1
+        mask[-1] = False
+        with torch.inference_mode():
+            rows.append(Row(ids, mask, Head.from_logits(target(ids[None]).logits[0], 40)))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def drafters(target: PreTrainedModel) -> dict[str, CausalDrafter]:
+    """One that knows nothing, one that is the target with noise, one that is the target."""
+    made = {}
+    for name, noise in (("random", None), ("noisy", 0.05), ("perfect", 0.0)):
+        torch.manual_seed(3)
+        drafter = CausalDrafter(config={**SIZES, "tie_word_embeddings": False})
+        if noise is not None:
+            drafter.model.load_state_dict(target.state_dict())
+            for p in drafter.parameters():
+                p.data += noise * torch.randn_like(p)
+        made[name] = drafter.eval()
+    return made
+
+
+@pytest.fixture(scope="module")
+def report(target: PreTrainedModel, trace: Rows, drafters: dict[str, CausalDrafter]) -> EvaluationReport:
+    return evaluate(drafters, trace, target, builders=BUILDERS, prompts=4)
+
+
+def test_decoded_texts_are_the_targets_and_a_perfect_drafter_is_never_rejected(
+    report: EvaluationReport,
+) -> None:
+    bench = report.data["bench"]
+    assert bench["lossless"]
+    assert bench["changed_texts"] == 0
+    methods = {(m["drafter"], m["builder"]): m for m in bench["methods"]}
+    assert len(methods) == 9
+    perfect = methods["perfect", "chain(depth=3)"]
+    # 14 tokens in rounds of 4: 4 + 4 + 4 + 2
+    assert perfect["tau"]["value"] == pytest.approx(14 / 4)
+    assert perfect["rejections"]["rejected"] == 0
+    assert all(d["accepted"] == d["reached"] for d in perfect["depths"])
+    assert methods["random", "chain(depth=3)"]["tau"]["value"] < 1.5
+    for m in methods.values():
+        assert sum(m["share"].values()) == pytest.approx(1.0, abs=0.2)
+        causes = m["rejections"]
+        assert causes["rejected"] == causes["not_in_top_m"] + causes["not_in_tree"] + causes["numerical_tie"]
+
+
+def test_replay_finds_the_rounds_of_real_decoding(
+    target: PreTrainedModel, trace: Rows, drafters: dict[str, CausalDrafter]
+) -> None:
+    documents, builders = greedy_documents(trace), labelled(BUILDERS)
+    real = benchmark(target, {"noisy": drafters["noisy"]}, documents, builders, warmup=0)
+    replayed = replay_lengths(drafters["noisy"], documents, builders)
+    for label in builders:
+        a, b = real.methods["noisy", label].lengths, replayed[label]
+        assert (a.tokens, a.passes, a.reached, a.accepted) == (b.tokens, b.passes, b.reached, b.accepted)
+        assert a.rejections == b.rejections
+        assert 1 < sum(b.tokens) / sum(b.passes) < 4
+
+
+def test_a_text_that_is_not_the_targets_is_reported_loudly(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    target: PreTrainedModel,
+    trace: Rows,
+    drafters: dict[str, CausalDrafter],
+) -> None:
+    right = bench_module.decode
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = right(*args, **kwargs)
+        result.tokens[5] = (result.tokens[5] + 1) % 48
+        return result
+
+    monkeypatch.setattr(bench_module, "decode", wrong)
+    found = evaluate({"perfect": drafters["perfect"]}, trace, target, builders=[Chain(3)], prompts=2)
+    assert not found.data["bench"]["lossless"]
+    case = found.data["bench"]["methods"][0]["differing"][0]
+    assert case["token"] == 5
+    assert case["got"] == (case["expected"] + 1) % 48
+    page = unescape(write_evaluation(found, tmp_path, {}).read_text())
+    assert "not lossless here: 2 texts differ" in page
+
+
+def test_exact_kl_and_the_recorded_heads_tell_one_story(
+    target: PreTrainedModel, trace: Rows, drafters: dict[str, CausalDrafter]
+) -> None:
+    few = {n: drafters[n] for n in ("perfect", "noisy")}
+    exact = evaluate(few, trace, target, builders=[Chain(2)], prompts=1, exact_kl=True).data["drafters"]
+    heads = evaluate(few, trace, builders=[Chain(2)]).data["drafters"]
+    for name in few:
+        a, b = exact[name]["acceptance"], heads[name]["acceptance"]
+        assert (a["kl"]["source"], b["kl"]["source"]) == ("exact", "head")
+        assert a["greedy_changed"] == 0
+        assert b["kl"]["mean"] <= a["kl"]["mean"] + 1e-6
+        assert a["coverage"] == b["coverage"]
+    assert exact["perfect"]["acceptance"]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert exact["perfect"]["acceptance"]["rules"][0]["certified"]["value"] == 1.0
+
+
+def test_the_report_keeps_its_schema(report: EvaluationReport) -> None:
+    data = report.data
+    assert list(data) == ["schema", "baseline", "trace", "drafters", "comparisons", "bench"]
+    assert (data["schema"], data["baseline"]) == ("certdraft.evaluate/1", "random")
+    entry = data["drafters"]["noisy"]
+    assert list(entry) == ["parameters", "acceptance", "lengths"]
+    assert list(entry["acceptance"]) == (
+        "documents steps greedy_changed violations kl rules coverage calibration rejections".split()
+    )
+    assert list(entry["lengths"]["chain(depth=3)"]) == (
+        "prompts tokens target_passes tau per_request_mean nodes_per_pass depths rejections".split()
+    )
+    assert list(entry["lengths"]["chain(depth=3)"]["tau"]) == (
+        "value low high confidence method prompts".split()
+    )
+    rows = {(c["drafter"], c["quantity"]): c for c in data["comparisons"]}
+    assert {d for d, _ in rows} == {"noisy", "perfect"}
+    better = rows["perfect", "tau/chain(depth=3)"]["difference"]
+    assert better["low"] > 0
+    assert "ratio" in rows["perfect", "coverage@4"]
+    metrics = report.metrics("perfect")
+    assert metrics["coverage@1"] == 1.0
+    assert metrics["tau/chain(depth=3)"] == pytest.approx(14 / 4)
+    assert {"certified/strict", "ece", "speedup/chain(depth=3)", "low_margin_coverage@4"} <= set(metrics)
+    with pytest.raises(ValueError, match="random, noisy, perfect"):
+        report.metrics("perfekt")
+
+
+def test_the_page_is_self_contained_and_shows_the_numbers(report: EvaluationReport, tmp_path: Path) -> None:
+    page = write_evaluation(report, tmp_path, {"command": "certdraft evaluate"})
+    text = page.read_text()
+    assert page.name == "report.html"
+    addresses = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']([^"']*)""", text)
+    assert addresses
+    assert all(a.startswith("data:image/png;base64,") for a in addresses)
+    assert not re.search(r"<script|<link|@import|url\(|https?://", text)
+    assert json.loads((tmp_path / "report.json").read_text())["provenance"] == {
+        "command": "certdraft evaluate"
+    }
+    tau = report.data["drafters"]["perfect"]["lengths"]["chain(depth=3)"]["tau"]
+    assert f"{tau['value']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}]" in text
+    assert "not lossless" not in text
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        "acceptance-length.png", "certified-realised.png", "coverage.png", "depth.png", "calibration.png"
+    }  # fmt: skip
+    table = headline_table(report.data)
+    assert [row[0] for row in table.rows] == ["random", "noisy", "perfect"]
+    assert table.markdown() in (tmp_path / "tables.md").read_text()
+
+
+def test_bad_requests_are_refused(trace: Rows, drafters: dict[str, CausalDrafter]) -> None:
+    with pytest.raises(ValueError, match="at least one drafter"):
+        evaluate({}, trace)
+    with pytest.raises(ValueError, match="exact_kl"):
+        evaluate(drafters, trace, exact_kl=True)
+    with pytest.raises(ValueError, match="differ"):
+        labelled([Chain(3), Chain(3)])
+
+
+def test_results_are_never_overwritten_and_json_is_strict(tmp_path: Path) -> None:
+    assert claim_directory(tmp_path / "new" / "run").is_dir()
+    (tmp_path / "new" / "run" / "x").write_text("")
+    with pytest.raises(FileExistsError, match="already in use"):
+        claim_directory(tmp_path / "new" / "run")
+    write_json(
+        tmp_path / "a.json", {"a": [1.5, float("inf"), float("nan")], "b": [1, 2, -3e-5], "c": "x [1,\t2]"}
+    )
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == {"a": [1.5, "inf", None], "b": [1, 2, -3e-5], "c": "x [1,\t2]"}
+    assert "[1, 2, -3e-05]" in text.replace("[ ", "[").replace(" ]", "]")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
