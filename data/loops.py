@@ -29,6 +29,7 @@ def loop_onset(
         min_repeats: fewest repetitions of the period.
 
     Examples:
+        >>> import numpy as np
         >>> loop_onset(np.array([9, 8] + [1, 2, 3] * 12))
         5
         >>> loop_onset(np.arange(100)) is None

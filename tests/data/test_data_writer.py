@@ -143,15 +143,18 @@ def test_death_at_every_write_leaves_something_to_resume(
     lengths = [5, 1, 17, 8, 30]
     write_fake_trace(tmp_path / "whole", lengths, shard_rows=2)
     expected = files_of(tmp_path / "whole")
-    sync, rename, calls = os.fsync, Path.rename, 0
+    actions = {(os, "fsync"): os.fsync, (Path, "rename"): Path.rename, (Path, "write_text"): Path.write_text}
+    calls = 0
 
     def dying(action: Callable, fatal: int) -> Callable:
-        def run(*args: object) -> object:
+        def run(*args: object, **kwargs: object) -> object:
             nonlocal calls
             calls += 1
-            if calls == fatal:
-                raise Killed
-            return action(*args)
+            if calls < fatal:
+                return action(*args, **kwargs)
+            if action is actions[Path, "write_text"]:
+                action(args[0], args[1][: len(args[1]) // 2], **kwargs)
+            raise Killed
 
         return run
 
@@ -159,8 +162,8 @@ def test_death_at_every_write_leaves_something_to_resume(
     while died:
         fatal, calls, folder = fatal + 1, 0, tmp_path / f"died-{fatal}"
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", dying(sync, fatal))
-            patch.setattr(Path, "rename", dying(rename, fatal))
+            for (owner, name), action in actions.items():
+                patch.setattr(owner, name, dying(action, fatal))
             try:
                 write_fake_trace(folder, lengths, shard_rows=2)
                 died = False
@@ -168,7 +171,7 @@ def test_death_at_every_write_leaves_something_to_resume(
                 assert not (folder / "trace.json").exists() or files_of(folder).items() >= expected.items()
         write_fake_trace(folder, lengths, shard_rows=2)
         assert files_of(folder) == expected, f"died at write {fatal}"
-    assert fatal > 20  # three syncs for each of ten files
+    assert fatal > 30  # three or four calls for each of ten files
 
 
 def test_full_disk_leaves_what_was_written(
