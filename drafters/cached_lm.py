@@ -9,6 +9,7 @@ Letters: N committed tokens, K nodes of one pass, L tapped layers, H hidden, V v
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -71,6 +72,7 @@ class CachedLM:
     def __init__(self, model: PreTrainedModel, taps: Sequence[int] = ()) -> None:
         self.model = model
         self.body, self.head = split_causal_lm(model)
+        self._embeddings: Any = model.get_input_embeddings()
         self.taps = tuple(taps)
         self.num_layers = int(model.config.num_hidden_layers)
         if model.config._attn_implementation not in ("eager", "sdpa"):
@@ -90,12 +92,14 @@ class CachedLM:
     @property
     def device(self) -> torch.device:
         """Where inputs go and logits come from."""
-        return self.body.get_input_embeddings().weight.device
+        device: torch.device = self._embeddings.weight.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the hidden states; logits are fp32 whatever it is."""
-        return self.body.get_input_embeddings().weight.dtype
+        dtype: torch.dtype = self._embeddings.weight.dtype
+        return dtype
 
     def prefill(self, ids: Int[Tensor, " N"] | Sequence[int], room: int = 256) -> TreeCache:
         """A cache holding `ids` as committed tokens.

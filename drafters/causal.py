@@ -138,8 +138,8 @@ class CausalDrafter(Drafter):
         """The transformers model, LoRA layers in place where there are any."""
         if self.network is None:
             raise ValueError("this drafter has no network yet: give vocab_size, or call build(vocab_size).")
-        base: Any = self.network.get_base_model() if self.lora else self.network
-        return base
+        network: Any = self.network
+        return network.get_base_model() if self.lora else network
 
     @property
     def vocab_size(self) -> int:
@@ -155,8 +155,8 @@ class CausalDrafter(Drafter):
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:
         """Weight of the language-model head, for losses that never hold all logits."""
-        weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+        head: Any = self.model.get_output_embeddings()
+        return head.weight
 
     def hidden(
         self,
@@ -175,16 +175,17 @@ class CausalDrafter(Drafter):
             if position_ids is None:
                 raise ValueError("document_ids need position_ids that restart with every document.")
             mask = document_mask(document_ids, self.model.dtype)
-        body, _ = split_causal_lm(self.model)
         # use_cache=False: with a cache, transformers ignores restarting positions and documents would mix.
-        output = body(input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False)
+        output = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
         hidden: Tensor = output.last_hidden_state
         return hidden
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits of the next token; see `Drafter.head`."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits
+        head: Any = self.model.get_output_embeddings()
+        return head(hidden)
 
     def start(
         self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
@@ -231,14 +232,15 @@ class CausalDrafter(Drafter):
             raise ValueError(
                 "init_from_target needs the target model, but only its vocabulary size was given."
             )
-        mine, theirs = (m.get_input_embeddings().weight for m in (self.model, target))
+        networks: tuple[Any, Any] = self.model, target
+        mine, theirs = (network.get_input_embeddings().weight for network in networks)
         if mine.shape != theirs.shape:
             raise ValueError(
                 f"init_from_target: the target's embeddings are {tuple(theirs.shape)}, the drafter's "
                 f"{tuple(mine.shape)}; set hidden_size to {theirs.shape[1]} or init_from_target to false."
             )
         mine.copy_(theirs)
-        self.head_weight.copy_(target.get_output_embeddings().weight)
+        self.head_weight.copy_(networks[1].get_output_embeddings().weight)
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
@@ -251,8 +253,8 @@ def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     Raises:
         ValueError: an unknown model_type, an unknown key (transformers would ignore it), or a size left out.
     """
-    keys = {"model_type": "qwen3", "vocab_size": vocab_size} | keys
-    model_type = keys.pop("model_type")
+    keys = {"vocab_size": vocab_size} | keys
+    model_type: str = keys.pop("model_type", "qwen3")
     try:
         known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta"}
     except ValueError as error:

@@ -25,7 +25,7 @@ class LoraSettings:
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     target_modules: tuple[str, ...] = (
         "q_proj",

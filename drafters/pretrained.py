@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -47,7 +47,7 @@ def load_causal_lm(
     offline = not local and not _hub_answers()
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype or "auto",
                 attn_implementation=attention,
@@ -62,9 +62,9 @@ def load_causal_lm(
         raise FileNotFoundError(_not_on_hub(source, error, offline)) from error
     except (ValueError, RuntimeError) as error:  # needs remote code, unknown architecture, wrong shapes
         raise ValueError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
-    _check_complete(source, info)
-    loaded: PreTrainedModel = model
-    return loaded
+    model: PreTrainedModel = loaded[0]
+    _check_complete(source, loaded[1])
+    return model
 
 
 @contextmanager

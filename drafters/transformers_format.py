@@ -7,15 +7,19 @@ its chat template. LoRA is merged: no engine serves an unmerged drafter portably
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from certdraft.drafters.causal import CausalDrafter
 from certdraft.drafters.lora import merged
 from certdraft.drafters.pretrained import load_causal_lm, quiet
 from certdraft.drafters.protocol import Drafter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _PROBE_TOKENS = 48
 _MERGE_TOLERANCE = 1e-4  # of the largest logit; fp32 merges measured at 1e-7 to 1e-6
@@ -87,14 +91,14 @@ def standalone(drafter: CausalDrafter, dtype: torch.dtype | None = None) -> PreT
     Raises:
         ValueError: merging changed the logits by more than rounding.
     """
-    network = drafter.model if drafter.lora is None else merged(drafter.network)
+    network = drafter.model if drafter.lora is None else merged(cast("PeftModel", drafter.network))
     with torch.random.fork_rng(devices=[]):  # the random weights it starts with must not move training
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(drafter.model.config), attn_implementation=drafter.attention, dtype=network.dtype
         )
     model.load_state_dict(network.state_dict())
     model.generation_config = copy.deepcopy(drafter.model.generation_config)
-    model = model.to(drafter.model.device).eval()
+    nn.Module.to(model, drafter.model.device).eval()
     if drafter.lora is not None and drafter.model.dtype == torch.float32:
         _check_merge(model, drafter)
     dtype = dtype or drafter.model.dtype
@@ -122,7 +126,8 @@ def check_reload(model: PreTrainedModel, directory: Path) -> None:
         ValueError: missing or unexpected weights, another dtype, or logits that are not bit for bit equal.
     """
     attention = model.config._attn_implementation
-    loaded = load_causal_lm(directory, attention=attention).to(model.device)
+    loaded = load_causal_lm(directory, attention=attention)
+    nn.Module.to(loaded, model.device)
     if loaded.dtype != model.dtype:
         raise ValueError(f"written as {model.dtype}, the drafter loads as {loaded.dtype}.")
     mine, theirs = _probe(model), _probe(loaded)

@@ -19,6 +19,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 class _GrowingLayer(DynamicLayer):
     """Keys and values of one layer in a buffer that doubles, so appending a token does not copy the past."""
 
+    _keys: Tensor  # [1, heads, capacity, head size], of which `length` tokens are in use
+    _values: Tensor
+
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room  # tokens to reserve at the first write
@@ -33,8 +36,9 @@ class _GrowingLayer(DynamicLayer):
             self._grow(key_states, value_states, end)
         self._keys[:, :, start:end] = key_states
         self._values[:, :, start:end] = value_states
-        self.truncate(end)
-        return self.keys, self.values
+        keys, values = self._keys[:, :, :end], self._values[:, :, :end]
+        self.length, self.keys, self.values = end, keys, values
+        return keys, values
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -56,13 +60,14 @@ class _GrowingLayer(DynamicLayer):
 
     def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
         capacity = max(self.room, 2 * needed)
-        old = (self.keys, self.values) if self.is_initialized else None
+        old = (self._keys, self._values) if self.is_initialized else None
         self._keys, self._values = (
             states.new_empty((*states.shape[:2], capacity, states.shape[3]))
             for states in (key_states, value_states)
         )
         if old is not None:
-            self._keys[:, :, : self.length], self._values[:, :, : self.length] = old
+            for new, filled in zip((self._keys, self._values), old, strict=True):
+                new[:, :, : self.length] = filled[:, :, : self.length]
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
 
 
@@ -79,7 +84,7 @@ class TreeCache:
 
     def __init__(self, num_layers: int, room: int) -> None:
         self.layers = [_GrowingLayer(room) for _ in range(num_layers)]
-        self.past = Cache(layers=self.layers)
+        self.past = Cache(layers=[*self.layers])
         self.length = 0
         self.parents: list[int] = []
         self.depths: list[int] = []
