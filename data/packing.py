@@ -146,8 +146,8 @@ def assemble(
     position_ids = np.zeros(shape, np.int64)
     document_ids = np.full(shape, -1, np.int64)
     loss_mask = np.zeros(shape, np.bool_)
-    ids = np.empty((*shape, k), np.int64)
-    gap = np.empty((*shape, k), np.float32)
+    ids = np.empty((*shape, k), np.int32)
+    gap = np.empty((*shape, k), np.float16)
     lse_gap = np.empty(shape, np.float32)
     entropy = np.empty(shape, np.float32)
     for row, index in enumerate(rows):
@@ -169,7 +169,7 @@ def assemble(
         ids[row, end:] = np.arange(k)
         gap[row, end:] = 0.0
         lse_gap[row, end:] = entropy[row, end:] = math.log(vocab_size)
-    tensors = [torch.from_numpy(a) for a in (ids, gap, lse_gap, entropy)]
-    head = Head(tensors[0], tensors[1], tensors[2], vocab_size, tensors[3])
+    wide = torch.from_numpy(ids).long(), torch.from_numpy(gap).float()  # in one go: numpy widens slowly
+    head = Head(*wide, torch.from_numpy(lse_gap), vocab_size, torch.from_numpy(entropy))
     given = (torch.from_numpy(a) for a in (input_ids, position_ids, document_ids, loss_mask))
     return Batch(*given, head=head)
