@@ -49,8 +49,7 @@ def run_certify(
     protocol: CertifyProtocol = _PROTOCOL,
     title: str = "",
 ) -> Path:
-    """Certificates of a target: the tables and figures of arXiv 2606.30265, for any target, without a
-    drafter.
+    """Certificates of a target, no drafter needed: the tables and figures of arXiv 2606.30265.
 
     Give a recorded trace, or a target and a corpus to record one first (kept in OUT/trace; a killed recording
     goes on where it stopped when the same command is run again).
@@ -88,14 +87,14 @@ def run_certify(
             f"recorded first), and not both; got {'both' if trace else 'neither'}"
         )
     folder = Path(out)
-    recording = folder / "trace"
-    if trace is not None or not recording.is_dir() or (folder / "certify.json").exists():
-        claim_directory(folder)
+    source = folder / "trace" if trace is None else Path(trace)
     if target is not None:
         from certdraft.data import record_trace  # brings Lightning, which reading a trace does not need
 
+        if not source.is_dir() or (folder / "certify.json").exists():
+            claim_directory(folder)
         record_trace(
-            str(recording),
+            str(source),
             target,
             corpus,
             prompts,
@@ -107,14 +106,15 @@ def run_certify(
             accelerator=accelerator,
             devices=devices,
         )
-    source = recording if trace is None else Path(trace)
     opened = open_trace(source)
     widest = max(protocol.coverage, default=1)
     if opened.meta.vocab_size > widest:
         opened.check_num_kept(widest + 1, f"coverage(m={widest})")
-    report = certify(select(opened, max_documents, min_prompt_tokens), protocol)
+    chosen = select(opened, max_documents, min_prompt_tokens)
+    if trace is not None:
+        claim_directory(folder)
     facts = provenance({"trace.json": source / "trace.json"})
-    return write_certify(report, folder, {"trace": str(source), **facts}, title)
+    return write_certify(certify(chosen, protocol), folder, {"trace": str(source), **facts}, title)
 
 
 def run_evaluate(

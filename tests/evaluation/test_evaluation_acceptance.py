@@ -119,6 +119,24 @@ def test_seeing_the_tail_certifies_more_coverage_than_the_full_kl() -> None:
     assert seen.float().mean() > full.float().mean() + 0.05
 
 
+def test_a_step_with_one_unseen_token_above_the_greedy_one_can_be_certified() -> None:
+    """By hand: g = .24 and a tail of .10; q swaps them by a hair. Coverage(4) over failures through that one
+    token:
+
+    pool {.24, .10, .16}, level 1/6, radius .02989; the divergence is .02970; the full radius is only .0211.
+    """
+    p = torch.tensor([[0.24, 0.20, 0.18, 0.16, 0.12, 0.10]])
+    q = torch.tensor([[0.1699, 0.20, 0.18, 0.16, 0.12, 0.1701]])
+    seen = JoinedSteps.from_logits(q.log(), Head.from_probs(p, 5))
+    sure, bound = seen.certified(Coverage(4))
+    assert float(bound) == pytest.approx(
+        0.24 * np.log(1.44) + 0.10 * np.log(0.6) + 0.16 * np.log(0.96), abs=1e-6
+    )
+    assert bool(sure)
+    assert not bool(JoinedSteps.from_logits(q.log(), p.log()).certified(Coverage(4))[0])
+    assert bool(seen.accepted(Coverage(4))[0])
+
+
 @pytest.mark.parametrize("factor", [4.0, float("inf")])
 def test_a_wrong_certificate_stops_the_report_and_names_the_step(
     monkeypatch: pytest.MonkeyPatch, factor: float

@@ -1,0 +1,119 @@
+"""`certify` and `evaluate` as a user runs them: the embedded target, a trace, an exported drafter, YAML."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+import certdraft
+from certdraft.data import Corpus, Generation, Prompts, load_tokenizer, open_trace
+from certdraft.drafters import CardFacts, CausalDrafter, export
+from certdraft.evaluation import CertifyProtocol, run_certify, run_evaluate
+
+CONFIGS = sorted((Path(certdraft.__file__).parent / "configs" / "certify").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target certified from a corpus: the folder holds the trace that was recorded on the way."""
+    out = tmp_path_factory.mktemp("certify") / "out"
+    page = run_certify(
+        str(out),
+        target="embedded",
+        corpus=Corpus(split="test", max_rows=5),
+        prompts=Prompts(prompt_tokens=16),
+        generation=Generation(max_new_tokens=12, loops="keep"),
+        num_kept=16,
+        accelerator="cpu",
+    )
+    assert page == out / "certify.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def drafter(certified: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    meta = open_trace(certified / "trace").meta
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    torch.manual_seed(0)
+    made = CausalDrafter(
+        config={**sizes, "num_key_value_heads": 1, "head_dim": 16}, vocab_size=meta.vocab_size
+    )
+    facts = CardFacts("embedded", meta.vocab_size, meta.tokenizer_fingerprint)
+    where = tmp_path_factory.mktemp("drafter") / "export"
+    return export(made, where, tokenizer=load_tokenizer(), draft_length=4, card=facts)
+
+
+def test_certify_records_and_tabulates(certified: Path) -> None:
+    data = json.loads((certified / "certify.json").read_text())
+    assert data["trace"]["target"] == "embedded"
+    assert 5 * 6 <= data["trace"]["counted_steps"] <= 5 * 12
+    assert [r["k"] for r in data["mass"]] == [1, 3, 5, 10]  # a head of 16 cannot say what 25 tokens hold
+    assert 0 < data["certificates"][0]["mean"] < 0.6931
+    assert "sha-256 of trace.json" in data["provenance"]
+
+
+def test_a_folder_in_use_and_contradicting_sources_are_refused(certified: Path, tmp_path: Path) -> None:
+    trace = str(certified / "trace")
+    with pytest.raises(FileExistsError, match="already in use"):
+        run_certify(str(certified), trace=trace)
+    with pytest.raises(FileExistsError, match="already in use"):
+        run_certify(str(certified), target="embedded")
+    with pytest.raises(ValueError, match="neither"):
+        run_certify(str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="both"):
+        run_certify(str(tmp_path / "b"), trace=trace, target="embedded")
+    with pytest.raises(ValueError, match="K=16.*needs 33"):
+        run_certify(str(tmp_path / "c"), trace=trace, protocol=CertifyProtocol(coverage=(32,)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_runs_an_exported_drafter(certified: Path, drafter: Path, tmp_path: Path) -> None:
+    page = run_evaluate(
+        str(tmp_path / "out"),
+        {"fresh": str(drafter)},
+        str(certified / "trace"),
+        "embedded",
+        prompts=2,
+        device="cpu",
+    )
+    data = json.loads((page.parent / "report.json").read_text())
+    assert data["bench"]["lossless"]
+    assert data["bench"]["changed_texts"] == 0
+    assert data["drafters"]["fresh"]["lengths"]["chain(depth=4)"]["tau"]["value"] < 2
+    assert {"sha-256 of drafter fresh", "sha-256 of trace.json", "command"} <= set(data["provenance"])
+
+
+def test_a_drafter_with_another_tokenizer_is_refused_with_both_fingerprints(
+    certified: Path, drafter: Path, tmp_path: Path
+) -> None:
+    facts = json.loads((drafter / "drafter.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in drafter.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    facts["facts"]["tokenizer_fingerprint"] = "f" * 64
+    (other / "drafter.json").write_text(json.dumps(facts))
+    mine = open_trace(certified / "trace").meta.tokenizer_fingerprint
+    with pytest.raises(ValueError, match=rf"{mine[:12]}.*f{{12}}"):
+        run_evaluate(str(tmp_path / "out"), {"other": str(other)}, str(certified / "trace"), device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_configuration_is_understood(path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--config", action="config")
+    parser.add_function_arguments(run_certify)
+    found = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    assert isinstance(found.corpus, Corpus)
+    assert found.protocol == CertifyProtocol()
+    if path.stem.startswith("paper"):
+        assert (found.generation.max_new_tokens, found.max_documents, found.min_prompt_tokens) == (
+            128,
+            500,
+            64,
+        )
+        assert found.generation.loops == "keep"
+        assert found.num_kept >= 64
