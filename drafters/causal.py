@@ -239,8 +239,14 @@ class CausalDrafter(Drafter):
                 f"init_from_target: the target's embeddings are {tuple(theirs.shape)}, the drafter's "
                 f"{tuple(mine.shape)}; set hidden_size to {theirs.shape[1]} or init_from_target to false."
             )
+        head = networks[1].get_output_embeddings().weight
+        if self.head_weight is mine and head is not theirs:
+            raise ValueError(
+                "init_from_target: the target's head is not its embeddings, so both cannot be copied to one "
+                "matrix; set tie_word_embeddings to false."
+            )
         mine.copy_(theirs)
-        self.head_weight.copy_(networks[1].get_output_embeddings().weight)
+        self.head_weight.copy_(head)
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:

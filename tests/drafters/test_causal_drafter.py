@@ -145,6 +145,9 @@ class TestBuild:
         narrow = CausalDrafter(config=sizes | {"hidden_size": 16}, init_from_target=True)
         with pytest.raises(ValueError, match="set hidden_size to 32"):
             narrow.build(V, target)
+        tied = CausalDrafter(config=sizes | {"tie_word_embeddings": True}, init_from_target=True)
+        with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+            tied.build(V, target)
 
 
 class TestLora:
