@@ -1,0 +1,182 @@
+"""`certdraft demo`: the whole promise on the embedded target, from its text to an exported drafter."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+import certdraft
+from certdraft.data import Recording, load_target, load_tokenizer, open_trace, record_trace
+from certdraft.evaluation import EvaluationReport, run_evaluate
+from certdraft.train import lightning_cli, runs
+from certdraft.train.export import export_run
+
+LOSSES = {"hard-ce": "HardCE", "margin-discounted": "MarginDiscountedCE"}
+
+
+def demo(
+    out: str = "runs/demo",
+    recipe: str | None = None,
+    test_rows: int = 48,
+    prompts: int = 12,
+    draft_length: int = 4,
+) -> Path:
+    """Record a target, train two drafters on it, certify, decode, export: all of certdraft in minutes.
+
+    The embedded target's greedy text is recorded, a drafter is trained with hard cross-entropy and one with
+    the certificate-derived default (same steps, same seed, same start), both are exported, loaded again, and
+    compared on text that neither has seen. What an earlier demo finished is used again.
+
+    Args:
+        out: folder for traces, runs, exports and reports.
+        recipe: config of both runs; the demo.yaml that ships with certdraft when not given.
+        test_rows: most rows of the test split to record.
+        prompts: prompts decoded for real.
+        draft_length: draft tokens a round, written into the exports.
+
+    Returns:
+        Path of the report.
+    """
+    start, console = time.monotonic(), Console(stderr=True, highlight=False)
+    folder = Path(out)
+    file = Path(recipe) if recipe else Path(certdraft.__file__).parent / "configs" / "demo.yaml"
+
+    exports = {}
+    for number, (name, loss) in enumerate(LOSSES.items(), start=1):
+        _say(console, number, f"train a drafter with {loss}")
+        exports[name] = folder / "exports" / name
+        run = _fit(file, folder, name, loss)
+        with console.status("exporting"):
+            export_run(str(run), str(exports[name]), draft_length=draft_length, name=name, overwrite=True)
+
+    _say(console, 3, "record the test text, and compare both drafters on it")
+    recording = _recording(runs.run_folder(run) or folder)
+    test = folder / "traces" / "test"
+    _record_test(test, recording, test_rows)
+    report = folder / "reports" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    page = run_evaluate(
+        str(report), {name: str(path) for name, path in exports.items()}, str(test), recording.target,
+        prompts=prompts, device="cpu", title="certdraft demo",
+    )  # fmt: skip
+    data = json.loads((report / "report.json").read_text(encoding="utf-8"))
+
+    _say(console, 4, "draft for transformers' own generate() with the exported folder")
+    same = assisted_equals_greedy(recording.target, exports["margin-discounted"], test)
+
+    out_console = Console(highlight=False)
+    out_console.print(table(data))
+    out_console.print(_verdict(data, same))
+    out_console.print(f"report    {page}\nexported  {exports['margin-discounted']}")
+    out_console.print(f"took      {time.monotonic() - start:.0f} s")
+    return page
+
+
+def table(data: dict[str, Any]) -> Table:
+    """Both drafters side by side: coverage, low-margin coverage, acceptance length, speed-up."""
+    report = EvaluationReport(data)
+    shown = Table(title="held-out text of the embedded target")
+    chain = next(iter(next(iter(data["drafters"].values()))["lengths"]))
+    columns = {
+        "coverage@4": "coverage@4",
+        "coverage@4, margin < 0.1": "low_margin_coverage@4",
+        f"τ {chain}": f"tau/{chain}",
+    }
+    shown.add_column("loss")
+    for title in (*columns, "speed-up"):
+        shown.add_column(title, justify="right")
+    for name in data["drafters"]:
+        metrics = report.metrics(name)
+        cells = [f"{metrics[key]:.3f}" if key in metrics else "–" for key in columns.values()]
+        speed = metrics.get(f"speedup/{chain}")
+        shown.add_row(name, *cells, "–" if speed is None else f"{speed:.2f}×")
+    return shown
+
+
+@torch.inference_mode()
+def assisted_equals_greedy(
+    target: str, drafter: Path, trace: Path, prompts: int = 2, tokens: int = 32
+) -> bool:
+    """Whether transformers writes the target's greedy text when the exported drafter assists it.
+
+    Args:
+        target: as `load_target` names it.
+        drafter: exported folder.
+        trace: where the prompts come from.
+        prompts: how many.
+        tokens: new tokens a prompt.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, assistant = load_target(target), AutoModelForCausalLM.from_pretrained(drafter)
+    words = load_tokenizer(target)
+    plain = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": words.pad_token_id or 0}
+    rows = open_trace(trace)
+    for index in range(min(prompts, len(rows))):
+        row = rows.row(index)
+        length = int(row.loss_mask.int().argmax()) + 1
+        ids = row.input_ids[:length].long()[None]
+        mask = torch.ones_like(ids)
+        alone = model.generate(ids, attention_mask=mask, **plain)
+        helped = model.generate(ids, attention_mask=mask, assistant_model=assistant, **plain)
+        if not torch.equal(alone, helped):
+            return False
+    return True
+
+
+def _fit(config: Path, folder: Path, name: str, loss: str) -> Path:
+    """Trains through the command line's own path; gives the last checkpoint."""
+    traces = {"train": folder / "traces" / "train", "validation": folder / "traces" / "validation"}
+    typed = ["--config", str(config), "--name", name, "--runs_dir", str(folder), "--model.loss", loss]
+    typed += [f"--data.{split}={path}" for split, path in traces.items()]
+    try:
+        lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+    except runs.SettingsChanged:  # the earlier demo was another one
+        lightning_cli.run("fit", typed, "certdraft fit")
+    found = runs.find_checkpoint(folder / name, "last")
+    assert found is not None
+    return found
+
+
+def _recording(run: Path) -> Recording:
+    """How the run's traces were recorded."""
+    from jsonargparse import ArgumentParser
+
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recording, "record")
+    return parser.instantiate(parser.parse_object({"record": settings["data"]["init_args"]["record"]})).record
+
+
+def _record_test(folder: Path, recording: Recording, rows: int) -> None:
+    corpus = replace(recording.corpus, split="test", max_rows=rows)
+    generation = replace(recording.generation, corpus_positions=False)
+    prompts = replace(recording.prompts, prompts_per_document=1)
+    made = replace(recording, corpus=corpus, generation=generation, prompts=prompts)
+    record_trace(str(folder), **{f.name: getattr(made, f.name) for f in fields(made)}, accelerator="cpu")
+
+
+def _verdict(data: dict[str, Any], same: bool) -> str:
+    bench = data["bench"]
+    texts = sum(row["equal_texts"] for row in bench["methods"])
+    of = bench["prompts"] * len(bench["methods"])
+    steps = sum(
+        b["steps"] for b in next(iter(data["drafters"].values()))["acceptance"]["rules"][0]["buckets"]
+    )
+    return (
+        f"lossless  {texts} of {of} speculative texts equal the target's own greedy text, "
+        f"generate(assistant_model) {'too' if same else 'DOES NOT'}\n"
+        f"certified 0 certified steps were rejected, of {steps:,} steps and every rule"
+    )
+
+
+def _say(console: Console, number: int, text: str) -> None:
+    console.print(f"\n[bold]{number}/4 {text}[/bold]")
