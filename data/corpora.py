@@ -8,6 +8,7 @@ machine and however the files are ordered.
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -143,8 +144,9 @@ def _records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
     elif path.is_dir():
         yield from _folder_records(path, corpus)
     elif _looks_like_a_path(corpus.source):
-        near = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
-        listed = f"{path.parent} holds {', '.join(near[:8])}" if near else f"there is no folder {path.parent}"
+        names = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.0)
+        listed = f"{path.parent} holds {', '.join(near)}" if near else f"there is no folder {path.parent}"
         raise FileNotFoundError(f"corpus {corpus.source}: no such file or folder; {listed}")
     else:
         yield from hub_rows(corpus.source, corpus.hub_config, corpus.hub_split)

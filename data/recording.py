@@ -59,7 +59,9 @@ class Recording:
     shard_rows: int = 256
 
 
-def read_prompts(recording: Recording, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptSet, Accounting]:
+def read_prompts(
+    recording: Recording, tokenizer: PreTrainedTokenizerBase, show_progress: bool = True
+) -> tuple[PromptSet, Accounting]:
     """All prompts of a recording, and where the corpus' rows went.
 
     Raises:
@@ -68,7 +70,7 @@ def read_prompts(recording: Recording, tokenizer: PreTrainedTokenizerBase) -> tu
     accounting = Accounting("rows")
     rows = read_rows(recording.corpus, accounting)
     teacher_forced = recording.generation.teacher_forced
-    with Progress("reading", None, "prompts") as progress:
+    with Progress("reading", None, "prompts", enabled=show_progress) as progress:
         made = build_prompts(rows, tokenizer, recording.prompts, accounting, teacher_forced=teacher_forced)
         prompts = PromptSet(progress.track(made))
     if not len(prompts):

@@ -103,7 +103,7 @@ def record_trace(
     trainer = _quiet_trainer(accelerator, devices, num_nodes, strategy)
 
     words = load_tokenizer(tokenizer or target, revision=revision)
-    prompt_set, accounting = read_prompts(recording, words)
+    prompt_set, accounting = read_prompts(recording, words, trainer.is_global_zero)
     settings = json.loads(json.dumps(asdict(recording))) | {
         "num_prompts": len(prompt_set),
         "prompts_sha256": prompt_set.sha256(),
