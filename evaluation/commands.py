@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ _CORPUS, _PROMPTS, _GENERATION, _PROTOCOL = Corpus(), Prompts(), Generation(), C
 
 
 def run_certify(
-    out: str,
+    out: str | None = None,
     trace: str | None = None,
     target: str | None = None,
     corpus: Corpus = _CORPUS,
@@ -55,7 +56,7 @@ def run_certify(
     goes on where it stopped when the same command is run again).
 
     Args:
-        out: new folder for certify.html, certify.json, tables.md, figures.
+        out: new folder for certify.html, certify.json, tables.md and figures; runs/certify/TIME if not given.
         trace: folder of a recorded trace; then target and corpus are not used.
         target: "embedded", a local folder or a hub name; its greedy continuations are recorded first.
         corpus: which rows become prompts.
@@ -86,7 +87,8 @@ def run_certify(
             "certify needs either --trace (a recorded trace) or --target (a model whose continuations are "
             f"recorded first), and not both; got {'both' if trace else 'neither'}"
         )
-    folder = Path(out)
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(out) if out else Path("runs") / "certify" / now
     source = folder / "trace" if trace is None else Path(trace)
     if target is not None:
         from certdraft.data import record_trace  # brings Lightning, which reading a trace does not need
@@ -114,7 +116,9 @@ def run_certify(
     if trace is not None:
         claim_directory(folder)
     facts = provenance({"trace.json": source / "trace.json"})
-    return write_certify(certify(chosen, protocol), folder, {"trace": str(source), **facts}, title)
+    page = write_certify(certify(chosen, protocol), folder, {"trace": str(source), **facts}, title)
+    print(f"report: {page}", file=sys.stderr)
+    return page
 
 
 def run_evaluate(
@@ -137,7 +141,7 @@ def run_evaluate(
     """Drafters side by side on held-out text: certified and realised acceptance, τ, speed.
 
     Args:
-        out: new folder for report.html, report.json, tables.md, figures.
+        out: new folder for report.html, report.json, tables.md and figures.
         drafters: name → exported folder or hub name; the first is the baseline of the comparisons.
         trace: folder of a trace that no drafter was trained on.
         target: "embedded", a local folder or a hub name; decoded for real. Without it nothing is timed.
@@ -184,7 +188,9 @@ def run_evaluate(
     )
     files: dict[str, str | Path] = {"trace.json": Path(trace) / "trace.json"}
     files |= {f"drafter {name}": path for name, path in drafters.items() if Path(path).is_dir()}
-    return write_evaluation(report, folder, {"trace": trace, **provenance(files)}, title)
+    page = write_evaluation(report, folder, {"trace": trace, **provenance(files)}, title)
+    print(f"report: {page}", file=sys.stderr)
+    return page
 
 
 def load_checked(path: str, trace: Trace, device: torch.device, dtype: str) -> CausalDrafter:

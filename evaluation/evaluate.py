@@ -229,15 +229,17 @@ def _compare(
             pairs[f"low_margin_coverage@{m}"] = low
     steps = ours.steps.sum(1)
     for c, rule in enumerate(ours.rules):
-        pairs[f"certified/{rule}"] = tuple((x.certified[:, :, c].sum(1), steps) for x in (ours, theirs))
+        certified = [(x.certified[:, :, c].sum(1), steps) for x in (ours, theirs)]
+        pairs[f"certified/{rule}"] = (certified[0], certified[1])
     for label, found in our_lengths.items():
         pairs[f"tau/{label}"] = (found.counts(), their_lengths[label].counts())
         if bench is not None:
             speeds = [bench.methods[d, label] for d in (name, first)]
-            pairs[f"tokens_per_s/{label}"] = tuple((np.array(t.tokens), np.array(t.seconds)) for t in speeds)
+            ours_s, theirs_s = ((np.array(t.tokens), np.array(t.seconds)) for t in speeds)
+            pairs[f"tokens_per_s/{label}"] = (ours_s, theirs_s)
     rows = []
     for quantity, (a, b) in pairs.items():
-        row = {"drafter": name, "baseline": first, "quantity": quantity}
+        row: dict[str, Any] = {"drafter": name, "baseline": first, "quantity": quantity}
         row["difference"] = vars(compare_ratios(a, b, "difference", seed=seed))
         if b[0].sum() > 0:
             row["ratio"] = vars(compare_ratios(a, b, "ratio", seed=seed))
