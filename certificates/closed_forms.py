@@ -41,7 +41,7 @@ def triple(a: Nats, b: Nats, c: Nats, direction: Direction) -> Nats:
     """Radius of three tokens a ≥ b > c, only the last rejected."""
     a, b, c = torch.broadcast_tensors(a, b, c)
     x = coordinate(torch.stack([a, b, c]), a.clamp_min(1e-300), direction)
-    value, _ = single_token_pool(x[:2], torch.full_like(a, 2, dtype=torch.int64), x[2], a, direction)
+    value, _ = single_token_pool(x[:2], x[2], a, direction)
     return torch.where(c <= 0, torch.inf, value) if direction == "reverse" else value
 
 

@@ -52,9 +52,9 @@ class DenseTop:
     def of(cls, p: Float[Tensor, "*step V"], rules: Sequence[Rule], measure: Measure) -> DenseTop:
         """Read p once for all these rules."""
         p = p if p.dtype == torch.float64 else p.float()
-        require_distributions(p)
         vocab_size = p.shape[-1]
         values, ids = largest(p, min(vocab_size, max([1, *(_needed(rule, vocab_size) for rule in rules)])))
+        require_distributions(p, values)
         lse_gap = -values[..., 0].double().log()
         if measure == "reverse":  # the answer is the log of what is left: 1 − p0 needs its own digits
             lse_gap = (mass_of_others(p, ids[..., :1]).double() / values[..., 0]).log1p()
@@ -91,14 +91,15 @@ class DenseTop:
             endless = endless | full
         if self.measure == "reverse":  # no finite divergence lifts a token of probability zero
             endless = endless | (rejected <= 0)
+        top = self.values[..., 0]
         p0 = (-self.lse_gap).exp()
         x = self._coordinate(values)
-        x_rejected = self._coordinate(torch.where(endless, self.values[..., 0], rejected).unsqueeze(-1))[0]
-        value, level = single_token_pool(x, num_accepted, x_rejected, p0, self.measure)
+        x_rejected = self._coordinate(torch.where(endless, top, rejected).unsqueeze(-1))[0]
+        value, level = single_token_pool(x, x_rejected, p0, self.measure)
         if beyond:  # accepted tokens that were not selected may still be pooled
             rows = full & ~endless & (x[-1] > level)
             if bool(rows.any()):
-                whole = on_rows(self._whole_row, rows, self.p, theta, x_rejected, level, p0)
+                whole = on_rows(self._whole_row, rows, self.p, x_rejected, level, p0, top)
                 value = value.masked_scatter(rows, whole)
         return torch.where(endless, torch.inf, value)
 
@@ -107,19 +108,22 @@ class DenseTop:
         x = values.movedim(-1, 0).to(torch.float64, memory_format=torch.contiguous_format)
         return coordinate(x, self.values[..., 0].double(), self.measure)
 
-    def _whole_row(self, p: Tensor, theta: Tensor, x_rejected: Tensor, level: Tensor, p0: Tensor) -> Tensor:
-        """Radius over all accepted tokens of a row, [N, V] → [N], from a level known to be too low.
+    def _whole_row(self, p: Tensor, x_rejected: Tensor, level: Tensor, p0: Tensor, top: Tensor) -> Tensor:
+        """Radius over all tokens of a row, [N, V] → [N], from a level known to be too low.
 
-        Each Newton pass pools what lies above the level so far and moves it up to the pool's mean; it ends
-        when the level stays.
+        Only tokens above that level can be pooled. Each Newton pass moves the level up to the mean of what
+        lies above it; at the water level it stays.
         """
-        accepted = (p > theta.unsqueeze(-1)).T
-        x = coordinate(p.T.double(), p.amax(-1).double(), self.measure)
-        x = torch.where(accepted, x, -torch.inf)
+        share = level.exp() if self.measure == "reverse" else 1 + level
+        row, token = (p > (top * share * (1 - 1e-6)).unsqueeze(-1)).nonzero(as_tuple=True)
+        count = torch.bincount(row, minlength=len(p))
+        place = torch.arange(len(row), device=p.device) - (count.cumsum(0) - count)[row]
+        found = coordinate(p[row, token].double(), top[row].double(), self.measure)
+        x = found.new_full((int(count.max()), len(p)), -torch.inf).index_put((place, row), found)
         with torch.no_grad():
             while True:
                 pooled = x > level
-                mean = (x_rejected + torch.where(pooled, x, 0.0).sum(0)) / (1 + pooled.sum(0))
+                mean = (x_rejected + x.masked_fill(~pooled, 0.0).sum(0)) / (1 + pooled.sum(0))
                 if not bool((mean > level).any()):
                     break
                 level = torch.maximum(level, mean)

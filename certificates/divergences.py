@@ -22,7 +22,10 @@ def entropy(p: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
 
 
 def _negative_entropy(p: Tensor) -> tuple[Tensor]:
-    return (p.clamp_min(torch.finfo(p.dtype).tiny).log_().mul_(p).sum(-1),)
+    value = p.log().mul_(p).sum(-1)
+    if torch.compiler.is_compiling() or bool(value.isnan().any()):  # 0 · log 0
+        value = p.clamp_min(torch.finfo(p.dtype).tiny).log().mul_(p).sum(-1)
+    return (value,)
 
 
 def kl_divergence(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:

@@ -115,6 +115,16 @@ class Head:
             None if self.entropy is None else self.entropy[keys],
         )
 
+    def flatten(self) -> Head:
+        """The same head with all leading axes merged into one."""
+        return Head(
+            self.ids.reshape(-1, self.num_kept),
+            self.gap.reshape(-1, self.num_kept),
+            self.lse_gap.reshape(-1),
+            self.vocab_size,
+            None if self.entropy is None else self.entropy.reshape(-1),
+        )
+
     def to(self, device: torch.device | str) -> Head:
         """The same head on another device."""
         return Head(
@@ -165,8 +175,8 @@ class Head:
         """
         vocab_size = p.shape[-1]
         p = p if p.dtype == torch.float64 else p.float()
-        require_distributions(p)
         values, ids = largest(p, min(k, vocab_size))
+        require_distributions(p, values)
         top = values[..., :1].double()
         # float64 keeps every digit of a small gap between neighbours
         gap = -(values.double() / top).log().clamp_max(0.0)
@@ -174,14 +184,20 @@ class Head:
         return cls(ids, gap.to(p.dtype), lse_gap.to(p.dtype), vocab_size, entropy(p))
 
 
-def require_distributions(p: Float[Tensor, "*step V"]) -> None:
-    """Raise ValueError, naming the first bad row, unless each is nonnegative and sums to 1 within 1e-3."""
+def require_distributions(p: Float[Tensor, "*step V"], top: Float[Tensor, "*step K"]) -> None:
+    """Raise ValueError, naming the first bad row, unless each sums to 1 within 1e-3.
+
+    Args:
+        p: the rows.
+        top: their largest entries, descending; negative ones hide only below these.
+    """
     if torch.compiler.is_compiling():
         return
     with torch.no_grad():
-        total, least = p.sum(-1), p.amin(-1)
-        _require(least >= 0, "p", "has a negative or undefined entry", least)
+        total = p.sum(-1)
         _require((total - 1).abs() < _SUM_TOLERANCE, "p", "does not sum to 1", total)
+        _require(top[..., -1] >= 0, "p", "holds a negative probability", top[..., -1])
+        _require(top[..., 0] < 1 + _SUM_TOLERANCE, "p", "holds a probability above 1", top[..., 0])
 
 
 def mass_of_others(p: Float[Tensor, "*step V"], token: Int[Tensor, "*step 1"]) -> Float[Tensor, "*step"]:

@@ -1,12 +1,14 @@
 """Radii from heads: exact when the head holds the active set, and never too large when it does not.
 
-Axis letters: *step leading axes · K entries kept.
+Axis letters: *step leading axes · N steps · K entries kept.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.certificates.head import Head
@@ -17,31 +19,49 @@ from certdraft.certificates.pooling import (
     deletion_cost,
     single_token_pool,
 )
-from certdraft.certificates.rules import HEAD_TIE, SingleTokenRule
+from certdraft.certificates.rules import HEAD_TIE, Coverage, Rule, SingleTokenRule, StrictGreedy, TopM
 
 _TAIL_SLACK = 2.0**-20  # a tail mass rebuilt from float32 logarithms may be this much too small
-_NARROW = 4  # most steps accept fewer tokens than this; only the others look at the whole head
+_WIDTHS = (4, 12)  # most steps accept few tokens: only the others look further into the head
+_BLOCK = 16384  # steps whose work space stays in the cache of a CPU
 
 
-def head_coverage(head: Head, m: int, measure: Measure) -> Float[Tensor, "*step"]:
-    """Radius of `Coverage(m)` from the m + 1 most probable tokens, nats, float64."""
-    if head.vocab_size <= m:
-        return torch.full_like(head.lse_gap, torch.inf)
-    if head.num_kept <= m:
+def head_radius(head: Head, rule: Rule, measure: Measure) -> Float[Tensor, "*step"]:
+    """Radius of one rule, nats, float64."""
+    if isinstance(rule, Coverage) and rule.m < head.vocab_size and rule.m >= head.num_kept:
         raise ValueError(
-            f"coverage(m={m}) needs the {m + 1} most probable tokens of each step and this head keeps "
-            f"K={head.num_kept}; store K ≥ {m + 1} or ask for a smaller m"
+            f"{rule} needs the {rule.m + 1} most probable tokens of each step and this head keeps "
+            f"K={head.num_kept}; store K ≥ {rule.m + 1} or ask for a smaller m"
         )
+    if isinstance(rule, StrictGreedy) and (head.num_kept > 1 or head.vocab_size == 1):
+        rule = Coverage(1)
+    if isinstance(rule, TopM) and rule.m <= head.num_kept:  # the m-th token fails: nothing below it matters
+        head = head.truncate(max(rule.m, min(2, head.num_kept)))
+    flat = head.flatten()
+    size = len(flat.lse_gap)
+    if head.device.type != "cpu" or torch.compiler.is_compiling() or size <= _BLOCK:
+        return _block(flat, rule, measure).reshape(head.shape)
+    starts = range(0, size, _BLOCK)
+    return torch.cat([_block(flat[i : i + _BLOCK], rule, measure) for i in starts]).reshape(head.shape)
+
+
+def _block(head: Head, rule: Rule, measure: Measure) -> Float[Tensor, " N"]:
+    return _coverage(head, rule.m, measure) if isinstance(rule, Coverage) else _single(head, rule, measure)
+
+
+def _coverage(head: Head, m: int, measure: Measure) -> Float[Tensor, " N"]:
+    """Radius of `Coverage(m)` from the m + 1 most probable tokens."""
     lse_gap = head.lse_gap.double()
-    x = _coordinate(head.gap[..., : m + 1], measure)
-    value, _ = coverage_pool(x, (-lse_gap).exp(), measure)
+    if head.vocab_size <= m:
+        return torch.full_like(lse_gap, torch.inf)
+    value, _ = coverage_pool(_coordinate(head.gap[..., : m + 1], measure), (-lse_gap).exp(), measure)
     if measure == "reverse":  # a competitor of probability zero wins only when the greedy token is deleted
         value = torch.where(torch.isinf(head.gap[..., m]), deletion_cost(lse_gap), value)
     return value
 
 
-def head_single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Tensor, "*step"]:
-    """Radius of a single-token rule, nats, float64.
+def _single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Tensor, " N"]:
+    """Radius of a single-token rule.
 
     When every token of the head is accepted the best rejected one lies outside it. Its probability is at most
     the last one kept, the tail mass and the threshold. The radius falls as that probability grows, and grows
@@ -51,42 +71,56 @@ def head_single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Te
     theta = rule.threshold(head)
     num_accepted = rule.num_accepted(head, theta)
     k = head.num_kept
-    lse_gap = head.lse_gap.double()
-    rejected = head.gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1).double()
+    rejected = head.gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
     endless = theta < -HEAD_TIE  # rows of infinite radius
     unseen = num_accepted == k
     if k == head.vocab_size:
         endless = endless | unseen
+    elif torch.compiler.is_compiling():
+        rejected = torch.where(unseen, _virtual(head, theta), rejected)
     else:
-        mass = torch.minimum(theta, head.tail_mass + _TAIL_SLACK).clamp_min(0.0).double()
-        virtual = torch.maximum(-mass.log() - lse_gap, head.gap[..., -1].double())
-        rejected = torch.where(unseen, virtual, rejected)
+        rows = unseen.nonzero().squeeze(-1)
+        rejected = rejected.index_put((rows,), _virtual(head[rows], theta[rows]))
     if measure == "reverse":  # no finite divergence lifts a token of probability zero
         endless = endless | torch.isinf(rejected)
     rejected = torch.where(endless, 1.0, rejected)
     x_rejected = _coordinate(rejected.unsqueeze(-1), measure)[0]
-    value = _solve(head.gap, num_accepted, x_rejected, (-lse_gap).exp(), measure)
+    value = _pool(head.gap, num_accepted, x_rejected, (-head.lse_gap.double()).exp(), measure)
     return torch.where(endless, torch.inf, value)
 
 
-def _solve(gap: Tensor, num_accepted: Tensor, x_rejected: Tensor, p0: Tensor, measure: Measure) -> Tensor:
-    """The pool of each step: four entries for all steps, the whole head for those that accept more."""
-    value, _ = single_token_pool(
-        _coordinate(gap[..., :_NARROW], measure), num_accepted, x_rejected, p0, measure
-    )
-    if gap.shape[-1] <= _NARROW:
+def _virtual(head: Head, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Gap of the most probable token that can have been rejected outside the head."""
+    mass = torch.minimum(theta, head.tail_mass + _TAIL_SLACK).clamp_min(0.0)
+    return torch.maximum(-mass.log() - head.lse_gap, head.gap[..., -1])
+
+
+def _pool(
+    gap: Float[Tensor, "N K"],
+    num_accepted: Int[Tensor, " N"],
+    x_rejected: Float[Tensor, " N"],
+    p0: Float[Tensor, " N"],
+    measure: Measure,
+) -> Float[Tensor, " N"]:
+    """The pool of each step, from as few entries as it needs."""
+    if torch.compiler.is_compiling():
+        return single_token_pool(_coordinate(gap, measure), x_rejected, p0, measure)[0]
+    k = gap.shape[-1]
+    value, _ = single_token_pool(_coordinate(gap[:, : _WIDTHS[0]], measure), x_rejected, p0, measure)
+    rows = (num_accepted > _WIDTHS[0]).nonzero().squeeze(-1)
+    if k <= _WIDTHS[0] or not len(rows):
         return value
-    wide = num_accepted > _NARROW
-    if torch.compiler.is_compiling() or wide.ndim == 0:
-        whole, _ = single_token_pool(_coordinate(gap, measure), num_accepted, x_rejected, p0, measure)
-        return torch.where(wide, whole, value)
-    rows = wide.nonzero(as_tuple=True)
-    x = _coordinate(gap[rows], measure)
-    whole, _ = single_token_pool(x, num_accepted[rows], x_rejected[rows], p0[rows], measure)
-    return value.index_put(rows, whole)
+    gap, num_accepted, x_rejected, p0 = gap[rows], num_accepted[rows], x_rejected[rows], p0[rows]
+    wider = [width for width in _WIDTHS if width < k] + [k]
+    for done, width in itertools.pairwise(wider):
+        part = ((num_accepted > done) & (num_accepted <= width)).nonzero().squeeze(-1)
+        x = _coordinate(gap[part, :width], measure)
+        pooled, _ = single_token_pool(x, x_rejected[part], p0[part], measure)
+        value = value.index_put((rows[part],), pooled)
+    return value
 
 
 def _coordinate(gap: Tensor, measure: Measure) -> Tensor:
-    """Pooling coordinate of each gap, float64, entries first: [*step, K] → [K, *step]."""
-    u = -gap.movedim(-1, 0).to(torch.float64, memory_format=torch.contiguous_format)
+    """Pooling coordinate of each gap, float64, entries first: [N, K] → [K, N]."""
+    u = gap.T.to(torch.float64, memory_format=torch.contiguous_format).neg()
     return u.clamp_min(LOG_FLOOR) if measure == "reverse" else u.expm1()

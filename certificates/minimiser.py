@@ -71,5 +71,5 @@ def _pool(p: Tensor, exact: Tensor, rule: Rule, direction: Direction) -> Bool[Te
     rejected = torch.where(accepted, -1.0, p).argmax(-1, keepdim=True)
     ranked = x.sort(-1, descending=True).values.movedim(-1, 0)
     x_rejected = x.gather(-1, rejected).squeeze(-1)
-    _, level = single_token_pool(ranked, accepted.sum(-1), x_rejected, p0, direction)
+    _, level = single_token_pool(ranked, x_rejected, p0, direction)
     return (accepted & (x > level.unsqueeze(-1))).scatter(-1, rejected, True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 Direction = Literal["forward", "reverse"]
@@ -35,26 +35,24 @@ def check_direction(direction: str) -> None:
 
 def single_token_pool(
     x: Float[Tensor, " K *step"],
-    num_accepted: Int[Tensor, "*step"],
     x_rejected: Float[Tensor, "*step"],
     p0: Float[Tensor, "*step"],
     measure: Measure,
 ) -> tuple[Float[Tensor, "*step"], Float[Tensor, "*step"]]:
-    """Radius and level when one rejected token has to overtake every accepted one.
+    """Radius and level when the best rejected token has to overtake every accepted one.
 
-    The level is the largest mean of the rejected token and k accepted ones, best first.
+    The level is the largest mean of the rejected token and k accepted ones, best first. Other rejected tokens
+    may stand among x: none is above the best of them, so none can raise a mean or lie above the level.
 
     Args:
         x: coordinates of the K most probable tokens, float64.
-        num_accepted: how many of them are accepted, 1 to K.
         x_rejected: coordinate of the most probable rejected token.
         p0: p(x0).
         measure: the divergence.
     """
-    place = torch.arange(len(x), device=x.device).reshape(-1, *[1] * num_accepted.ndim)
-    x = torch.where(place < num_accepted, x, -torch.inf)
     with torch.no_grad():
-        level = ((x_rejected + x.cumsum(0)) / (place + 2)).amax(0)
+        count = torch.arange(2, len(x) + 2, device=x.device).reshape(-1, *[1] * p0.ndim)
+        level = ((x_rejected + x.cumsum(0)) / count).amax(0)
     return divergence((x - level).clamp_min(0.0), x_rejected - level, level, p0, measure), level
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from certdraft.certificates.dense import DenseTop
 from certdraft.certificates.head import Head
-from certdraft.certificates.head_radius import head_coverage, head_single
+from certdraft.certificates.head_radius import head_radius
 from certdraft.certificates.pooling import Direction, Measure, check_direction
 from certdraft.certificates.rules import Coverage, Rule
 
@@ -93,15 +93,7 @@ def tv_radius(p: Float[Tensor, "*step V"] | Head, rule: Rule) -> Float[Tensor, "
 
 def _all(p: Tensor | Head, rules: Sequence[Rule], measure: Measure) -> list[Tensor]:
     if isinstance(p, Head):
-        dtype = p.lse_gap.dtype
-        return [
-            (
-                head_coverage(p, rule.m, measure)
-                if isinstance(rule, Coverage)
-                else head_single(p, rule, measure)
-            ).to(dtype)
-            for rule in rules
-        ]
+        return [head_radius(p, rule, measure).to(p.lse_gap.dtype) for rule in rules]
     top = DenseTop.of(p, rules, measure)
     return [
         (top.coverage(rule.m) if isinstance(rule, Coverage) else top.single(rule)).to(top.p.dtype)

@@ -42,9 +42,10 @@ class _SingleToken:
         Raises:
             ValueError: the typical rule meets a head without entropy.
         """
+        rank = self.m if isinstance(self, TopM) else 1
         if isinstance(p, Head):
-            return self.threshold_from(p.p, p.entropy, p.vocab_size)
-        rank = min(self.m, p.shape[-1]) if isinstance(self, TopM) else 1
+            return self.threshold_from(p.truncate(min(rank, p.num_kept)).p, p.entropy, p.vocab_size)
+        rank = min(rank, p.shape[-1])
         h = entropy(p) if isinstance(self, Typical) else None
         return self.threshold_from(largest(p, rank)[0], h, p.shape[-1])
 
@@ -97,8 +98,8 @@ class _SingleToken:
             theta: its threshold.
         """
         limit = (-theta.clamp_min(0.0).log() - head.lse_gap) * (1 - HEAD_TIE) - HEAD_TIE
-        accepted = (head.gap < limit.unsqueeze(-1)) | (theta < -HEAD_TIE).unsqueeze(-1)
-        return accepted.sum(-1).clamp_min(1)
+        count = torch.searchsorted(head.gap.contiguous(), limit.unsqueeze(-1)).squeeze(-1)
+        return torch.where(theta < -HEAD_TIE, head.num_kept, count.clamp_min(1))
 
 
 @dataclass(frozen=True)

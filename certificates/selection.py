@@ -115,4 +115,8 @@ def on_rows(
     flat = [x.reshape(-1) for x in args]
     matrix = p.reshape(-1, p.shape[-1])
     size = max(1, (_CACHE_ENTRIES if p.device.type == "cpu" else _DEVICE_ENTRIES) // p.shape[-1])
-    return torch.cat([function(matrix[part], *(x[part] for x in flat)) for part in chosen.split(size)])
+    if size == 1:  # long rows need not be copied together
+        parts = [slice(row, row + 1) for row in chosen.tolist()]
+    else:
+        parts = list(chosen.split(size))
+    return torch.cat([function(matrix[part], *(x[part] for x in flat)) for part in parts])

@@ -348,8 +348,10 @@ def test_one_call_for_many_rules_equals_many_calls() -> None:
     ("p", "rule", "message"),
     [
         ([0.5, 0.4], StrictGreedy(), r"p: row \[\] does not sum to 1 \(it gives 0.9\)"),
-        ([[0.5, 0.5], [1.5, -0.5]], StrictGreedy(), r"row \[1\] has a negative or undefined entry"),
-        ([[0.5, float("nan")]], Coverage(1), r"row \[0\] has a negative or undefined entry"),
+        ([[0.5, 0.5], [1.5, -0.5]], StrictGreedy(), r"row \[1\] holds a negative probability"),
+        ([[1.5, -0.2, -0.3]], StrictGreedy(), r"row \[0\] holds a negative probability"),
+        ([[1.5, 0.0, -0.5]], StrictGreedy(), r"row \[0\] holds a probability above 1"),
+        ([[0.5, float("nan")]], Coverage(1), r"row \[0\] does not sum to 1 \(it gives nan\)"),
     ],
 )
 def test_rows_that_are_no_distributions_are_named(p: list, rule, message: str) -> None:
