@@ -38,9 +38,12 @@ def top_rows(logits: Float[Tensor, "K V"], width: int, temperature: float = 1.0)
         values, ids = logits.max(dim=-1, keepdim=True)  # the first maximum, hence the lowest id
     else:
         values, ids = logits.topk(min(width + 1, size), dim=-1)
-        if bool((values[:, 1:] == values[:, :-1]).any()):
-            ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+        tied = (values[:, 1:] == values[:, :-1]).any(-1)
         values, ids = values[:, :width], ids[:, :width]
+        for row in tied.nonzero().flatten().tolist():  # usual for bf16 logits
+            candidates = (logits[row] >= values[row, -1]).nonzero().flatten()  # ascending ids
+            order = logits[row, candidates].sort(descending=True, stable=True).indices
+            ids[row] = candidates[order[:width]]
     if temperature != 1.0:
         values, logits = values / temperature, logits / temperature
     logp = (values - logits.logsumexp(dim=-1, keepdim=True)).clamp_max_(0.0).tolist()

@@ -164,29 +164,34 @@ class NodeStream:
 
     def __init__(self, rows: Callable[[tuple[int, ...]], Row | None]) -> None:
         self._rows = rows
+        # (-logmass, ranks, parent, log mass of the parent, row of the siblings)
         self._heap: list[tuple[float, tuple[int, ...], int, float, Row]] = []
         self._count = 0
-        self._push((), 0, 0.0, rows(()), 0)
+        self._push_first((), 0, 0.0)
 
     def __iter__(self) -> NodeStream:
         return self
 
     def __next__(self) -> Node:
-        if not self._heap:
+        heap = self._heap
+        if not heap:
             raise StopIteration
-        negative, ranks, parent, base, row = heapq.heappop(self._heap)
-        self._count += 1
-        self._push(ranks[:-1], parent, base, row, ranks[-1] + 1)
-        self._push(ranks, self._count, -negative, self._rows(ranks), 0)
-        return Node(-negative, ranks, row.ids[ranks[-1]], parent)
-
-    def _push(self, stem: tuple[int, ...], parent: int, base: float, row: Row | None, rank: int) -> None:
-        if row is None or rank >= len(row.ids):
-            return
+        negative, ranks, parent, base, row = heap[0]
+        rank = ranks[-1] + 1
         # base + logp, never a difference of sums: rounding is monotone, so the order cannot break
-        logmass = base + row.logp[rank]
-        if logmass > -math.inf:
-            heapq.heappush(self._heap, (-logmass, (*stem, rank), parent, base, row))
+        if rank < len(row.ids) and row.logp[rank] > -math.inf:
+            heapq.heapreplace(heap, (-(base + row.logp[rank]), (*ranks[:-1], rank), parent, base, row))
+        else:
+            heapq.heappop(heap)
+        self._count += 1
+        self._push_first(ranks, self._count, -negative)
+        return Node(-negative, ranks, row.ids[rank - 1], parent)
+
+    def _push_first(self, ranks: tuple[int, ...], slot: int, logmass: float) -> None:
+        """The most probable child of a slot, if it has any."""
+        row = self._rows(ranks)
+        if row is not None and row.logp[0] > -math.inf:
+            heapq.heappush(self._heap, (-(logmass + row.logp[0]), (*ranks, 0), slot, logmass, row))
 
 
 def tree_from_nodes(root: int, nodes: Sequence[Node], drafter_ids: Callable[[tuple[int, ...]], int]) -> Tree:

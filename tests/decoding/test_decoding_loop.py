@@ -235,12 +235,21 @@ class Reader(NetworkDrafter):
         super().commit(state, path)
 
 
-@pytest.mark.parametrize("builder", ["chain", "best_first_7", "cost_aware"])
+class EverySecond(Chain):
+    """Drafts every second round only."""
+
+    def build(self, propose, root, *, max_depth, context=0) -> Tree:
+        self.rounds = getattr(self, "rounds", 0) + 1
+        return super().build(propose, root, max_depth=max_depth * (self.rounds % 2), context=context)
+
+
+@pytest.mark.parametrize("builder", ["chain", "best_first_7", "every_second"])
 def test_features_handed_over_are_those_of_the_committed_text(builder: str) -> None:
-    """A5: against the tapped layers of one plain pass, also where the drafter's logits broke down."""
+    """A5: against the tapped layers of one plain pass, also for rounds without a draft."""
     drafter = Reader(perturbed(MODEL, 0.15))
     target = TargetRunner(MODEL, drafter.taps)
-    result = decode(target, drafter, PROMPTS[2], BUILDERS[builder](), max_new_tokens=16)
+    make = BUILDERS.get(builder, EverySecond)
+    result = decode(target, drafter, PROMPTS[2], make(), max_new_tokens=16)
     seen = torch.cat(drafter.seen)  # [N, L, H]
     text = [*PROMPTS[2], *result.tokens][: len(seen)]
     assert len(text) > len(PROMPTS[2]) + 8
@@ -283,6 +292,19 @@ def test_nan_logits_cost_the_draft_not_the_text(builder: str, greedy_texts) -> N
     assert result.tokens == greedy_texts[0]
     assert 1 <= result.fallbacks <= 3
     assert any(r.accepted for r in result.rounds[result.fallbacks + 2 :])
+
+
+@torch.inference_mode()
+def test_a_failed_round_leaves_nothing_in_the_drafters_cache() -> None:
+    """The pending token was read in the broken pass: it must be read again."""
+    drafter = BrokenDrafter(MODEL, lambda number: number == 1)
+    session = DraftSession(drafter, PROMPTS[0], RealClock())
+    session.commit(Tree.root_only(5), [0])
+    assert session([6], [-1]).isnan().all()
+    session.abandon()
+    session.commit(Tree.root_only(6), [0])
+    plain = MODEL(torch.tensor([[*PROMPTS[0], 5, 6, 7]]), use_cache=False).logits[0, -1:]
+    torch.testing.assert_close(session([7], [-1]), plain, atol=1e-4, rtol=0)
 
 
 def test_a_drafter_of_nan_is_asked_ever_less_often(greedy_texts) -> None:

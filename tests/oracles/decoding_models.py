@@ -182,7 +182,7 @@ class GarbageDrafter(TableDrafter):
 
 
 class BrokenDrafter(NetworkDrafter):
-    """A network whose logits turn to NaN in the given drafter passes."""
+    """A network that turns to NaN in the given drafter passes: in its logits and in its cache."""
 
     def __init__(self, model: Qwen3ForCausalLM, broken: Callable[[int], bool]) -> None:
         super().__init__(model)
@@ -190,7 +190,11 @@ class BrokenDrafter(NetworkDrafter):
 
     def draft(self, state: TreeCache, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
         logits = super().draft(state, tokens, parents)
-        return logits * math.nan if self.broken(len(self.passes)) else logits
+        if not self.broken(len(self.passes)):
+            return logits
+        for layer in state.layers:
+            layer.keys[:, :, -len(tokens) :] = math.nan
+        return logits * math.nan
 
 
 def random_distribution(vocab_size: int, seed: int, sharpness: float = 1.0) -> Distribution:
