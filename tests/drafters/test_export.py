@@ -343,6 +343,23 @@ class TestFailures:
             export(make_drafter(), tmp_path / "out", tokenizer=tokenizer, draft_length=3)
         assert not list(tmp_path.iterdir())
 
+    def test_the_old_export_survives_a_failed_swap(
+        self, make_drafter: Make, tokenizer: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = export(make_drafter(seed=2), tmp_path / "out", tokenizer=tokenizer, draft_length=3)
+        rename = Path.rename
+
+        def failing(path: Path, new: Path) -> Path:
+            if path.suffix == ".partial":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return rename(path, new)
+
+        monkeypatch.setattr(Path, "rename", failing)
+        with pytest.raises(ExportError, match="Input/output error"):
+            export(make_drafter(), folder, tokenizer=tokenizer, draft_length=3, overwrite=True)
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        assert torch.equal(load_drafter(folder).logits(TOKENS), make_drafter(seed=2).logits(TOKENS))
+
     def test_a_folder_that_is_not_the_drafter(self, make_drafter: Make, tmp_path: Path) -> None:
         model = make_drafter().model
         model.save_pretrained(tmp_path / "out")
