@@ -23,7 +23,7 @@ from certdraft.certificates.pooling import (
     single_token_pool,
 )
 from certdraft.certificates.rules import Coverage, Rule, SingleTokenRule, StrictGreedy, TopM, Typical
-from certdraft.certificates.selection import largest, on_rows
+from certdraft.certificates.selection import on_rows, select
 
 _OPEN_ENDED = 32  # entries selected for rules that may accept any number of tokens
 
@@ -35,7 +35,7 @@ class DenseTop:
     Args:
         p: probabilities, float32 or float64.
         values: the K largest, descending.
-        ids: where they are; the first is the greedy token.
+        ids: where they are.
         lse_gap: −log p(x0), float64.
         entropy: H(p), nats; None when no rule asks for it.
         measure: the divergence whose radius is wanted.
@@ -53,7 +53,7 @@ class DenseTop:
         """Read p once for all these rules."""
         p = p if p.dtype == torch.float64 else p.float()
         vocab_size = p.shape[-1]
-        values, ids = largest(p, min(vocab_size, max([1, *(_needed(rule, vocab_size) for rule in rules)])))
+        values, ids = select(p, min(vocab_size, max([1, *(_needed(rule, vocab_size) for rule in rules)])))
         require_distributions(p, values)
         lse_gap = -values[..., 0].double().log()
         if measure == "reverse":  # the answer is the log of what is left: 1 − p0 needs its own digits

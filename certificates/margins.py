@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.certificates.head import Head
-from certdraft.certificates.selection import largest
+from certdraft.certificates.selection import select
 
 
 def greedy_token(p: Float[Tensor, "*step V"] | Head) -> Int[Tensor, "*step"]:
@@ -38,5 +38,5 @@ def order_margin(p: Float[Tensor, "*step V"] | Head, m: int) -> Float[Tensor, "*
         raise ValueError(f"order margin {m} needs {m + 1} tokens; {what} {held}")
     if isinstance(p, Head):
         return -(-p.gap[..., m]).expm1() * (-p.lse_gap).exp()
-    values = largest(p, m + 1)[0]
+    values = select(p, m + 1)[0]
     return values[..., 0] - values[..., m]

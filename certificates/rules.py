@@ -18,7 +18,7 @@ from torch import Tensor
 
 from certdraft.certificates.divergences import entropy
 from certdraft.certificates.head import Head
-from certdraft.certificates.selection import largest
+from certdraft.certificates.selection import select
 
 # Head probabilities are rebuilt from rounded logarithms: closer to the threshold than this counts as a tie.
 HEAD_TIE = 1e-6
@@ -47,7 +47,7 @@ class _SingleToken:
             return self.threshold_from(p.truncate(min(rank, p.num_kept)).p, p.entropy, p.vocab_size)
         rank = min(rank, p.shape[-1])
         h = entropy(p) if isinstance(self, Typical) else None
-        return self.threshold_from(largest(p, rank)[0], h, p.shape[-1])
+        return self.threshold_from(select(p, rank)[0], h, p.shape[-1])
 
     def accepts(
         self, p: Float[Tensor, "*step V"] | Head, token: Int[Tensor, "*step"]

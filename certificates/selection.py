@@ -1,8 +1,8 @@
 """The k largest entries of a row by selection, not sorting: one pass over memory whatever k is.
 
-`torch.topk` ranks the whole vocabulary. Here the row is dealt into columns of 32 entries, the k columns with
-the largest maxima are chosen, and only their entries are ranked: whatever lies in another column is at most
-as large as k entries already chosen, so the values are exact.
+`torch.topk` ranks the whole vocabulary. Here the row is dealt into short columns, the k columns with the
+largest maxima are chosen (again by dealing, as long as there are many), and only their entries are ranked:
+whatever lies in another column is at most as large as k entries already chosen, so the values are exact.
 
 Axis letters: *step leading axes · V vocabulary · K entries kept.
 """
@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_DEPTH = 32  # entries per column: 2 to 64 take the time of one pass, this one ranks the least afterwards
+_LONG = 1 << 15  # entries of a row from which the first deal takes deeper columns
+_DEPTHS = (8, 16)  # entries per column of a short and of a long row
+_MIN_COLUMNS = 128  # with fewer, plain topk is as fast
 # Work space of a pass over rows: on a CPU larger blocks spend their time in page faults.
 _CACHE_ENTRIES = 1 << 18
 _DEVICE_ENTRIES = 1 << 27
@@ -36,40 +38,47 @@ def largest(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K
         ValueError: k outside 1..V.
     """
     vocab_size = x.shape[-1]
-    if not 1 <= k <= vocab_size:
-        raise ValueError(f"asked for the {k} largest of {vocab_size} entries; k must be 1 to {vocab_size}")
-    num_columns = vocab_size // _DEPTH
-    if num_columns < 4 * k or num_columns < _DEPTH:
-        values, ids = x.topk(k, dim=-1)
+    values, ids = select(x, k if k != 1 else min(2, vocab_size))
+    # argmax is slow on a CPU, and only needed where the maximum is not alone
+    tied = values[..., 0] == values[..., min(1, vocab_size - 1)]
+    if torch.compiler.is_compiling():
         first = x.argmax(-1, keepdim=True)
     else:
-        values, ids, first = _by_columns(x, k, num_columns)
+        first = ids[..., :1].masked_scatter(tied.unsqueeze(-1), x[tied].argmax(-1))
     # whichever of the tied maxima was ranked first changes places with the lowest index
     ids = torch.where(ids == first, ids[..., :1], ids)
-    return values, torch.cat([first, ids[..., 1:]], dim=-1)
+    return values[..., :k], torch.cat([first, ids[..., 1:k]], dim=-1)
 
 
-def _by_columns(x: Tensor, k: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, ids and the lowest index of the maximum."""
-    body = num_columns * _DEPTH
-    table = x[..., :body].unflatten(-1, (_DEPTH, num_columns))
-    best = table.detach().amax(-2)  # [*step, columns]
-    chosen = best.topk(k, dim=-1, sorted=False).indices.unsqueeze(-2)  # [*step, 1, K]
-    row = torch.arange(_DEPTH, device=x.device).unsqueeze(-1) * num_columns
-    candidates = table.gather(-1, chosen.expand(*chosen.shape[:-2], _DEPTH, k)).flatten(-2)
-    ids = (chosen + row).flatten(-2)  # [*step, 32 K]
-    if body < x.shape[-1]:
-        rest = torch.arange(body, x.shape[-1], device=x.device).expand(*ids.shape[:-1], -1)
+def select(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K"], Int[Tensor, "*step K"]]:
+    """The same with ties in any order, also at the top.
+
+    Args:
+        x: any real numbers; NaN counts as the largest.
+        k: how many, 1 to V.
+
+    Raises:
+        ValueError: k outside 1..V.
+    """
+    vocab_size = x.shape[-1]
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"asked for the {k} largest of {vocab_size} entries; k must be 1 to {vocab_size}")
+    depth = _DEPTHS[vocab_size >= _LONG]
+    num_columns = vocab_size // depth
+    if num_columns < max(4 * k, _MIN_COLUMNS):
+        values, ids = x.topk(k, dim=-1)
+        return values, ids
+    body = num_columns * depth
+    table = x[..., :body].unflatten(-1, (depth, num_columns))
+    chosen = select(table.detach().amax(-2), k)[1].unsqueeze(-2)  # [*step, 1, K]
+    candidates = table.gather(-1, chosen.expand(*chosen.shape[:-2], depth, k)).flatten(-2)
+    ids = (chosen + torch.arange(depth, device=x.device).unsqueeze(-1) * num_columns).flatten(-2)
+    if body < vocab_size:
+        rest = torch.arange(body, vocab_size, device=x.device).expand(*ids.shape[:-1], -1)
         candidates = torch.cat([candidates, x[..., body:]], dim=-1)
         ids = torch.cat([ids, rest], dim=-1)
     values, place = candidates.topk(k, dim=-1)
-    top = values[..., :1]
-    first = torch.where(candidates == top, ids, x.shape[-1] - 1).amin(-1, keepdim=True)
-    # with more tied columns than were chosen, the lowest index may lie in one that was not
-    crowded = (best == top).sum(-1, keepdim=True) > k
-    if torch.compiler.is_compiling() or bool(crowded.any()):
-        first = torch.where(crowded, x.argmax(-1, keepdim=True), first)
-    return values, ids.gather(-1, place), first
+    return values, ids.gather(-1, place)
 
 
 def over_rows(
