@@ -17,6 +17,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
+_EVERY = 20  # steps between two questions to all ranks whether one was asked to stop
+
 
 class StepRNG(Callback):
     """Reseeds torch before every batch from (seed, step, micro-batch, rank).
@@ -137,7 +139,7 @@ class GracefulStop(Callback):
             return
         asked = self.signal is not None
         if trainer.world_size > 1:  # all ranks or none; asked seldom, because it synchronises
-            if trainer.global_step % trainer.log_every_n_steps:
+            if trainer.global_step % _EVERY:
                 return
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if asked and not trainer.fit_loop.done:
@@ -233,6 +235,6 @@ class RunFolder(Callback):
             partial.replace(self.folder / "config.yaml")
         write_command(self.folder)
         for logger in trainer.loggers:
-            if type(logger).__name__ == "WandbLogger":
-                logger.experiment.config.update({"cli": self.settings}, allow_val_change=True)
+            if type(logger).__name__ == "WandbLogger" and (experiment := getattr(logger, "experiment", None)):
+                experiment.config.update({"cli": self.settings}, allow_val_change=True)
         print(f"run folder: {self.folder}", file=sys.stderr)

@@ -120,7 +120,8 @@ def assisted_equals_greedy(
     """
     from transformers import AutoModelForCausalLM
 
-    model, assistant = load_target(target), AutoModelForCausalLM.from_pretrained(drafter)
+    model: Any = load_target(target)
+    assistant = AutoModelForCausalLM.from_pretrained(drafter)
     words = load_tokenizer(target)
     plain = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": words.pad_token_id or 0}
     rows = open_trace(trace)

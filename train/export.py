@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from certdraft.data import load_tokenizer
-from certdraft.drafters import CardFacts, export
+from certdraft.drafters import CardFacts, CausalDrafter, export
 from certdraft.train.module import DrafterModule
 
 
@@ -94,13 +94,9 @@ def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
     module = instantiate(yaml.safe_load(facts["config"])["model"])
     if not isinstance(module, DrafterModule):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, not a drafter")
-    if (build := getattr(module.drafter, "build", None)) and not getattr(
-        module.drafter, "init_from_target", False
-    ):
-        build(facts["target"]["vocab_size"])
-    elif build:
+    if isinstance(module.drafter, CausalDrafter):
         module.drafter.init_from_target = False  # the trained weights follow
-        build(facts["target"]["vocab_size"])
+        module.drafter.build(facts["target"]["vocab_size"])
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     return module.eval(), content

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 
 from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.drafters import Drafter
+from certdraft.drafters import CausalDrafter, Drafter
 from certdraft.train.online import Online
 
 
@@ -26,29 +26,29 @@ def fit_to_target(
     Raises:
         ValueError: vocabularies or tokenizers of trace, target and drafter differ.
     """
-    meta = getattr(datamodule, "meta", None)
-    if meta is None and online is None:
+    meta: Any = getattr(datamodule, "meta", None)
+    if online is not None:
+        vocab_size, name, theirs = online.vocab_size, online.settings.name, _fingerprint(online.settings.name)
+        if meta is not None:
+            _same_target(meta, name, theirs, vocab_size)
+    elif meta is not None:
+        vocab_size, name, theirs = meta.vocab_size, meta.target, meta.tokenizer_fingerprint
+    else:
         return
-    if meta is not None and online is not None:
-        _same_target(meta, online)
-    vocab_size = online.vocab_size if online is not None else meta.vocab_size
-    build = getattr(drafter, "build", None)
-    if build is not None:
+    if isinstance(drafter, CausalDrafter):
         target = None
-        if getattr(drafter, "init_from_target", False):
-            target = online.model if online is not None else load_target(meta.target)
+        if drafter.init_from_target:
+            target = load_target(name) if online is None else online.model
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            build(vocab_size, target)
+            drafter.build(vocab_size, target)
+        if drafter.pretrained:
+            _same_tokenizer(drafter.pretrained, _fingerprint(drafter.pretrained), theirs)
     if drafter.vocab_size != vocab_size:
         raise ValueError(
             f"the drafter has a vocabulary of {drafter.vocab_size}, its target of {vocab_size}; draft tokens "
             "are the target's tokens, so start from a model with the target's tokenizer and padded vocabulary"
         )
-    own = getattr(drafter, "pretrained", None)
-    if own:
-        theirs = meta.tokenizer_fingerprint if meta is not None else _fingerprint(online.settings.name)
-        _same_tokenizer(own, _fingerprint(own), theirs)
 
 
 def _same_tokenizer(drafter: str, mine: str, theirs: str) -> None:
@@ -60,16 +60,15 @@ def _same_tokenizer(drafter: str, mine: str, theirs: str) -> None:
         )
 
 
-def _same_target(meta: Any, online: Online) -> None:
-    name, fingerprint = online.settings.name, _fingerprint(online.settings.name)
+def _same_target(meta: Any, name: str, fingerprint: str, vocab_size: int) -> None:
     if fingerprint != meta.tokenizer_fingerprint:
         raise ValueError(
             f"model.target {name} has tokenizer {fingerprint[:12]}…, the trace was recorded with "
             f"{meta.tokenizer_fingerprint[:12]}…; use the trace's own target ({meta.target}) or record again"
         )
-    if online.vocab_size != meta.vocab_size:
+    if vocab_size != meta.vocab_size:
         raise ValueError(
-            f"model.target {name} has {online.vocab_size} logits a step, the trace's target ({meta.target}) "
+            f"model.target {name} has {vocab_size} logits a step, the trace's target ({meta.target}) "
             f"{meta.vocab_size}; use the trace's own target or record again"
         )
 

@@ -64,7 +64,7 @@ class CertdraftCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
-        settings.name = _name(settings, self.subcommand)
+        settings.name = _name(settings, str(self.subcommand))
         if self.checkpoint is not None:
             self._compare_with_checkpoint(self.checkpoint)
         self.folder = self._choose_folder(settings)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
-from pytorch_lightning.loggers.logger import rank_zero_experiment
 
 
 class RunMetrics(CSVLogger):
@@ -20,7 +19,7 @@ class RunMetrics(CSVLogger):
         resume_step: optimiser steps of the checkpoint the run goes on from; later rows are dropped.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], resume_step: int = 0) -> None:
+    def __init__(self, folder: str | Path, resume_step: int = 0) -> None:
         super().__init__(save_dir=folder, name="", version="", flush_logs_every_n_steps=1)
         self.resume_step = resume_step
 
@@ -28,7 +27,7 @@ class RunMetrics(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         if self._experiment is None:
-            self._experiment = _Writer(self.log_dir, self.resume_step)
+            self._experiment: ExperimentWriter = _Writer(self.log_dir, self.resume_step)
         return self._experiment
 
     def log_hyperparams(self, params: Any = None) -> None:

@@ -105,7 +105,7 @@ class DrafterModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.on_validation_epoch_end()
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         return self.optimizer_settings.build(self, self.trainer.max_steps)
 
     # ---- both models at the counted steps

@@ -54,7 +54,7 @@ class Online:
 
     def to(self, device: torch.device) -> None:
         """Moves the target to where the drafter trains."""
-        self.model.to(device)
+        torch.nn.Module.to(self.model, device)
 
     @torch.no_grad()
     def at(self, batch: Batch, steps: Int[Tensor, " N"]) -> OnlineTarget:

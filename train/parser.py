@@ -38,14 +38,16 @@ _IMPORT = re.compile(
 class Strict:
     """Mixin of argument parsers: exact flags only, and `error` in one paragraph with exit code 2."""
 
+    prog: str
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not getattr(self, "exit_on_error", True):
-            super().error(message, ex)  # type: ignore[misc]
-        prog = self.prog.replace(" [options]", "")  # type: ignore[attr-defined]
+            super().error(message, ex)
+        prog = self.prog.replace(" [options]", "")
         print(f"{prog}: error: {explain(message, known_keys(self))}", file=sys.stderr)
         print(f"all options: {prog} --help", file=sys.stderr)
         raise SystemExit(2)

@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _TERMINAL_S, _LINES_S = 0.5, 10.0  # between two looks at the metrics, each of which waits for the device
 
@@ -19,7 +19,8 @@ class RunProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self._enabled, self._bar, self._task = True, None, None
+        self._enabled, self._task = True, TaskID(0)
+        self._bar: Progress | None = None
         self._begin = self._seen = 0.0
         self._first_step = self._tokens = self._eval_done = 0
 

@@ -40,7 +40,7 @@ def new_run_folder(runs_dir: str | os.PathLike[str], name: str) -> Path:
     Nothing is created. Jobs started by a cluster's launcher share no clock: their id stands for the time.
     """
     parent, _, inherited = os.environ.get(RUN_FOLDER_VARIABLE, "").partition(":")
-    if inherited and parent == str(os.getppid()):
+    if inherited and parent == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(inherited)
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
     stamp = f"job-{job}" if job and job != "none" else datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from certdraft.train import runs
 from certdraft.train.cli import main
 
 TESTS = str(Path(__file__).parent)
@@ -98,6 +99,22 @@ def test_other_settings_are_refused_with_both_values(
     with pytest.raises(SystemExit):
         main(["fit", "--config", write(settings), "--ckpt_path", str(moved), "--model.optimizer.lr", "0.5"])
     assert "model.init_args.optimizer.lr" in capsys.readouterr().err
+
+
+def test_only_other_ranks_share_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs.pass_on(tmp_path / "rank0")
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    for name in ("LOCAL_RANK", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    first = runs.new_run_folder(tmp_path, "x")  # a command of its own, though started by the same process
+    assert first.parent == tmp_path / "x"
+    first.mkdir(parents=True)
+    assert runs.new_run_folder(tmp_path, "x") != first
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runs.new_run_folder(tmp_path, "x") == tmp_path / "rank0"
+    monkeypatch.setenv(runs.RUN_FOLDER_VARIABLE, "")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert runs.new_run_folder(tmp_path, "x") == tmp_path / "x" / "job-7"
 
 
 def test_no_checkpoint_yet_starts_afresh_and_says_so(
