@@ -182,3 +182,18 @@ def test_end_of_text_ids_come_from_all_configs(
 def test_settings_out_of_range() -> None:
     with pytest.raises(ValueError, match="max_new_tokens -1 must be at least 0"):
         Generation(max_new_tokens=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_bf16_on_a_gpu_gives_fp32_logits(make_target: Callable[..., Qwen3ForCausalLM]) -> None:
+    target = make_target().to("cuda", torch.bfloat16)
+    hidden = torch.randn(50, 32, dtype=torch.bfloat16, device="cuda")
+    logits = LogitHead(target)(hidden)
+    exact = hidden.double() @ target.lm_head.weight.double().T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    rows = record(target, prompts_of(*LENGTHS))
+    assert all(
+        np.array_equal(row.top_ids[len(row.input_ids) - 25 : -1, 0], row.input_ids[-24:]) for row in rows
+    )
