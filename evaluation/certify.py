@@ -224,7 +224,9 @@ class _Tally:
     def add(self, head: Head, segment: NDArray[np.int64]) -> None:
         self.steps += len(segment)
         self.kept, self.vocab_size = head.num_kept, head.vocab_size
-        cumulative = head.p.double().cumsum(-1)
+        cumulative = (
+            head.p.double().cumsum(-1).clamp_max(1.0)
+        )  # stored gaps are float16: a sum can pass 1 by 1e-3
         for k, mass in self.mass.items():
             if k <= head.num_kept:
                 mass.add(cumulative[:, k - 1].numpy())

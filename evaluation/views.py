@@ -18,6 +18,9 @@ from torch import Tensor
 
 from certdraft.certificates import Coverage, Head, Rule, kl_divergence_logp, margin, radius
 
+_ROUNDING = (
+    1 - 1e-9
+)  # float64 cannot tell closer divergences from the radius; at the radius nothing is claimed
 _HEAD_ONLINE = 64  # tokens of an online head: certificates are exact for every step but the flattest
 
 
@@ -83,8 +86,8 @@ class JoinedSteps:
             raise ValueError(f"the drafter's logits hold NaN at step {int(bad.nonzero()[0])} of {len(bad)}")
         logq = drafter.double().log_softmax(-1)
         if isinstance(target, Head):
-            return cls(target, logq, None)
-        head = Head.from_logits(target, min(_HEAD_ONLINE, vocab_size))
+            return cls(_in_double(target), logq, None)
+        head = Head.from_logits(target.double(), min(_HEAD_ONLINE, vocab_size))
         return cls(head, logq, target.double().log_softmax(-1))
 
     @property
@@ -103,7 +106,7 @@ class JoinedSteps:
         if self.logp is not None:
             return self.logp.amax(-1) - self.logp.gather(-1, self.token.unsqueeze(-1)).squeeze(-1)
         held = self.head.ids == self.token.unsqueeze(-1)
-        return torch.where(held, self.head.gap.double(), torch.inf).amin(-1)
+        return torch.where(held, self.head.gap, torch.inf).amin(-1)
 
     def certified(self, rule: Rule) -> tuple[Bool[Tensor, " N"], Float[Tensor, " N"]]:
         """Steps at which acceptance is guaranteed by divergence alone, and the certificate it was held
@@ -118,14 +121,14 @@ class JoinedSteps:
         Source: THEORY "Truncated target caches", with the tail maximum observed.
         """
         if self.logp is not None:
-            bound = radius(self.head, rule).double()
-            return self.kl < bound, bound
+            bound = radius(self.head, rule)
+            return self.kl < bound * _ROUNDING, bound
         if isinstance(rule, Coverage):
             bound = _tail_checked_radius(self.head, rule, self.above_in_tail)
-            return self.kl < bound, bound
-        bound = radius(self.head, rule).double()
+            return self.kl < bound * _ROUNDING, bound
+        bound = radius(self.head, rule)
         seen = (self.head.ids == self.token.unsqueeze(-1)).any(-1)
-        return seen & (self.kl < bound), bound
+        return seen & (self.kl < bound * _ROUNDING), bound
 
     def accepted(self, rule: Rule) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " N"]]:
         """What really happens: the rule's verdict on the drafter's choice, and where the head cannot tell.
@@ -144,16 +147,27 @@ class JoinedSteps:
         return accepted, ~seen & ~accepted & (least > rule.threshold(self.head))
 
 
+def _in_double(head: Head) -> Head:
+    """The same head in float64, so that divergence and radius are computed from the same numbers."""
+    entropy = None if head.entropy is None else head.entropy.double()
+    return Head(head.ids, head.gap.double(), head.lse_gap.double(), head.vocab_size, entropy)
+
+
 def _coarse_kl(head: Head, logq: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """Divergence of the K kept tokens and the rest as one token; at most the full KL (data processing)."""
-    p, logp = head.p.double(), head.logp.double()
-    own = logq.gather(-1, head.ids)
-    value = (p * (logp - own)).sum(-1)
-    if head.num_kept == head.vocab_size:
-        return value.clamp_min(0.0)
-    rest = logq.scatter(-1, head.ids, -torch.inf).logsumexp(-1)
-    tail = head.tail_mass.double()
-    return (value + torch.xlogy(tail, tail) - torch.where(tail > 0, tail * rest, 0.0)).clamp_min(0.0)
+    """Divergence of the K kept tokens and the rest as one token; at most the full KL (data processing).
+
+    Stored gaps are rounded to float16, so the kept mass can miss 1 by about 1e-3. With total mass S the
+    radius of p is S times that of p/S; S·KL(p/S‖q) is what may be held against it.
+    """
+    p, logp = head.p, head.logp
+    value = (p * (logp - logq.gather(-1, head.ids))).sum(-1)
+    mass = p.sum(-1)
+    if head.num_kept < head.vocab_size:
+        rest = logq.scatter(-1, head.ids, -torch.inf).logsumexp(-1)
+        tail = head.tail_mass
+        value = value + torch.xlogy(tail, tail) - torch.where(tail > 0, tail * rest, 0.0)
+        mass = mass + tail
+    return (value - torch.xlogy(mass, mass)).clamp_min(0.0)
 
 
 def _tail_checked_radius(head: Head, rule: Coverage, unseen: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
@@ -166,17 +180,15 @@ def _tail_checked_radius(head: Head, rule: Coverage, unseen: Int[Tensor, " N"]) 
     bound = torch.zeros(head.shape, dtype=torch.float64, device=head.device)
     clean = unseen == 0
     if bool(clean.any()):
-        bound[clean] = radius(head[clean], rule).double()
+        bound[clean] = radius(head[clean], rule)
     for n in range(1, m):
         rows = unseen == n
         if not bool(rows.any()):
             continue
         part = head[rows]
-        virtual = -(part.tail_mass.double() / n).log() - part.lse_gap.double()  # gap of a tail token to x0
-        gaps = torch.cat(
-            [part.gap[:, : m - n + 1].double(), virtual.clamp_min(0.0).unsqueeze(-1).expand(-1, n)], -1
-        )
+        virtual = -(part.tail_mass / n).log() - part.lse_gap  # gap of a tail token to x0
+        gaps = torch.cat([part.gap[:, : m - n + 1], virtual.clamp_min(0.0).unsqueeze(-1).expand(-1, n)], -1)
         gaps, order = gaps.sort(dim=-1, stable=True)
-        made = Head(order, gaps, part.lse_gap.double(), part.vocab_size)
-        bound[rows] = torch.where(virtual > 0, radius(made, rule).double(), 0.0)
+        made = Head(order, gaps, part.lse_gap, part.vocab_size)
+        bound[rows] = torch.where(virtual > 0, radius(made, rule), 0.0)
     return bound

@@ -88,6 +88,30 @@ def test_certified_steps_are_accepted_whatever_the_drafter(
         assert found.certified[..., 0].sum() > 0  # and the certificates are not empty
 
 
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**20), k=st.sampled_from([4, 8, 12]), sharp=st.sampled_from([1.0, 4.0]))
+def test_rounded_heads_stay_sound_next_to_the_radius(seed: int, k: int, sharp: float) -> None:
+    """Drafters that fail as cheaply as possible; heads rounded as a trace stores them, whole ones too."""
+    torch.manual_seed(seed)
+    exact = Head.from_logits(sharp * torch.randn(300, 12), k)
+    head = Head(exact.ids, exact.gap.half().float(), exact.lse_gap, 12, exact.entropy)
+    q = torch.full((300, 12), 0.0).scatter(-1, head.ids, head.p) + 1e-12
+    outside = torch.ones_like(q).scatter(-1, head.ids, 0.0)
+    q += outside * (head.tail_mass / outside.sum(-1).clamp_min(1)).unsqueeze(-1)
+    pair = head.ids[:, :2]
+    q.scatter_(
+        -1, pair, q.gather(-1, pair).mean(-1, keepdim=True).expand(-1, 2)
+    )  # the worst drafter of strict greedy
+    q.scatter_add_(-1, pair[:, 1:], 1e-6 * q.gather(-1, pair[:, 1:]))
+    seen = JoinedSteps.from_logits(q.log(), head)
+    for rule in RULES:
+        sure, _ = seen.certified(rule)
+        accepted, unknown = seen.accepted(rule)
+        assert not (sure & ~accepted & ~unknown).any(), rule
+    wrong = seen.kl / seen.certified(StrictGreedy())[1]
+    assert (wrong[seen.margin > 0.01] > 1 - 1e-3).all()  # they really sit at the radius
+
+
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**20), k=st.sampled_from([4, 6, 30]), spread=st.sampled_from([0.1, 0.5, 2.0]))
 def test_the_head_never_certifies_what_the_whole_distribution_rejects(
@@ -101,7 +125,7 @@ def test_the_head_never_certifies_what_the_whole_distribution_rejects(
     q.scatter_add_(1, outside, 3 * torch.rand(200, 2))  # lift tokens the head may not hold
     seen = JoinedSteps.from_logits(q, Head.from_logits(p, k))
     whole = JoinedSteps.from_logits(q, p)
-    assert (seen.kl <= whole.kl + 1e-6).all()  # heads are float32
+    assert (seen.kl <= whole.kl + 1e-6).all()  # the head is float32
     for rule in RULES:
         sure, _ = seen.certified(rule)
         assert not (sure & ~whole.accepted(rule)[0]).any(), rule

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import weakref
 from dataclasses import dataclass
 from html import unescape
 from html.parser import HTMLParser
@@ -20,7 +21,7 @@ from certdraft.evaluation.certify_report import certify_tables, write_certify
 from certdraft.evaluation.reading import select
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     loss_mask: Tensor
     head: Head
@@ -132,6 +133,27 @@ def test_documents_do_not_run_into_each_other_and_chunks_do_not_show(monkeypatch
         assert a["p25"] == pytest.approx(b["p25"], abs=1e-12)
 
 
+def test_rows_are_read_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace of any length: at most a chunk of documents is alive at a time."""
+    monkeypatch.setattr(sys.modules["certdraft.evaluation.certify"], "_STEPS_PER_CHUNK", 20)
+    alive: weakref.WeakSet[Row] = weakref.WeakSet()
+    most = 0
+
+    class Stream:
+        def __len__(self) -> int:
+            return 60
+
+        def row(self, index: int) -> Row:
+            nonlocal most
+            made = Row(torch.ones(5, dtype=torch.bool), Head.from_logits(torch.randn(5, 12), 9))
+            alive.add(made)
+            most = max(most, len(alive))
+            return made
+
+    assert certify(Stream()).steps == 300
+    assert most <= 2
+
+
 def test_run_lengths_agree_with_walking() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -192,6 +214,19 @@ def test_documents_are_selected_by_the_length_of_their_prompt() -> None:
     assert select(made, max_documents=2, min_prompt_tokens=9).indices == [1, 2]
     with pytest.raises(ValueError, match="min_prompt_tokens"):
         select(made, min_prompt_tokens=16)
+
+
+def test_gaps_rounded_to_float16_as_a_trace_stores_them() -> None:
+    torch.manual_seed(4)
+    exact = Head.from_logits(4 * torch.randn(3000, 40), 32)
+    stored = Head(exact.ids, exact.gap.half().float(), exact.lse_gap, 40, exact.entropy)
+    assert float(stored.p.double().sum(-1).max()) > 1 + 1e-5  # rounding really passes 1
+    counted = torch.ones(3000, dtype=torch.bool)
+    a, b = (certify(Rows([Row(counted, h)])) for h in (exact, stored))
+    for x, y in zip(
+        a.data["certificates"] + a.data["mass"], b.data["certificates"] + b.data["mass"], strict=True
+    ):
+        assert x["mean"] == pytest.approx(y["mean"], abs=2e-4)
 
 
 def test_a_trace_without_counted_steps_is_refused() -> None:

@@ -117,3 +117,14 @@ def test_every_configuration_is_understood(path: Path) -> None:
         )
         assert found.generation.loops == "keep"
         assert found.num_kept >= 64
+
+
+def test_evaluate_takes_drafters_and_trees_from_the_command_line() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(run_evaluate)
+    chain = "{class_path: certdraft.decoding.Chain, init_args: {depth: 8}}"
+    trees = f"[{chain}, {{class_path: certdraft.decoding.BestFirst}}]"
+    options = ["--out", "x", "--trace", "t", "--drafters", "{hard CE: a/b, default: c}", "--builders", trees]
+    found = parser.instantiate(parser.parse_args(options))
+    assert list(found.drafters) == ["hard CE", "default"]
+    assert [repr(b) for b in found.builders] == ["chain(depth=8)", "best_first(budget=16, max_depth=8)"]
