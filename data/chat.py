@@ -98,7 +98,7 @@ class PromptSet(Sequence[Prompt]):
         """Hash of ids, lengths and what is learned: two runs over the same prompts agree."""
         digest = hashlib.sha256()
         for array in (self._ids, self._starts, self._learned):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
 

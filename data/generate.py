@@ -259,7 +259,10 @@ class _Recording:
         return RecordedRow(
             self.input_ids[index, :length].copy(),
             (steps + 1 >= learned) & (steps + 1 < unlearned_from),
-            *(a[index, :length].copy() for a in (self.top_ids, self.top_gap, self.lse_gap, self.entropy)),
+            self.top_ids[index, :length].copy(),
+            self.top_gap[index, :length].copy(),
+            self.lse_gap[index, :length].copy(),
+            self.entropy[index, :length].copy(),
             finish=self.finish[index],
             where=self.prompts[index].where,
         )

@@ -171,5 +171,10 @@ def assemble(
         lse_gap[row, end:] = entropy[row, end:] = math.log(vocab_size)
     wide = torch.from_numpy(ids).long(), torch.from_numpy(gap).float()  # in one go: numpy widens slowly
     head = Head(*wide, torch.from_numpy(lse_gap), vocab_size, torch.from_numpy(entropy))
-    given = (torch.from_numpy(a) for a in (input_ids, position_ids, document_ids, loss_mask))
-    return Batch(*given, head=head)
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(position_ids),
+        torch.from_numpy(document_ids),
+        torch.from_numpy(loss_mask),
+        head,
+    )

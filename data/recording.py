@@ -153,7 +153,7 @@ def check_target(target: PreTrainedModel, prompts: PromptSet, recording: Recordi
     Raises:
         TargetError: names both numbers.
     """
-    vocab_size = target.get_input_embeddings().weight.shape[0]
+    vocab_size = int(target.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     if prompts.max_id >= vocab_size:
         raise TargetError(
             f"the tokenizer gives id {prompts.max_id}, but {recording.target} has {vocab_size} embeddings; "

@@ -247,7 +247,12 @@ def write_datasets_files(folder: Path, meta: TraceMeta) -> None:
     write_json(folder / "dataset_info.json", {k: v for k, v in asdict(info).items() if v is not None})
     files = [{"filename": shard.file} for shard in meta.shards]
     fingerprint = meta.shards[0].sha256[:16] if meta.shards else "0" * 16
-    state = {"_data_files": files, "_fingerprint": fingerprint, "_format_columns": None, "_format_kwargs": {}}
+    state: dict[str, Any] = {
+        "_data_files": files,
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+    }
     write_json(
         folder / "state.json", state | {"_format_type": None, "_output_all_columns": False, "_split": None}
     )

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,7 @@ def record_trace(
         check_target(model, prompt_set, recording)
         recorder = _Recorder(model, words, prompt_set, ledger, recording)
         writer = _ShardWriter(ledger, recorder, settings, accounting)
-        trainer.callbacks.append(writer)
+        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         with _expected_noise():
             trainer.predict(
                 recorder, dataloaders=_Work(prompt_set, ledger, recording, trainer), return_predictions=False
@@ -261,7 +262,7 @@ class _ShardWriter(BasePredictionWriter):
             settings=self.settings,
             shards=shards,
             accounting={"corpus": self.corpus.to_dict(), "recording": recorded.to_dict()},
-            versions=library_versions() | {"pytorch-lightning": pl.__version__},
+            versions=library_versions() | {"pytorch-lightning": version("pytorch-lightning")},
         )
 
 
