@@ -83,17 +83,17 @@ def margin_bound(
     known = [x for x in (margin, p0, order_margin) if x is not None]
     if not known:
         raise ValueError("margin_bound needs at least one of margin, p0 and order_margin")
-    dtype = next((x.dtype for x in known if isinstance(x, Tensor)), torch.float32)
-    d = unit_interval("margin", margin)
-    p = unit_interval("p0", p0)
-    order = unit_interval("order_margin", order_margin)
-    h = None if entropy is None else torch.as_tensor(entropy, dtype=torch.float64)
+    like = next((x for x in known if isinstance(x, Tensor)), torch.zeros(()))
+    d = unit_interval("margin", margin, like)
+    p = unit_interval("p0", p0, like)
+    order = unit_interval("order_margin", order_margin, like)
+    h = None if entropy is None else torch.as_tensor(entropy, dtype=torch.float64, device=like.device)
     if d is not None and p is not None:
         _check_order(p, d, "p0", "margin")
         d = torch.minimum(d, p)
     if d is not None and order is not None:
         _check_order(order, d, "order_margin", "margin")
-    return _bound(rule, d, p, order, h, direction).to(dtype)
+    return _bound(rule, d, p, order, h, direction).to(like.dtype)
 
 
 def _bound(
@@ -181,11 +181,11 @@ def _rank_bound(
     return torch.stack(torch.broadcast_tensors(*bounds)).amax(0)
 
 
-def unit_interval(name: str, value: Number | None) -> Tensor | None:
-    """The value as a float64 tensor; ValueError outside [0, 1] beyond rounding."""
+def unit_interval(name: str, value: Number | None, like: Tensor) -> Tensor | None:
+    """The value in float64 on the device of `like`; ValueError outside [0, 1] beyond rounding."""
     if value is None:
         return None
-    x = value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    x = torch.as_tensor(value, dtype=torch.float64, device=like.device)
     if not torch.compiler.is_compiling() and bool((~((x >= -_SLACK) & (x <= 1 + _SLACK))).any()):
         bad = x[~((x >= -_SLACK) & (x <= 1 + _SLACK))].reshape(-1)[0]
         raise ValueError(f"{name}={float(bad):g} is outside [0, 1]")

@@ -31,6 +31,8 @@ def _negative_entropy(p: Tensor) -> tuple[Tensor]:
 def kl_divergence(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
     """KL(p‖q) = Σ p log(p/q), nats, in [0, +inf]; 0 iff p = q.
 
+    In float32 the sum carries an error of about 1e-7: below that, compare with radii in float64.
+
     Examples:
         >>> round(float(kl_divergence(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5]))), 4)
         0.6931

@@ -49,8 +49,9 @@ def safe_margin(
         inf
     """
     check_direction(direction)
-    p = unit_interval("p0", p0)
-    top = torch.tensor(1.0, dtype=torch.float64) if p is None else p
+    kl = torch.as_tensor(kl)
+    p = unit_interval("p0", p0, kl)
+    top = kl.new_ones((), dtype=torch.float64) if p is None else p
     return _invert(lambda d: _with_margin(rule, torch.minimum(d, top), p, direction), kl, top)
 
 
@@ -69,9 +70,8 @@ def safe_probability(rule: Rule, *, kl: Number, direction: Direction = "forward"
         ValueError: kl < 0 or not a number.
     """
     check_direction(direction)
-    return _invert(
-        lambda p: _with_probability(rule, p, direction), kl, torch.tensor(1.0, dtype=torch.float64)
-    )
+    kl = torch.as_tensor(kl)
+    return _invert(lambda p: _with_probability(rule, p, direction), kl, kl.new_ones((), dtype=torch.float64))
 
 
 def _with_margin(rule: Rule, d: Tensor, p: Tensor | None, direction: Direction) -> Tensor:
@@ -125,10 +125,10 @@ def _with_probability(rule: Rule, p: Tensor, direction: Direction) -> Tensor:
     return forms.pair(p, worst, direction)
 
 
-def _invert(bound: Callable[[Tensor], Tensor], kl: Number, top: Tensor) -> Tensor:
+def _invert(bound: Callable[[Tensor], Tensor], kl: Tensor, top: Tensor) -> Tensor:
     """The least x in [0, top] with bound(x) > kl; +inf when there is none."""
-    dtype = kl.dtype if isinstance(kl, Tensor) else torch.float32
-    target, top = torch.broadcast_tensors(torch.as_tensor(kl, dtype=torch.float64), top)
+    dtype = kl.dtype if kl.is_floating_point() else torch.float32
+    target, top = torch.broadcast_tensors(kl.double(), top)
     if bool((~(target >= 0)).any()):
         raise ValueError(f"kl={float(target[~(target >= 0)].reshape(-1)[0]):g} must be ≥ 0")
     low, high = torch.zeros_like(target), top.clone()
