@@ -76,7 +76,7 @@ def check_syntax(args: Sequence[str]) -> None:
     Raises:
         ValueError: a file is no YAML; names file, line and column.
     """
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
+    for flag, value in zip(args, [*args[1:], ""], strict=False):
         name, _, attached = flag.partition("=")
         path = Path(attached or value)
         if name not in ("-c", "--config") or not path.is_file():
