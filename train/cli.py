@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ def guard(act: Callable[[], Any], label: str) -> Any:
     except KeyboardInterrupt:
         print(f"{label}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except SystemExit as stop:
+        # Lightning's way of saying that Ctrl-C ended a run: it ignores further ones and exits with 1.
+        if stop.code == 1 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise SystemExit(130) from None
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say to a closed pipe
         raise SystemExit(141) from None

@@ -62,21 +62,23 @@ def find(run: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is sharded over several files.
     """
     path = Path(run).expanduser()
-    if path.is_file():
-        return path
-    for kind in ("best", "last"):
-        if (file := path / "checkpoints" / f"{kind}.ckpt").is_file():
-            return file
-    if path.suffix == ".ckpt" and path.is_dir():
-        raise ValueError(
-            f"{path} is a sharded checkpoint; merge it first with "
-            f"`python -m pytorch_lightning.utilities.consolidate_checkpoint {path}`"
-        )
-    raise FileNotFoundError(
-        f"{path}: no checkpoint there; give a run folder with checkpoints/, or a .ckpt file"
+    choices = (
+        [path] if path.suffix == ".ckpt" else [path / "checkpoints" / f"{k}.ckpt" for k in ("best", "last")]
     )
+    found = next((file for file in choices if file.exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path}: no checkpoint there; give a run folder with checkpoints/, or a .ckpt"
+        )
+    if found.is_dir():
+        raise ValueError(
+            f"{found} is a sharded checkpoint; merge it first with "
+            f"`python -m pytorch_lightning.utilities.consolidate_checkpoint {found}`"
+        )
+    return found
 
 
 def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:

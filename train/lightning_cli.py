@@ -202,9 +202,7 @@ def _quieten() -> None:
         "lightning_fabric.utilities.seed",
         "lightning_fabric",
     ):
-        logging.getLogger(name).addFilter(
-            lambda record: not any(word in record.getMessage() for word in _NOISE)
-        )
+        logging.getLogger(name).addFilter(_worth_saying)
     for message in (
         ".*does not have many workers.*",  # loading is mapping memory
         ".*isinstance\\(treespec, LeafSpec\\).*",
@@ -213,3 +211,7 @@ def _quieten() -> None:
         "Be aware that when using `ckpt_path`, callbacks.*",  # validate needs none of them
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return not any(word in record.getMessage() for word in _NOISE)

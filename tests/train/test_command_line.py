@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from certdraft.train.cli import COMMANDS, guard, main
-from certdraft.train.parser import explain
+from certdraft.train.parser import check_syntax, explain
 
 Write = Callable[..., str]
 
@@ -113,6 +114,7 @@ def test_wrong_yaml_names_the_nearest(
 def test_unreadable_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere.yaml" in fails(capsys, "fit", "--config", "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [b\nc: {")
+    check_syntax([])
     assert "broken.yaml" in fails(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
 
 
@@ -145,6 +147,11 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str], monkeypatch:
             guard(act(error), "certdraft x")
         assert exit_.value.code == code
         assert text in capsys.readouterr().err
+    for handler, code in ((signal.SIG_IGN, 130), (signal.default_int_handler, 1)):
+        monkeypatch.setattr(signal, "getsignal", lambda _, handler=handler: handler)
+        with pytest.raises(SystemExit) as exit_:
+            guard(act(SystemExit(1)), "certdraft x")
+        assert exit_.value.code == code
     with pytest.raises(KeyError):  # a bug keeps its traceback
         guard(act(KeyError("x")), "certdraft x")
     monkeypatch.setenv("CERTDRAFT_DEBUG", "1")
