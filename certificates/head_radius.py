@@ -22,7 +22,7 @@ from certdraft.certificates.pooling import (
 from certdraft.certificates.rules import HEAD_TIE, Coverage, Rule, SingleTokenRule, StrictGreedy, TopM
 
 _TAIL_SLACK = 2.0**-20  # a tail mass rebuilt from float32 logarithms may be this much too small
-_WIDTHS = (4, 12)  # most steps accept few tokens: only the others look further into the head
+_WIDTHS = (2, 6, 16)  # most steps accept few tokens: only the others look further into the head
 _BLOCK = 16384  # steps whose work space stays in the cache of a CPU
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _LONG = 1 << 15  # entries of a row from which the first deal takes deeper columns
-_DEPTHS = (8, 16)  # entries per column of a short and of a long row
+_DEPTHS = (8, 32)  # entries per column of a short and of a long row
 _MIN_COLUMNS = 128  # with fewer, plain topk is as fast
 # Work space of a pass over rows: on a CPU larger blocks spend their time in page faults.
 _CACHE_ENTRIES = 1 << 18
@@ -72,13 +72,11 @@ def select(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K"
     table = x[..., :body].unflatten(-1, (depth, num_columns))
     chosen = select(table.detach().amax(-2), k)[1].unsqueeze(-2)  # [*step, 1, K]
     candidates = table.gather(-1, chosen.expand(*chosen.shape[:-2], depth, k)).flatten(-2)
-    ids = (chosen + torch.arange(depth, device=x.device).unsqueeze(-1) * num_columns).flatten(-2)
     if body < vocab_size:
-        rest = torch.arange(body, vocab_size, device=x.device).expand(*ids.shape[:-1], -1)
         candidates = torch.cat([candidates, x[..., body:]], dim=-1)
-        ids = torch.cat([ids, rest], dim=-1)
     values, place = candidates.topk(k, dim=-1)
-    return values, ids.gather(-1, place)
+    ids = chosen.squeeze(-2).gather(-1, place % k) + place // k * num_columns
+    return values, torch.where(place < depth * k, ids, place - depth * k + body)
 
 
 def over_rows(
