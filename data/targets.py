@@ -43,11 +43,12 @@ def load_target(
 
     source = _source(name_or_path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, revision=revision, dtype=dtype, output_loading_info=True
         )
     except OSError as error:
         raise FileNotFoundError(_unreachable("target", name_or_path, error)) from error
+    model, info = loaded
     _refuse_partial(source, info)
     return model.to(device).eval().requires_grad_(False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -72,5 +72,5 @@ class TextDataModule(pl.LightningDataModule):
         count = len(stream) // self.seq_len
         return torch.from_numpy(stream[: count * self.seq_len]).view(count, self.seq_len)
 
-    def _loader(self, split: Split, **settings: object) -> DataLoader:
+    def _loader(self, split: Split, **settings: Any) -> DataLoader:
         return DataLoader(TensorDataset(self.rows(split)), batch_size=self.batch_size, **settings)

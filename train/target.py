@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 
 
 class TargetModule(pl.LightningModule):
@@ -57,7 +60,7 @@ class TargetModule(pl.LightningModule):
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test/loss_nats", self._loss(batch), batch_size=len(batch[0]))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         decayed = [p for name, p in self.named_parameters() if p.ndim >= 2 and "embed" not in name]
         others = [p for name, p in self.named_parameters() if not (p.ndim >= 2 and "embed" not in name)]
         groups = [
