@@ -16,6 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from certdraft.certificates import Head
 from certdraft.data import TraceDataModule, load_target, open_trace
 from certdraft.drafters import CausalDrafter
 from certdraft.train import DrafterModule, OptimizerSettings, ValidationSettings
@@ -121,6 +122,18 @@ def test_sums_add_up_over_batches() -> None:
     assert sums.metrics() == {}
 
 
+def test_a_tie_is_a_miss_and_nan_is_an_error() -> None:
+    head = Head.from_probs(torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]]), 5)
+    sums = ValidationSums(ValidationSettings(widths=(1, 4, 5), certified_width=2))
+    assert not sums.add_steps(torch.zeros(1, 5), head).item()
+    assert sums.add_steps(torch.tensor([[1.0, 0, 0, 0, 0]]), head).item()
+    found = sums.metrics()
+    assert [found[f"coverage@{m}"] for m in (1, 4, 5)] == [0.5, 0.5, 1.0]
+    assert found["certified@2"] <= 0.5
+    with pytest.raises(ValueError, match="diverged"):
+        sums.add_steps(torch.tensor([[1.0, float("nan"), 0, 0, 0]]), head)
+
+
 def test_online_target_and_trace_give_the_same_loss(tiny: Path) -> None:
     config = CausalDrafter(pretrained=str(tiny / "target"))
     plain, chunked, online = (
@@ -188,13 +201,16 @@ def test_fit_learns_saves_and_describes_itself(
             assert torch.equal(weights[key], value)
 
 
-def test_same_seed_same_start_whatever_the_loss(settings: dict[str, Any], write: Write) -> None:
+def test_same_seed_same_start_whatever_the_loss(
+    settings: dict[str, Any], write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses are compared from one initialisation, whatever was drawn before."""
     settings["trainer"] |= {"max_steps": 1}
     settings["model"]["optimizer"] |= {"lr": 0.0}
     states = []
     for loss in ("HardCE", "MarginDiscountedCE"):
-        torch.manual_seed(len(states))
+        draws = len(states)  # recording a trace first, for example, draws random numbers
+        monkeypatch.setattr(TraceDataModule, "prepare_data", lambda self, n=draws: torch.rand(n))
         main(["fit", "--config", write(settings), "--name", loss, "--model.loss", loss])
         (file,) = Path(settings["runs_dir"], loss).glob("*/checkpoints/last.ckpt")
         states.append(torch.load(file, weights_only=True)["state_dict"])
