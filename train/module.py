@@ -64,10 +64,11 @@ class DrafterModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         steps = batch.steps()
         hidden, target = self._hidden(batch, steps), self._target(batch, steps)
+        total = self._mean_count(len(steps))
         if self.chunked is not None:
-            loss = self.chunked(hidden, self.drafter.head_weight, target)
+            loss = self.chunked(hidden, self.drafter.head_weight, target, denominator=total)
         else:
-            loss = reduce(self.loss(self.drafter.head(hidden), target[:]))
+            loss = reduce(self.loss(self.drafter.head(hidden), target[:]), denominator=total)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1)
         return loss
@@ -92,7 +93,7 @@ class DrafterModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         assert self._sums is not None
         metrics = self._sums.metrics(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1)
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
         self._sums = None
 
     # The test split reports the same numbers, under the same names.
@@ -107,6 +108,13 @@ class DrafterModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer_settings.build(self, self.trainer.max_steps)
+
+    def _mean_count(self, steps: int) -> Tensor | None:
+        """Counted steps per rank, so that averaging gradients weighs every step of the global batch alike."""
+        if self.trainer.world_size == 1:
+            return None
+        count = torch.tensor(float(steps), device=self.device)
+        return self.trainer.strategy.reduce(count, reduce_op="mean")
 
     # ---- both models at the counted steps
 

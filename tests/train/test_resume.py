@@ -127,3 +127,20 @@ def test_no_checkpoint_yet_starts_afresh_and_says_so(
     with pytest.raises(SystemExit) as exit_:
         main(["validate", "--config", write(settings), "--ckpt_path", "best", "--name", "other"])
     assert exit_.value.code == 2
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(settings: dict[str, Any], write: Write, tmp_path: Path) -> None:
+    """One global batch, however it is spread; rows differ in how many of their steps count."""
+    del settings["model"]["drafter"]["init_args"]["config"]["attention_dropout"]
+    alone = straight(settings, write, tmp_path)
+    settings["data"]["batch_size"] = 2
+    settings["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    command = [Path(sys.executable).with_name("certdraft"), "fit", "--config", write(settings)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    both = newest(settings)
+    assert both["certdraft"]["metrics"] == pytest.approx(alone["certdraft"]["metrics"], abs=0.02)
+    for name, value in alone["state_dict"].items():
+        torch.testing.assert_close(both["state_dict"][name], value, atol=1e-5, rtol=1e-4)
