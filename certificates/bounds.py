@@ -90,7 +90,7 @@ def margin_bound(
     h = None if entropy is None else torch.as_tensor(entropy, dtype=torch.float64, device=like.device)
     if d is not None and p is not None:
         _check_order(p, d, "p0", "margin")
-        d = torch.minimum(d, p)
+        d = torch.minimum(torch.maximum(d, 2 * p - 1), p)  # the runner-up has at most 1 − p(x0)
     if d is not None and order is not None:
         _check_order(order, d, "order_margin", "margin")
     return _bound(rule, d, p, order, h, direction).to(like.dtype)
@@ -155,7 +155,7 @@ def _coverage_bound(
 ) -> Tensor:
     bounds = []
     if d is not None and p is not None:
-        bounds.append(forms.leading_pool(p, torch.minimum(p - d, 1 - p).clamp_min(0.0), m, direction))
+        bounds.append(forms.leading_pool(p, p - d, m, direction))
     elif d is not None:
         bounds.append(forms.even_coverage(d, m, direction))
     elif p is not None:

@@ -79,7 +79,8 @@ def _with_margin(rule: Rule, d: Tensor, p: Tensor | None, direction: Direction) 
     if isinstance(rule, Coverage):
         if p is None:
             return forms.even_coverage(d, rule.m, direction)
-        return forms.leading_pool(p, torch.minimum(p - d, 1 - p).clamp_min(0.0), rule.m, direction)
+        # among margins of at least d, equal rivals are the worst
+        return forms.leading_pool(p, torch.minimum(p - d, (1 - p) / rule.m), rule.m, direction)
     if isinstance(rule, TopM) and rule.m > 2:
         relaxed = _with_margin(rule.relaxation, d, p, direction)
         k = rule.m - 1

@@ -109,16 +109,17 @@ def test_limits_at_certainty() -> None:
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_safe_margin_is_the_least_safe_one(rule, direction: str) -> None:
     kl = torch.tensor([0.0, 1e-4, 0.01, 0.1, 0.4], dtype=torch.float64)
-    for p0 in (None, torch.tensor(0.4, dtype=torch.float64)):
-        safe = safe_margin(rule, kl=kl, p0=p0, direction=direction)
-        some = torch.isfinite(safe) & (safe > 1e-9)
-        known = {} if p0 is None else {"p0": p0.expand(some.sum())}
-        kept = {"margin": safe[some]} if p0 is None else {"margin": torch.minimum(safe[some], p0)}
-        at = margin_bound(rule, direction=direction, **kept, **known)
-        assert (at >= kl[some] * (1 - 1e-9)).all()
-        if not isinstance(rule, Additive):  # its exact-margin bound rises again below the tolerance
-            less = margin_bound(rule, direction=direction, margin=safe[some] * 0.999, **known)
-            assert (less <= kl[some] * (1 + 1e-9)).all() or p0 is not None
+    for p0 in (None, 0.4, 0.9):
+        least = max(0.0, 2 * p0 - 1) if p0 else 0.0  # the runner-up has at most 1 − p0
+        grid = torch.linspace(least, p0 or 1.0, 81, dtype=torch.float64)
+        known = {} if p0 is None else {"p0": torch.full_like(grid, p0)}
+        bounds = margin_bound(rule, margin=grid, direction=direction, **known)
+        for epsilon, safe in zip(kl, safe_margin(rule, kl=kl, p0=p0, direction=direction), strict=True):
+            above = grid >= safe
+            assert (bounds[above] >= epsilon * (1 - 1e-6)).all()
+            if p0 is None and 1e-3 < float(safe) < 1:
+                just_below = margin_bound(rule, margin=safe * 0.999, direction=direction)
+                assert float(just_below) <= float(epsilon) * (1 + 1e-9)
     assert float(safe_margin(rule, kl=50.0, direction="forward")) == math.inf
 
 

@@ -221,6 +221,29 @@ def test_head_is_exact_once_it_holds_the_active_set() -> None:
                 torch.testing.assert_close(value[whole], exact[direction][whole], rtol=1e-9, atol=1e-13)
 
 
+def test_heads_count_rounding_at_a_threshold_as_a_tie() -> None:
+    """Tokens exactly at the threshold, whose probability rebuilt from logarithms may land on either side."""
+    top = torch.linspace(0.1, 0.45, 300)
+    half = torch.stack([top, top / 2, top / 4, torch.zeros(300), 1 - 1.75 * top], dim=-1)
+    half = torch.cat(
+        [half[:, :4], (half[:, 4:] / 20).expand(300, 20)], dim=-1
+    )  # p(1) is exactly half of p(0)
+    for kept in (3, 24):
+        head = Head.from_probs(half, kept)
+        assert (radius(head, Multiplicative(0.5)) <= radius(half, Multiplicative(0.5)) * (1 + 1e-5)).all()
+        for row in range(0, 300, 30):  # p(x0) − t is exactly 0, and the impossible token is rejected
+            rule = Additive(float(half[row, 0]))
+            exact = radius(half[row], rule)
+            assert torch.isfinite(exact)
+            assert float(radius(head[row], rule)) <= float(exact) * (1 + 1e-5)
+
+
+def test_a_head_of_one_token_below_the_threshold_claims_nothing() -> None:
+    p = torch.full((20,), 0.05, dtype=torch.float64)
+    for direction in DIRECTIONS:
+        assert float(radius(Head.from_probs(p, 1), Typical(0.5, 50.0), direction)) == 0.0
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_accepted_sets_larger_than_the_selection(direction: str) -> None:
     """Hundreds of accepted tokens, pooled or not: rows that leave the fast path."""
