@@ -88,15 +88,7 @@ class Head:
     @property
     def tail_mass(self) -> Float[Tensor, "*step"]:
         """1 − Σ p over the kept tokens, in [0, 1]; 0 when nothing but rounding is left."""
-        if self.num_kept == self.vocab_size:
-            return torch.zeros_like(self.lse_gap)
-        # relative to p(x0): the 1 never meets the small numbers, so a confident step keeps its small tail
-        kept = (-self.gap[..., 1:].double()).exp().sum(-1)
-        lse_gap = self.lse_gap.double()
-        others = lse_gap.expm1()
-        rounding = 8 * torch.finfo(self.lse_gap.dtype).eps * others
-        tail = torch.where(others - kept > rounding, others - kept, 0.0) * (-lse_gap).exp()
-        return tail.to(self.lse_gap.dtype)
+        return tail_mass(self.gap, self.lse_gap, self.vocab_size)
 
     @property
     def tail_logp(self) -> Float[Tensor, "*step"]:
@@ -182,6 +174,20 @@ class Head:
         gap = -(values.double() / top).log().clamp_max(0.0)
         lse_gap = (mass_of_others(p, ids[..., :1]).double() / top.squeeze(-1)).log1p()
         return cls(ids, gap.to(p.dtype), lse_gap.to(p.dtype), vocab_size, entropy(p))
+
+
+def tail_mass(
+    gap: Float[Tensor, "*step K"], lse_gap: Float[Tensor, "*step"], vocab_size: int
+) -> Float[Tensor, "*step"]:
+    """`Head.tail_mass` from its parts."""
+    if gap.shape[-1] == vocab_size:
+        return torch.zeros_like(lse_gap)
+    # relative to p(x0): the 1 never meets the small numbers, so a confident step keeps its small tail
+    kept = (-gap[..., 1:].double()).exp().sum(-1)
+    others = lse_gap.double().expm1()
+    rounding = 8 * torch.finfo(lse_gap.dtype).eps * others
+    tail = torch.where(others - kept > rounding, others - kept, 0.0) * (-lse_gap.double()).exp()
+    return tail.to(lse_gap.dtype)
 
 
 def require_distributions(p: Float[Tensor, "*step V"], top: Float[Tensor, "*step K"]) -> None:

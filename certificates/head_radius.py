@@ -5,13 +5,11 @@ Axis letters: *step leading axes · N steps · K entries kept.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from certdraft.certificates.head import Head
+from certdraft.certificates.head import Head, tail_mass
 from certdraft.certificates.pooling import (
     LOG_FLOOR,
     Measure,
@@ -22,7 +20,7 @@ from certdraft.certificates.pooling import (
 from certdraft.certificates.rules import HEAD_TIE, Coverage, Rule, SingleTokenRule, StrictGreedy, TopM
 
 _TAIL_SLACK = 2.0**-20  # a tail mass rebuilt from float32 logarithms may be this much too small
-_WIDTHS = (2, 6, 16)  # most steps accept few tokens: only the others look further into the head
+_WIDTHS = (4, 12)  # most steps accept few tokens: only the others look further into the head
 _BLOCK = 16384  # steps whose work space stays in the cache of a CPU
 
 
@@ -61,63 +59,56 @@ def _coverage(head: Head, m: int, measure: Measure) -> Float[Tensor, " N"]:
 
 
 def _single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Tensor, " N"]:
-    """Radius of a single-token rule.
+    """Radius of a single-token rule: two entries for most steps, more for those that accept more."""
+    theta = rule.threshold(head)
+    count = rule.num_accepted(head, theta)
+    gap, lse_gap, vocab_size = head.gap, head.lse_gap, head.vocab_size
+    if torch.compiler.is_compiling() or head.num_kept == 1:
+        return _relaxed(gap, lse_gap, vocab_size, theta, count, measure)
+    value = _coverage(head, 1, measure)
+    rows = (count > 1).nonzero().squeeze(-1)
+    lse_gap, theta, count = lse_gap[rows], theta[rows], count[rows]
+    done = 1
+    for width in (*(width for width in _WIDTHS if width < head.num_kept), head.num_kept):
+        part = ((count > done) & (count <= width)).nonzero().squeeze(-1)
+        if len(part):
+            wide = gap[:, : width + 1].index_select(0, rows[part])
+            found = _relaxed(wide, lse_gap[part], vocab_size, theta[part], count[part], measure)
+            value = value.index_put((rows[part],), found)
+        done = width
+    return value
+
+
+def _relaxed(
+    gap: Float[Tensor, "N K"],
+    lse_gap: Float[Tensor, " N"],
+    vocab_size: int,
+    theta: Float[Tensor, " N"],
+    num_accepted: Int[Tensor, " N"],
+    measure: Measure,
+) -> Float[Tensor, " N"]:
+    """Radius from the accepted entries of a head and the first rejected one.
 
     When every token of the head is accepted the best rejected one lies outside it. Its probability is at most
     the last one kept, the tail mass and the threshold. The radius falls as that probability grows, and grows
     with the accepted set, so pooling the virtual token with the accepted tokens kept gives a lower bound
     (docs/theory.md §7).
     """
-    theta = rule.threshold(head)
-    num_accepted = rule.num_accepted(head, theta)
-    k = head.num_kept
-    rejected = head.gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
+    k = gap.shape[-1]
+    rejected = gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
     endless = theta < -HEAD_TIE  # rows of infinite radius
     unseen = num_accepted == k
-    if k == head.vocab_size:
+    if k == vocab_size:
         endless = endless | unseen
-    elif torch.compiler.is_compiling():
-        rejected = torch.where(unseen, _virtual(head, theta), rejected)
-    else:
-        rows = unseen.nonzero().squeeze(-1)
-        rejected = rejected.index_put((rows,), _virtual(head[rows], theta[rows]))
+    elif torch.compiler.is_compiling() or bool(unseen.any()):
+        mass = torch.minimum(theta, tail_mass(gap, lse_gap, vocab_size) + _TAIL_SLACK).clamp_min(0.0)
+        rejected = torch.where(unseen, torch.maximum(-mass.log() - lse_gap, gap[..., -1]), rejected)
     if measure == "reverse":  # no finite divergence lifts a token of probability zero
         endless = endless | torch.isinf(rejected)
     rejected = torch.where(endless, 1.0, rejected)
     x_rejected = _coordinate(rejected.unsqueeze(-1), measure)[0]
-    value = _pool(head.gap, num_accepted, x_rejected, (-head.lse_gap.double()).exp(), measure)
+    value, _ = single_token_pool(_coordinate(gap, measure), x_rejected, (-lse_gap.double()).exp(), measure)
     return torch.where(endless, torch.inf, value)
-
-
-def _virtual(head: Head, theta: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """Gap of the most probable token that can have been rejected outside the head."""
-    mass = torch.minimum(theta, head.tail_mass + _TAIL_SLACK).clamp_min(0.0)
-    return torch.maximum(-mass.log() - head.lse_gap, head.gap[..., -1])
-
-
-def _pool(
-    gap: Float[Tensor, "N K"],
-    num_accepted: Int[Tensor, " N"],
-    x_rejected: Float[Tensor, " N"],
-    p0: Float[Tensor, " N"],
-    measure: Measure,
-) -> Float[Tensor, " N"]:
-    """The pool of each step, from as few entries as it needs."""
-    if torch.compiler.is_compiling():
-        return single_token_pool(_coordinate(gap, measure), x_rejected, p0, measure)[0]
-    k = gap.shape[-1]
-    value, _ = single_token_pool(_coordinate(gap[:, : _WIDTHS[0]], measure), x_rejected, p0, measure)
-    rows = (num_accepted > _WIDTHS[0]).nonzero().squeeze(-1)
-    if k <= _WIDTHS[0] or not len(rows):
-        return value
-    gap, num_accepted, x_rejected, p0 = gap[rows], num_accepted[rows], x_rejected[rows], p0[rows]
-    wider = [width for width in _WIDTHS if width < k] + [k]
-    for done, width in itertools.pairwise(wider):
-        part = ((num_accepted > done) & (num_accepted <= width)).nonzero().squeeze(-1)
-        x = _coordinate(gap[part, :width], measure)
-        pooled, _ = single_token_pool(x, x_rejected[part], p0[part], measure)
-        value = value.index_put((rows[part],), pooled)
-    return value
 
 
 def _coordinate(gap: Tensor, measure: Measure) -> Tensor:

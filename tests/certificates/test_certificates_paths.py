@@ -166,6 +166,8 @@ def test_coarse_certificates_hold(p: torch.Tensor, data: st.DataObject, directio
             assert covered
         if kept == len(p):
             assert coarse == pytest.approx(float(full), rel=1e-7, abs=1e-9)
+        if int(above) >= m:
+            assert checked == 0.0, "the tail alone beats the greedy token"
         if int(above) == 0 and m < len(p):
             assert checked == pytest.approx(exact, rel=1e-9, abs=1e-12)
 
