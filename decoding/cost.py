@@ -7,8 +7,8 @@ the tree, one target pass over its **1 + n** slots, acceptance and cache compact
 measured, it is the cost of a plain decoding step, and host overhead, which dominates for small models, is
 inside the curves: its constant in `verify_s(0)` and `draft_s`, its slope in `verify_s`.
 
-Curves are fitted per context: f(n) = a + b n + sum_k g_k max(0, n - k) with all coefficients >= 0, by
-non-negative least squares. Convexity is what makes "stop at the first node that does not pay" globally
+Curves are fitted per context, for n >= 1: f(n) = a + b n + sum_k g_k max(0, n - k) with all coefficients >=
+0, by non-negative least squares. Convexity is what makes "stop at the first node that does not pay" globally
 optimal. Between contexts curves are interpolated, which keeps them convex; outside the grid the nearest
 context is used; beyond the largest n the last slope goes on. Letters: C contexts, N knots (numbers of draft
 tokens).
@@ -40,7 +40,7 @@ class CostModel:
     Attributes:
         contexts: committed tokens before the root, ascending, [C].
         nodes: draft tokens, ascending from 0, [N].
-        verify: fitted seconds, [C][N], convex and non-decreasing along N.
+        verify: seconds, [C][N], non-decreasing along N; measured at n = 0, fitted and convex from n = 1 on.
         draft: (seconds of a pass that reads one node, seconds of each further node) per context, [C][2].
         device: where it was measured; "*" fits every device (a table made by hand).
         target: fingerprint of the target's architecture; "*" fits every target.

@@ -17,6 +17,7 @@ from certdraft.decoding.target import device_name, fingerprint
 from certdraft.decoding.tree import Node, Tree
 
 _WARM_UP = 8  # drafted rounds before "drafting does not pay" may be concluded
+_LEARNING_RATE = 0.05  # of the log temperature, per relative error of one round
 
 
 class Throughput:
@@ -45,7 +46,8 @@ class CostAware:
     """The best-first tree cut where the next node costs more than it is expected to earn.
 
     Seconds come from the cost model, never from the wall clock, so the trees of a run can be reproduced. The
-    builder remembers throughput from round to round and from prompt to prompt; `reset` forgets it.
+    builder remembers throughput and temperature from round to round and from prompt to prompt; `reset`
+    forgets them.
 
     A marginal drafter's tree is one cut of the stream. For a conditional one each further drafter pass is a
     decision of its own: the unread nodes of the current cut are read, best first, as long as their expected
@@ -61,7 +63,9 @@ class CostAware:
             curve) or "fixed" (always `budget` nodes and every round drafted).
         budget: most draft tokens in one tree, >= 1.
         max_depth: longest path, >= 1.
-        temperature: of the drafter's softmax, > 0; the masses are as calibrated as this makes them.
+        temperature: of the drafter's softmax, > 0; None learns the one at which the expected accepted length
+            is the realised one, starting at 1. A drafter's q(token) need not be its chance of being the
+            target's greedy token, and masses that promise too little stop trees too early.
         rate: tokens per second for "lambda"; None learns it, starting at the speed of plain decoding.
         probe: rounds from one attempt to draft to the next while drafting does not pay, >= 1; 1 always
             drafts.
@@ -74,7 +78,7 @@ class CostAware:
         stop: Stop = "lambda",
         budget: int = 64,
         max_depth: int = 8,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         rate: float | None = None,
         probe: int = 16,
         decay: float = 0.98,
@@ -91,7 +95,9 @@ class CostAware:
         self.stop: Stop = stop
         self.budget = positive("CostAware.budget", budget)
         self.max_depth = positive("CostAware.max_depth", max_depth)
-        self.temperature = positive_temperature("CostAware.temperature", temperature)
+        self.temperature = (
+            None if temperature is None else positive_temperature("CostAware.temperature", temperature)
+        )
         self.rate, self.probe, self.decay = rate, positive("CostAware.probe", probe), decay
         self.reset()
 
@@ -99,8 +105,9 @@ class CostAware:
         return f"cost_aware(stop={self.stop}, budget={self.budget})"
 
     def reset(self) -> None:
-        """Forgets the throughput seen so far."""
+        """Forgets throughput and temperature."""
         self._all, self._drafted = Throughput(self.decay), Throughput(0.9)
+        self._learned = 1.0  # temperature
         self._waited = 0  # rounds since the last drafted one
         self._spent: float | None = None  # seconds of drafting in the round under way
 
@@ -119,7 +126,7 @@ class CostAware:
         verify = self.cost_model.verify_curve(context, self.budget)
         if depth == 0 or not self._drafting_pays(verify[0]):
             return Tree.root_only(root)
-        growth = Growth(propose, root, self.budget, depth, self.temperature)
+        growth = Growth(propose, root, self.budget, depth, self.temperature or self._learned)
         if self.stop == "fixed":
             nodes = grow_exactly(growth, self.budget, None)
         else:
@@ -139,6 +146,8 @@ class CostAware:
         else:
             self._drafted.add(committed, seconds)
             self._waited = 0
+            error = (committed - 1 - tree.expected_accepted) / (1 + tree.expected_accepted)
+            self._learned = min(max(self._learned * math.exp(-_LEARNING_RATE * error), 0.25), 4.0)
 
     def _drafting_pays(self, plain_s: float) -> bool:
         if self.stop == "fixed" or self._drafted.rounds < _WARM_UP or self._drafted.rate * plain_s >= 1.0:

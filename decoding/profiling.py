@@ -72,7 +72,7 @@ def profile(
     return CostModel(
         contexts=tuple(contexts),
         nodes=tuple(nodes),
-        verify=tuple(tuple(fit_convex(nodes, row).tolist()) for row in verify),
+        verify=tuple(_curve(nodes, row) for row in verify),
         draft=tuple(_affine(draft_nodes, row) for row in draft),
         device=device_name(getattr(target, "device", "cpu")),
         target=getattr(target, "fingerprint", type(target).__name__),
@@ -87,6 +87,14 @@ def profile(
             "transformers": transformers.__version__,
         },
     )
+
+
+def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
+    """The plain step as measured, then the convex fit; noise may not make a tree cheaper than it."""
+    if len(nodes) == 1:
+        return tuple(seconds)
+    fitted = fit_convex(nodes[1:], seconds[1:]).tolist()
+    return (min(seconds[0], fitted[0]), *fitted)
 
 
 def _verify_samples(

@@ -11,6 +11,10 @@ curve verify[n], n = 0..cap. Phi(n) is the sum of the first n masses, C(n) = spe
   in the long run. Maximises sum(1 + Phi) / sum(C) over rounds, which is throughput; the best *per-round*
   ratio does not: it overspends on hard rounds and underspends on easy ones.
 
+`verify` is convex from n = 1 on. The step from 0 to 1 is another matter: a pass over one slot is a product
+with a vector, cheaper than its neighbours by more than a slot. So the first node is taken on trial, and the
+whole run is given up in the end if no draft token is worth verifying.
+
 Source: CaDDTree, arXiv 2606.01813, theorem 3 and corollary 5 (`ratio`); SYSTEMS 6.4 items 3 and 4 (the
 others).
 """
@@ -27,9 +31,9 @@ Stop = Literal["ratio", "lambda", "safe", "fixed"]
 
 
 def take_ratio(stream: Iterable[Node], spent: float, verify: Sequence[float]) -> list[Node]:
-    """The longest run of nodes each of which raises tokens per second of this round."""
+    """The longest run of nodes each of which, from the second on, raises tokens per second of this round."""
     nodes: list[Node] = []
-    phi, best = 0.0, 1.0 / (spent + verify[0])
+    phi, plain, best = 0.0, 1.0 / (spent + verify[0]), 0.0
     for node in stream:
         if len(nodes) + 1 == len(verify):
             break
@@ -39,7 +43,7 @@ def take_ratio(stream: Iterable[Node], spent: float, verify: Sequence[float]) ->
             break
         best = theta
         nodes.append(node)
-    return nodes
+    return nodes if best > plain else []
 
 
 def take_safe(stream: Iterable[Node], spent: float, verify: Sequence[float], max_depth: int) -> list[Node]:
@@ -59,11 +63,13 @@ def take_safe(stream: Iterable[Node], spent: float, verify: Sequence[float], max
 
 
 def take_lambda(stream: Iterable[Node], rate: float, verify: Sequence[float]) -> list[Node]:
-    """The run of nodes each of which earns more than its seconds are worth at `rate` tokens per second."""
+    """The run of nodes each of which, from the second on, earns more than its seconds are worth at `rate`."""
     nodes: list[Node] = []
+    phi = 0.0
     for node in stream:
-        size = len(nodes) + 1
-        if size == len(verify) or math.exp(node.logmass) <= rate * (verify[size] - verify[size - 1]):
+        size, mass = len(nodes) + 1, math.exp(node.logmass)
+        if size == len(verify) or (nodes and mass <= rate * (verify[size] - verify[size - 1])):
             break
+        phi += mass
         nodes.append(node)
-    return nodes
+    return nodes if phi > rate * (verify[len(nodes)] - verify[0]) else []

@@ -119,7 +119,7 @@ def test_cost_aware_on_paper() -> None:
         TARGET,
         TableDrafter(cycle, 3),
         [0],
-        CostAware(model, "ratio"),
+        CostAware(model, "ratio", temperature=1.0),
         max_new_tokens=9,
         clock=TableClock(model),
     )

@@ -5,11 +5,12 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles.decoding_models import MarginalDrafter, TableDrafter, TableTarget, random_distribution
 
-from certdraft.decoding import BestFirst, CostAware, CostModel, RealClock, decode
+from certdraft.decoding import BestFirst, CostAware, CostModel, RealClock, SampleMatch, decode
 from certdraft.decoding.session import DraftSession
 from certdraft.decoding.stopping import take_lambda, take_ratio, take_safe
 from certdraft.decoding.tree import Node
@@ -44,6 +45,16 @@ def test_ratio_finds_the_best_size_on_convex_curves(ms, slopes, draft_s: float, 
     verify = list(accumulate((s / 10 for s in slopes), initial=5.0))
     values = thetas(ms, draft_s, verify)
     assert values[len(take_ratio(stream(ms), draft_s, verify))] == pytest.approx(max(values), rel=1e-12)
+
+
+@given(masses, steps, spent, st.integers(0, 40), st.integers(1, 40))
+def test_a_jump_before_the_first_node_hides_nothing(ms, slopes, draft_s: float, jump: int, rate: int) -> None:
+    """One slot is a vector product, cheaper than two by more than a slot: convex from n = 1 on only."""
+    verify = [5.0, *accumulate((s / 10 for s in sorted(slopes)), initial=5.0 + jump / 10)]
+    values = thetas(ms, draft_s, verify)
+    assert values[len(take_ratio(stream(ms), draft_s, verify))] == pytest.approx(max(values), rel=1e-12)
+    gain = [sum(ms[:n]) - rate / 20 * verify[n] for n in range(min(len(ms) + 1, len(verify)))]
+    assert gain[len(take_lambda(stream(ms), rate / 20, verify))] == pytest.approx(max(gain), abs=1e-9)
 
 
 @given(masses, steps, spent)
@@ -211,6 +222,31 @@ def test_the_cut_of_what_is_known_is_best_first() -> None:
     exact = BestFirst(tree.num_nodes, max_depth=3).build(session, 0, max_depth=99)
     assert tree.num_nodes > 6
     assert tree.tokens == exact.tokens
+
+
+# calibration
+
+
+def test_the_learned_temperature_makes_promises_come_true() -> None:
+    """The drafter is the target with logits halved: right about the order, and too modest."""
+    sharp = random_distribution(8, 3, 4.0)
+
+    def modest(prefix: tuple[int, ...]) -> list[float]:
+        roots = [p**0.5 for p in sharp(prefix)]
+        return [root / sum(roots) for root in roots]
+
+    def gap(temperature: float | None) -> tuple[float, float]:
+        """Mean accepted minus mean expected over the second half of a sampled text, and tau."""
+        builder = CostAware(affine(0.02, draft_s=0.05), max_depth=4, temperature=temperature)
+        accept = SampleMatch(1.0, torch.Generator().manual_seed(0))
+        target, drafter = TableTarget(sharp, 8), TableDrafter(modest, 8)
+        result = decode(target, drafter, [1], builder, accept, max_new_tokens=1200)
+        late = result.rounds[len(result.rounds) // 2 :]
+        return sum(r.accepted - r.expected for r in late) / len(late), builder._learned
+
+    assert gap(1.0)[0] > 0.3
+    assert abs(gap(None)[0]) < 0.12
+    assert gap(None)[1] == pytest.approx(0.5, abs=0.15)
 
 
 # plain rounds
