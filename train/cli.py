@@ -41,7 +41,12 @@ COMMANDS = {
     "evaluate": Command(
         "certdraft.evaluation:run_evaluate", "certified and realised acceptance of a drafter, report"
     ),
+    "profile": Command(
+        "certdraft.evaluation:run_profile", "what drafting and verifying cost on this machine, for CostAware"
+    ),
     "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
+    "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what would stand in the way"),
+    "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
     "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
 }
 
