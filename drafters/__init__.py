@@ -8,6 +8,8 @@ from certdraft.drafters.exporting import export as export
 from certdraft.drafters.exporting import load_drafter as load_drafter
 from certdraft.drafters.facts import CardFacts as CardFacts
 from certdraft.drafters.facts import read_facts as read_facts
+from certdraft.drafters.lint import lint_export as lint_export
+from certdraft.drafters.lint_files import Finding as Finding
 from certdraft.drafters.lora import LoraSettings as LoraSettings
 from certdraft.drafters.pretrained import load_causal_lm as load_causal_lm
 from certdraft.drafters.protocol import Drafter as Drafter
