@@ -1,6 +1,7 @@
 """Static rules of EAGLE-3 heads: the flat layout that most engines read, and that of speculators."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -37,7 +38,8 @@ def lint_flat(folder: Folder, target: Config | None) -> Iterator[Finding]:
         )
     yield from _flags_off(config)
     nested = config.get("eagle_config") or {}
-    ids, lowered = config.get(_IDS), nested.get(_IDS)
+    ids: Any = config.get(_IDS)
+    lowered = nested.get(_IDS)
     if _is_ids(ids) and lowered != [number - 1 for number in ids]:
         yield error(
             f"eagle_config.{_IDS}",
@@ -90,7 +92,7 @@ def _body(
     folder: Folder, config: Config, prefix: str, target: Config | None, at: str = ""
 ) -> Iterator[Finding]:
     """What both layouts share; `config` holds the sizes wherever they were written."""
-    ids = config.get(_IDS)
+    ids: Any = config.get(_IDS)
     problems = [*check_numbers(config, SIZES, at), *check_numbers(config, ("draft_vocab_size",))]
     if config.get("model_type") not in _ARCHITECTURES:
         problems.append(
@@ -118,14 +120,14 @@ def _body(
         yield warning(_IDS, f"lists {len(ids)} layers; SGLang and OpenVINO read exactly 3.")
     h, v, dv = config["hidden_size"], config["vocab_size"], config["draft_vocab_size"]
     wide = config.get("target_hidden_size") or h
-    required = {
+    required: dict[str, tuple[int, ...]] = {
         "fc.weight": (h, len(ids) * wide),
         f"{prefix}hidden_norm.weight": (h,),
         **decoder_shapes(config, prefix, inputs=2 * h, norms=qwen),
         "norm.weight": (h,),
         "lm_head.weight": (dv, h),
     }
-    tables = {"d2t": (dv,), "t2d": (v,)}
+    tables: dict[str, tuple[int, ...]] = {"d2t": (dv,), "t2d": (v,)}
     if dv < v:
         required |= tables
     yield from check_tensors(folder, required, {"embed_tokens.weight": (v, h)} | tables)
