@@ -1,6 +1,6 @@
 """Batch: packed documents with the target's head at every step.
 
-Axis letters: R rows · T tokens a row · K kept head entries.
+Axis letters: R rows · T tokens a row · K kept head entries · L target layers · H the target's hidden size.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from certdraft.certificates import Head
@@ -25,6 +25,8 @@ class Batch:
             equal ids; the numbers index `Packing.pieces`.
         loss_mask: true where the next token is to be learned.
         head: steps [R, T], or None when the target is online. At padding a uniform placeholder.
+        features: outputs of some target layers at each token, for drafters that read them; bf16 from a
+            trace. 0 at padding. None when the trace holds none.
     """
 
     input_ids: Int[Tensor, "R T"]
@@ -32,6 +34,7 @@ class Batch:
     document_ids: Int[Tensor, "R T"]
     loss_mask: Bool[Tensor, "R T"]
     head: Head | None = None
+    features: Float[Tensor, "R T L H"] | None = None
 
     def steps(self) -> Int[Tensor, " N"]:
         """Flat indices, into [R·T], of the counted steps."""
@@ -44,6 +47,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device; Lightning calls this."""
-        names = ("input_ids", "position_ids", "document_ids", "loss_mask")
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names}
+        names = ("input_ids", "position_ids", "document_ids", "loss_mask", "features")
+        present = [name for name in names if getattr(self, name) is not None]
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in present}
         return replace(self, **moved, head=None if self.head is None else self.head.to(device))

@@ -4,8 +4,8 @@ Prompts of different lengths are padded on the left with their own positions and
 what each prompt alone would say. Greedy ids and heads come from the same fp32 logits: `top_ids[t, 0]` is the
 greedy token, the lowest id at an exact tie, and the token fed next.
 
-Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K head entries · H hidden · V
-vocabulary.
+Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K head entries · L layers whose
+outputs are kept · H hidden · V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float16, Float32, Int32
+from jaxtyping import Bool, Float, Float16, Float32, Int32, UInt16
 from numpy import ndarray
 from torch import Tensor, nn
 
 from certdraft.certificates import Head
 from certdraft.data.chat import Prompt
+from certdraft.data.features import FeatureTaps, bits_of
 from certdraft.data.loops import loop_onset
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class RecordedRow:
     entropy: Float32[ndarray, " T"]
     finish: Literal["eos", "length", "loop", "given"]
     where: str
+    hidden: UInt16[ndarray, "T L H"] | None = None
 
 
 class LogitHead:
@@ -147,6 +149,7 @@ def record_batch(
     *,
     num_kept: int,
     eos_ids: frozenset[int],
+    feature_layers: Sequence[int] = (),
 ) -> list[RecordedRow]:
     """Continue a batch of prompts greedily and keep the target's head at every step.
 
@@ -157,6 +160,7 @@ def record_batch(
         settings: how long, and which steps count.
         num_kept: K.
         eos_ids: a row ends with the first of these, which belongs to it.
+        feature_layers: 0-based layers whose outputs are kept too.
 
     Returns:
         One row per prompt, in order. Step t holds the distribution of token t + 1; the last step never
@@ -165,10 +169,11 @@ def record_batch(
     Raises:
         TargetError: NaN or +inf among the logits, naming row and position.
     """
-    recording = _Recording(target, head, prompts, settings, num_kept)
-    cache = recording.prefill()
-    if not settings.teacher_forced:
-        _decode(recording, cache, eos_ids)
+    recording = _Recording(target, head, prompts, settings, num_kept, feature_layers)
+    with recording.taps.open():
+        cache = recording.prefill()
+        if not settings.teacher_forced:
+            _decode(recording, cache, eos_ids)
     return [recording.row(index) for index in range(len(prompts))]
 
 
@@ -182,7 +187,9 @@ class _Recording:
         prompts: Sequence[Prompt],
         settings: Generation,
         num_kept: int,
+        feature_layers: Sequence[int] = (),
     ) -> None:
+        self.taps = FeatureTaps(target.base_model, feature_layers)
         self.target, self.head, self.prompts, self.settings = target, head, prompts, settings
         self.given = np.array([len(prompt.ids) for prompt in prompts])
         self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
@@ -194,6 +201,8 @@ class _Recording:
         self.top_gap = np.zeros((*steps, num_kept), np.float16)
         self.lse_gap = np.zeros(steps, np.float32)
         self.entropy = np.zeros(steps, np.float32)
+        shape = (*steps, len(self.taps.layers), head.weight.shape[1])
+        self.hidden = np.zeros(shape, np.uint16) if feature_layers else None
         for row, prompt in enumerate(prompts):
             self.input_ids[row, : self.given[row]] = prompt.ids
 
@@ -217,6 +226,8 @@ class _Recording:
         ).last_hidden_state
         rows, columns = mask.nonzero()
         flat = hidden[self.mask]  # [ΣP, H]
+        if self.hidden is not None:
+            self.hidden[rows, positions[rows, columns]] = bits_of(self.taps.take()[self.mask])
         size = max(1, _LOGIT_ENTRIES // self.head.vocab_size)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
@@ -265,6 +276,7 @@ class _Recording:
             self.entropy[index, :length].copy(),
             finish=self.finish[index],
             where=self.prompts[index].where,
+            hidden=None if self.hidden is None else self.hidden[index, :length].copy(),
         )
 
 
@@ -291,8 +303,11 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
         ).last_hidden_state[:, 0]
         live = alive[slots]
         rows, positions = slots[live], last[live] + 1
+        kept = torch.from_numpy(live).to(device)
         recording.input_ids[rows, positions] = tokens[live]
-        recording.keep(hidden[torch.from_numpy(live).to(device)], rows, positions)
+        recording.keep(hidden[kept], rows, positions)
+        if recording.hidden is not None:
+            recording.hidden[rows, positions] = bits_of(recording.taps.take()[kept, 0])
         recording.lengths[rows] += 1
         for row, token in zip(rows.tolist(), tokens[live].tolist(), strict=True):
             written = int(recording.lengths[row] - recording.given[row])

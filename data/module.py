@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,7 @@ from numpy import ndarray
 from certdraft.data.batch import Batch
 from certdraft.data.loader import ResumableLoader
 from certdraft.data.packing import Packing, assemble, pack
-from certdraft.data.recording import Recording
+from certdraft.data.recording import Recording, with_defaults
 from certdraft.data.trace import TRACE_FILE, Trace, TraceError, TraceMeta, open_trace
 from certdraft.data.writer import record_trace
 
@@ -39,6 +38,8 @@ class TraceDataModule(pl.LightningDataModule):
         record: how to record traces that do not exist yet; the training trace from the corpus split that it
             names, the validation trace from split "validation".
         validation_rows: most corpus rows for a validation trace that `record` makes.
+        feature_layers: target layers whose outputs to load; all that the trace holds when not given, none for
+            an empty list.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TraceDataModule(pl.LightningDataModule):
         verify: Literal["sizes", "full"] = "sizes",
         record: Recording | None = None,
         validation_rows: int | None = 256,
+        feature_layers: list[int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 < validation_fraction < 1:
@@ -60,6 +62,7 @@ class TraceDataModule(pl.LightningDataModule):
         self.train_path, self.validation_path = train, validation
         self.validation_fraction, self.seq_len, self.batch_size = validation_fraction, seq_len, batch_size
         self.num_kept, self.seed, self.verify = num_kept, seed, verify
+        self.feature_layers = feature_layers
         self.record, self.validation_rows = record, validation_rows
         self._opened = False
 
@@ -141,7 +144,7 @@ class TraceDataModule(pl.LightningDataModule):
 
     def _loader(self, trace: Trace, packing: Packing, *, shuffle: bool) -> ResumableLoader:
         def fetch(rows: Int64[ndarray, " R"]) -> Batch:
-            return assemble(trace, packing, rows, self.num_kept)
+            return assemble(trace, packing, rows, self.num_kept, self.feature_layers)
 
         return ResumableLoader(
             packing.num_rows,
@@ -168,8 +171,8 @@ def _record_if_missing(path: str, recording: Recording) -> None:
     if not file.exists():
         record_trace(path, **{name: getattr(recording, name) for name in Recording.__dataclass_fields__})
         return
-    theirs = TraceMeta.from_json(file.read_text(encoding="utf-8"), file).settings
-    mine = json.loads(json.dumps(asdict(recording)))
+    theirs = with_defaults(TraceMeta.from_json(file.read_text(encoding="utf-8"), file).settings)
+    mine = recording.settings()
     differing = [
         f"{key}: {theirs.get(key)} there, {value} now"
         for key, value in mine.items()

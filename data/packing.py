@@ -4,7 +4,7 @@ Documents in one row are told apart by `document_ids` and by positions that rest
 within equal ids only. A document longer than a row is split into pieces without overlap, each a document of
 its own.
 
-Axis letters: R rows · T = seq_len tokens a row · K head entries.
+Axis letters: R rows · T = seq_len tokens a row · K head entries · L recorded layers · H hidden.
 """
 
 from __future__ import annotations
@@ -125,7 +125,11 @@ def _best_fit_decreasing(
 
 
 def assemble(
-    trace: Trace, packing: Packing, rows: Sequence[int] | ndarray, num_kept: int | None = None
+    trace: Trace,
+    packing: Packing,
+    rows: Sequence[int] | ndarray,
+    num_kept: int | None = None,
+    feature_layers: Sequence[int] | None = None,
 ) -> Batch:
     """The given rows of a packing as a batch, copied once, from the memory map into its tensors.
 
@@ -134,12 +138,16 @@ def assemble(
         packing: rows of pieces.
         rows: indices of rows, R of them.
         num_kept: keep only this many head entries.
+        feature_layers: features of these layers, in this order; of all that the trace holds when not given.
 
     Raises:
-        ValueError: more head entries wanted than the trace holds.
+        TraceError: more head entries, or other layers, wanted than the trace holds.
     """
     k = trace.meta.num_kept if num_kept is None else num_kept
     trace.check_num_kept(k, f"num_kept={k}")
+    layers = trace.meta.feature_layers if feature_layers is None else tuple(feature_layers)
+    trace.check_features(layers, f"feature_layers={list(layers)}")
+    at = [trace.meta.feature_layers.index(layer) for layer in layers]
     shape = (len(rows), packing.seq_len)
     vocab_size = trace.meta.vocab_size
     input_ids = np.zeros(shape, np.int64)
@@ -150,6 +158,7 @@ def assemble(
     gap = np.empty((*shape, k), np.float16)
     lse_gap = np.empty(shape, np.float32)
     entropy = np.empty(shape, np.float32)
+    features = np.zeros((*shape, len(at), trace.meta.feature_size), np.uint16) if at else None
     for row, index in enumerate(rows):
         end = 0
         for offset, (document, start, length) in enumerate(packing.row(index).tolist()):
@@ -163,6 +172,9 @@ def assemble(
             gap[row, here] = columns.top_gap[there, :k]
             lse_gap[row, here] = columns.lse_gap[there]
             entropy[row, here] = columns.entropy[there]
+            if features is not None and columns.hidden is not None:
+                wanted = columns.hidden[there]
+                features[row, here] = wanted if feature_layers is None else wanted[:, at]
             end += length
         # padding: a valid distribution that no loss mask selects
         position_ids[row, end:] = np.arange(packing.seq_len - end)
@@ -177,4 +189,5 @@ def assemble(
         torch.from_numpy(document_ids),
         torch.from_numpy(loss_mask),
         head,
+        None if features is None else torch.from_numpy(features).view(torch.bfloat16),
     )

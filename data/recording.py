@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from certdraft.data.corpora import Corpus, CorpusError, read_rows
 from certdraft.data.generate import Generation, RecordedRow, TargetError
 from certdraft.data.progress import Progress
 from certdraft.data.shards import Ledger, RecordingError, bytes_per_token
-from certdraft.data.targets import EMBEDDED, embedded_target_path
+from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,8 @@ class Recording:
         num_kept: K, head entries kept per step.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
+        feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
+            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`, which lies in memory.
     """
 
     target: str = EMBEDDED
@@ -57,6 +60,20 @@ class Recording:
     num_kept: int = 32
     batch_size: int = 32
     shard_rows: int = 256
+    feature_layers: tuple[int, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """As `trace.json` stores it."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a recording in which every one has a value: what was not known then had its default."""
+    filled = Recording().settings() | settings
+    for name, default in Recording().settings().items():
+        if isinstance(default, dict) and isinstance(settings.get(name), dict):
+            filled[name] = default | settings[name]
+    return filled
 
 
 def read_prompts(
@@ -102,6 +119,31 @@ def target_revision(target: str, revision: str | None) -> str:
     return digest.hexdigest()[:16]
 
 
+def feature_size(recording: Recording) -> int:
+    """H of the target whose features are kept, from its config; 0 when none are.
+
+    Raises:
+        ValueError: a layer that the target does not have, or documents too long for one shard row.
+    """
+    layers = recording.feature_layers
+    if not layers:
+        return 0
+    config = target_config(recording.target, revision=recording.revision)
+    if len(set(layers)) < len(layers) or not all(0 <= layer < config.num_hidden_layers for layer in layers):
+        raise ValueError(
+            f"feature_layers={list(layers)}: {recording.target} has layers 0 to "
+            f"{config.num_hidden_layers - 1}; name each at most once"
+        )
+    size = int(config.hidden_size)
+    longest = recording.generation.max_length
+    if longest * len(layers) * size >= 1 << 31:
+        raise ValueError(
+            f"{longest} tokens of {len(layers)} × {size} features do not fit into one row of a trace; lower "
+            "generation.max_length"
+        )
+    return size
+
+
 def shard_prompts(shard: int, shard_rows: int, num_prompts: int) -> Int64[ndarray, " n"]:
     """Indices of the prompts of a shard: consecutive, in corpus order."""
     return np.arange(shard * shard_rows, min((shard + 1) * shard_rows, num_prompts))
@@ -145,6 +187,7 @@ def check_settings(recording: Recording) -> None:
             f"prompts.max_prompt_tokens={longest} leaves no room for a continuation in "
             f"generation.max_length={generation.max_length}; lower the first or raise the second"
         )
+    feature_size(recording)
 
 
 def check_target(target: PreTrainedModel, prompts: PromptSet, recording: Recording) -> None:
@@ -182,19 +225,21 @@ def check_disk(folder: Path, ledger: Ledger, prompts: PromptSet, recording: Reco
     lengths = prompts.lengths[np.concatenate(rows)] if rows else np.zeros(0, np.int64)
     generation = recording.generation
     tokens = int(np.minimum(lengths + generation.max_new_tokens, generation.max_length).sum())
-    needed = int(tokens * bytes_per_token(recording.num_kept))
+    each = bytes_per_token(recording.num_kept, len(recording.feature_layers) * feature_size(recording))
+    needed = int(tokens * each)
     free = shutil.disk_usage(folder).free
     done = ledger.num_shards - len(waiting)
     resumed = f", {done} of {ledger.num_shards} shards are written already" if done else ""
     estimate = (
-        f"{len(lengths):,} prompts, at most {tokens:,} tokens of {bytes_per_token(recording.num_kept):.0f} "
-        f"bytes: up to {_size(needed)}; {_size(free)} free{resumed}"
+        f"{len(lengths):,} prompts, at most {tokens:,} tokens of {each:.0f} bytes: up to {_size(needed)}; "
+        f"{_size(free)} free{resumed}"
     )
     print(estimate, file=sys.stderr)
     if needed > free:
         raise RecordingError(
             f"{folder}: the disk may not hold this trace ({estimate}). Choose another folder, or lower "
-            "num_kept, generation.max_new_tokens or corpus.max_rows."
+            f"{'feature_layers, ' if recording.feature_layers else ''}num_kept, generation.max_new_tokens or "
+            "corpus.max_rows."
         )
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from certdraft.data.accounting import Accounting
 from certdraft.data.generate import RecordedRow
-from certdraft.data.trace import SCHEMA, TRACE_FILE, ShardInfo, TraceMeta, file_sha256, shard_problem
+from certdraft.data.trace import TRACE_FILE, ShardInfo, TraceMeta, file_sha256, shard_problem, trace_schema
 
 _FOLDER = ".recording"
 _BATCH_VALUES = 1 << 28  # list values of one Arrow batch; offsets are int32
@@ -32,9 +32,9 @@ class RecordingError(ValueError):
     """A recording that cannot start, go on or finish; the message says what to do."""
 
 
-def bytes_per_token(num_kept: int) -> float:
-    """Bytes a trace needs for a token: ids, mask bit, K ids and gaps, lse_gap, entropy."""
-    return 4 + 1 / 8 + num_kept * (4 + 2) + 4 + 4
+def bytes_per_token(num_kept: int, feature_values: int = 0) -> float:
+    """Bytes a trace needs for a token: ids, mask bit, K ids and gaps, lse_gap, entropy, L·H features."""
+    return 4 + 1 / 8 + num_kept * (4 + 2) + 4 + 4 + 2 * feature_values
 
 
 def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
@@ -71,13 +71,13 @@ def write_json(file: Path, content: Any) -> None:
     write_atomically(file, write)
 
 
-def write_shard(file: Path, rows: Sequence[RecordedRow]) -> ShardInfo:
+def write_shard(file: Path, rows: Sequence[RecordedRow], schema: pa.Schema) -> ShardInfo:
     """Writes one Arrow stream file whole, and returns its counts and hash. Equal rows give equal bytes."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as handle, pa.ipc.new_stream(handle, SCHEMA) as stream:
+        with temporary.open("wb") as handle, pa.ipc.new_stream(handle, schema) as stream:
             for part in _batches(rows):
-                stream.write_batch(_record_batch(part))
+                stream.write_batch(_record_batch(part, schema))
 
     write_atomically(file, write)
     return ShardInfo(
@@ -99,19 +99,26 @@ class Ledger:
         settings: everything that decides the trace's content. Compared when a recording goes on.
         num_shards: number of shards.
         lock: false for ranks that write on behalf of a process holding the lock.
+        with_features: rows carry features of the target.
+        complete: fills in settings that were not known when an older recording was begun.
 
     Raises:
         RecordingError: the folder holds something else, or a recording with other settings, or is being
             written.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], num_shards: int, lock: bool = True) -> None:
-        self.folder, self.notes, self.settings, self.num_shards = (
-            folder,
-            folder / _FOLDER,
-            settings,
-            num_shards,
-        )
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        num_shards: int,
+        lock: bool = True,
+        with_features: bool = False,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
+        self._complete = complete
+        self.folder, self.notes, self.settings = folder, folder / _FOLDER, settings
+        self.num_shards, self.schema = num_shards, trace_schema(with_features)
         self._lock = FileLock(self.notes / "lock") if lock else None
         if self._lock is not None:
             self._claim()
@@ -121,7 +128,7 @@ class Ledger:
 
     def commit(self, shard: int, rows: Sequence[RecordedRow], accounting: Accounting) -> None:
         """Writes a shard, then the note that says so."""
-        info = write_shard(self.folder / shard_name(shard), rows)
+        info = write_shard(self.folder / shard_name(shard), rows, self.schema)
         write_json(self._note(shard), asdict(info) | {"accounting": accounting.to_dict()})
 
     def shards(self) -> tuple[ShardInfo, ...]:
@@ -137,7 +144,7 @@ class Ledger:
 
     def finish(self, meta: TraceMeta) -> None:
         """Makes the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
-        write_datasets_files(self.folder, meta)
+        write_datasets_files(self.folder, meta, self.schema)
         write_json(self.folder / TRACE_FILE, meta.to_json())
         self.close()
 
@@ -205,7 +212,7 @@ class Ledger:
             write_json(self._note(shard), asdict(info))
 
     def _refuse_difference(self, theirs: dict[str, Any], what: str) -> None:
-        mine, theirs = _flat(self.settings), _flat(theirs)
+        mine, theirs = _flat(self.settings), _flat(self._complete(theirs))
         keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if keys:
             shown = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in keys[:4])
@@ -237,12 +244,12 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.arrow"
 
 
-def write_datasets_files(folder: Path, meta: TraceMeta) -> None:
+def write_datasets_files(folder: Path, meta: TraceMeta, schema: pa.Schema) -> None:
     """`state.json` and `dataset_info.json`, which make the folder readable for `datasets.load_from_disk`."""
     from datasets import DatasetInfo, Features
 
     info = DatasetInfo(
-        description=f"certdraft trace of {meta.target}", features=Features.from_arrow_schema(SCHEMA)
+        description=f"certdraft trace of {meta.target}", features=Features.from_arrow_schema(schema)
     )
     write_json(folder / "dataset_info.json", {k: v for k, v in asdict(info).items() if v is not None})
     files = [{"filename": shard.file} for shard in meta.shards]
@@ -262,22 +269,23 @@ def _batches(rows: Sequence[RecordedRow]) -> list[list[RecordedRow]]:
     parts: list[list[RecordedRow]] = []
     size = _BATCH_VALUES
     for row in rows:
-        if size + row.top_ids.size > _BATCH_VALUES:
+        more = row.top_ids.size if row.hidden is None else max(row.top_ids.size, row.hidden.size)
+        if size + more > _BATCH_VALUES:
             parts.append([])
             size = 0
         parts[-1].append(row)
-        size += row.top_ids.size
+        size += more
     return parts
 
 
-def _record_batch(rows: list[RecordedRow]) -> pa.RecordBatch:
+def _record_batch(rows: list[RecordedRow], schema: pa.Schema) -> pa.RecordBatch:
     columns = []
-    for column in SCHEMA:
+    for column in schema:
         values = [getattr(row, column.name).reshape(-1) for row in rows]
         offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
         flat = pa.array(np.concatenate(values), type=column.type.value_type)
         columns.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=column.type))
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
 
@@ -51,6 +51,20 @@ def load_target(
     model, info = loaded
     _refuse_partial(source, info)
     return model.to(device).eval().requires_grad_(False)
+
+
+def target_config(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PretrainedConfig:
+    """The config of a target, without its weights; same names as `load_target`.
+
+    Raises:
+        FileNotFoundError: no such local folder, and no hub answers for that name.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(_source(name_or_path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(_unreachable("config", name_or_path, error)) from error
 
 
 def load_tokenizer(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -4,22 +4,23 @@ A trace is a folder of Arrow stream files, one row a document, with `trace.json`
 `datasets.load_from_disk` reads it too. Lists of one row lie one after another, so row i is a slice of a
 memory map.
 
-Axis letters: T tokens of a document · K head entries.
+Axis letters: T tokens of a document · K head entries · L recorded layers · H hidden.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float16, Float32, Int, Int32, Int64
+from jaxtyping import BFloat16, Bool, Float16, Float32, Int, Int32, Int64, UInt16
 from numpy import ndarray
 from torch import Tensor
 
@@ -37,6 +38,7 @@ SCHEMA = pa.schema(
         ("entropy", pa.list_(pa.float32())),
     ]
 )
+FEATURES = pa.field("hidden", pa.list_(pa.uint16()))  # the bits of bf16 numbers, a type that Arrow lacks
 
 
 class TraceError(ValueError):
@@ -72,6 +74,8 @@ class TraceMeta:
         shards: files in order.
         accounting: rows read, used and skipped, by reason.
         versions: of the libraries that recorded it.
+        feature_layers: 0-based layers of the target whose outputs are kept, before any final norm; L of them.
+        feature_size: H of those outputs; 0 without them.
     """
 
     schema: int
@@ -85,6 +89,8 @@ class TraceMeta:
     shards: tuple[ShardInfo, ...]
     accounting: dict[str, Any]
     versions: dict[str, str]
+    feature_layers: tuple[int, ...] = ()
+    feature_size: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -130,11 +136,13 @@ class TraceMeta:
             raise TraceError(
                 f"{where}: schema version {version!r}, this certdraft reads {SCHEMA_VERSION}; {remedy}"
             )
-        missing = sorted({f.name for f in fields(cls)} - set(data))
+        missing = sorted({f.name for f in fields(cls) if f.default is MISSING} - set(data))
         if missing:
             raise TraceError(f"{where} lacks {', '.join(missing)}; restore it from a copy or record again")
-        values = {f.name: data[f.name] for f in fields(cls)}
-        return cls(**values | {"shards": tuple(ShardInfo(**shard) for shard in data["shards"])})
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        values["shards"] = tuple(ShardInfo(**shard) for shard in data["shards"])
+        values["feature_layers"] = tuple(data.get("feature_layers", ()))
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -147,15 +155,17 @@ class Columns:
     top_gap: Float16[ndarray, "T K"]
     lse_gap: Float32[ndarray, " T"]
     entropy: Float32[ndarray, " T"]
+    hidden: UInt16[ndarray, "T L H"] | None = None
 
 
 @dataclass(frozen=True)
 class TraceRow:
-    """One document. Step t of `head` is the target's distribution of token t + 1."""
+    """One document. Step t of `head` is the target's distribution of token t + 1; `features` belong to t."""
 
     input_ids: Int[Tensor, " T"]
     loss_mask: Bool[Tensor, " T"]
     head: Head
+    features: BFloat16[Tensor, "T L H"] | None = None
 
 
 class Trace:
@@ -165,7 +175,7 @@ class Trace:
         self.path, self.meta = path, meta
         self._chunks: list[_Chunk] = []
         for shard in meta.shards:
-            self._chunks.extend(_map_shard(path / shard.file, shard, meta.num_kept))
+            self._chunks.extend(_map_shard(path / shard.file, shard, meta))
         self._first_rows = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
 
     def __len__(self) -> int:
@@ -202,7 +212,8 @@ class Trace:
             entropy=torch.from_numpy(columns.entropy.copy()),
         )
         ids = torch.from_numpy(columns.input_ids.astype(np.int64))
-        return TraceRow(ids, torch.from_numpy(columns.loss_mask.copy()), head)
+        features = None if columns.hidden is None else as_bfloat16(columns.hidden)
+        return TraceRow(ids, torch.from_numpy(columns.loss_mask.copy()), head, features)
 
     def check_tokenizer(self, fingerprint: str, whose: str = "the drafter's") -> None:
         """Refuses another tokenizer than the one the trace was recorded with.
@@ -229,6 +240,27 @@ class Trace:
                 f"{self.path / TRACE_FILE}: the head keeps K={self.meta.num_kept} tokens, {why} needs "
                 f"{needed}; record again with num_kept={needed} or more"
             )
+
+    def check_features(self, layers: Sequence[int], why: str) -> None:
+        """Refuses a trace without the outputs of these target layers.
+
+        Args:
+            layers: 0-based layers that are read.
+            why: who reads them.
+
+        Raises:
+            TraceError: names the layers that are there and those that are needed.
+        """
+        meta = self.meta
+        if set(layers) <= set(meta.feature_layers):
+            return
+        mine = list(meta.feature_layers)
+        there = f"features of layers {mine} only" if mine else "no features"
+        raise TraceError(
+            f"{self.path / TRACE_FILE}: a trace with {there}, {why} needs those of layers {list(layers)}; "
+            f"record again with feature_layers={list(layers)}, or run the target in the training step "
+            "(model.target)"
+        )
 
 
 def open_trace(path: str | Path, verify: Literal["sizes", "full"] = "sizes") -> Trace:
@@ -285,17 +317,29 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def trace_schema(with_features: bool) -> pa.Schema:
+    """The columns of a shard."""
+    return SCHEMA.append(FEATURES) if with_features else SCHEMA
+
+
+def as_bfloat16(bits: UInt16[ndarray, "*shape"]) -> BFloat16[Tensor, "*shape"]:
+    """The numbers whose bits a trace stores, copied."""
+    return torch.from_numpy(bits.copy()).view(torch.bfloat16)
+
+
 class _Chunk:
     """One record batch: flat values of each column, and where each row starts, in tokens."""
 
-    def __init__(self, batch: pa.RecordBatch, num_kept: int, where: Path) -> None:
-        self._num_kept = num_kept
+    def __init__(self, batch: pa.RecordBatch, meta: TraceMeta, where: Path) -> None:
+        self._num_kept = meta.num_kept
+        self._features = (len(meta.feature_layers), meta.feature_size)
         self._values: dict[str, ndarray] = {}
         self.starts: Int64[ndarray, " rows+1"] = np.zeros(1, np.int64)
-        for name in SCHEMA.names:
+        widths = {"top_ids": meta.num_kept, "top_gap": meta.num_kept, "hidden": math.prod(self._features)}
+        for name in batch.schema.names:
             column = batch.column(name)
             starts = np.asarray(column.offsets)
-            width = num_kept if name.startswith("top_") else 1
+            width = widths.get(name, 1)
             if name == "input_ids":
                 self.starts = starts
             elif not np.array_equal(starts, self.starts.astype(np.int64) * width):
@@ -313,6 +357,8 @@ class _Chunk:
         start, stop = int(self.starts[row]), int(self.starts[row + 1])
         k, values = self._num_kept, self._values
         bits = np.unpackbits(self._bits[start // 8 : (stop + 7) // 8], bitorder="little")
+        width = math.prod(self._features)
+        hidden = values["hidden"][start * width : stop * width] if width else None
         return Columns(
             input_ids=values["input_ids"][start:stop],
             loss_mask=bits[start % 8 : start % 8 + stop - start].view(np.bool_),
@@ -320,20 +366,22 @@ class _Chunk:
             top_gap=values["top_gap"][start * k : stop * k].reshape(-1, k),
             lse_gap=values["lse_gap"][start:stop],
             entropy=values["entropy"][start:stop],
+            hidden=None if hidden is None else hidden.reshape(-1, *self._features),
         )
 
 
-def _map_shard(file: Path, shard: ShardInfo, num_kept: int) -> list[_Chunk]:
+def _map_shard(file: Path, shard: ShardInfo, meta: TraceMeta) -> list[_Chunk]:
     try:
         batches = list(pa.ipc.open_stream(pa.memory_map(str(file))))
     except (pa.ArrowInvalid, OSError) as error:
         raise TraceError(
             f"{file} is no Arrow stream ({error}); restore it from a copy or record again"
         ) from error
+    schema = trace_schema(bool(meta.feature_layers))
     for batch in batches:
-        if batch.schema.names != SCHEMA.names or batch.schema.types != SCHEMA.types:
+        if batch.schema.names != schema.names or batch.schema.types != schema.types:
             raise TraceError(f"{file}: columns {batch.schema.names} are not those of schema {SCHEMA_VERSION}")
-    chunks = [_Chunk(batch, num_kept, file) for batch in batches]
+    chunks = [_Chunk(batch, meta, file) for batch in batches]
     rows, tokens = sum(map(len, chunks)), sum(int(chunk.starts[-1]) for chunk in chunks)
     if (rows, tokens) != (shard.rows, shard.tokens):
         raise TraceError(

@@ -7,12 +7,11 @@ that was killed and resumed, or that several processes share, ends in the same b
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,10 +33,12 @@ from certdraft.data.recording import (
     check_disk,
     check_settings,
     check_target,
+    feature_size,
     library_versions,
     read_prompts,
     shard_prompts,
     target_revision,
+    with_defaults,
 )
 from certdraft.data.shards import Ledger, RecordingError, refuse_foreign_content
 from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
@@ -61,6 +62,7 @@ def record_trace(
     num_kept: int = 32,
     batch_size: int = 32,
     shard_rows: int = 256,
+    feature_layers: tuple[int, ...] = (),
     accelerator: str = "auto",
     devices: int = 1,
     num_nodes: int = 1,
@@ -83,6 +85,8 @@ def record_trace(
         num_kept: K, head entries kept per step.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
+        feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
+            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`, which lies in memory.
         accelerator: Lightning accelerator.
         devices: processes per node; each writes its own shards.
         num_nodes: nodes; they must share `out_dir`.
@@ -96,8 +100,9 @@ def record_trace(
         FileNotFoundError: no such corpus, target or tokenizer.
     """
     recording = Recording(
-        target, corpus, prompts, generation, tokenizer, revision, dtype, num_kept, batch_size, shard_rows
-    )
+        target, corpus, prompts, generation, tokenizer, revision, dtype, num_kept, batch_size, shard_rows,
+        tuple(feature_layers),
+    )  # fmt: skip
     check_settings(recording)
     folder = Path(out_dir).expanduser()
     refuse_foreign_content(folder)
@@ -105,13 +110,20 @@ def record_trace(
 
     words = load_tokenizer(tokenizer or target, revision=revision)
     prompt_set, accounting = read_prompts(recording, words, trainer.is_global_zero)
-    settings = json.loads(json.dumps(asdict(recording))) | {
+    settings = recording.settings() | {
         "num_prompts": len(prompt_set),
         "prompts_sha256": prompt_set.sha256(),
         "target_revision": target_revision(target, revision),
         "tokenizer_fingerprint": tokenizer_fingerprint(words),
     }
-    ledger = Ledger(folder, settings, -(-len(prompt_set) // shard_rows), lock=trainer.is_global_zero)
+    ledger = Ledger(
+        folder,
+        settings,
+        -(-len(prompt_set) // shard_rows),
+        lock=trainer.is_global_zero,
+        with_features=bool(feature_layers),
+        complete=with_defaults,
+    )
     try:
         meta = ledger.finished() if trainer.world_size == 1 else None
         if meta is not None:
@@ -192,6 +204,7 @@ class _Recorder(pl.LightningModule):
             self.recording.generation,
             num_kept=self.recording.num_kept,
             eos_ids=self.eos_ids,
+            feature_layers=self.recording.feature_layers,
         )
 
 
@@ -263,6 +276,8 @@ class _ShardWriter(BasePredictionWriter):
             shards=shards,
             accounting={"corpus": self.corpus.to_dict(), "recording": recorded.to_dict()},
             versions=library_versions() | {"pytorch-lightning": version("pytorch-lightning")},
+            feature_layers=recording.feature_layers,
+            feature_size=feature_size(recording),
         )
 
 
