@@ -61,7 +61,7 @@ class TreeBuilder(Protocol):
         ...
 
 
-class Chain:
+class Chain(TreeBuilder):
     """The drafter's own greedy continuation: one path of `depth` draft tokens.
 
     Args:
@@ -99,7 +99,7 @@ class Chain:
         )
 
 
-class StaticTree:
+class StaticTree(TreeBuilder):
     """A fixed shape: every node at draft depth d - 1 has its `widths[d - 1]` most probable children.
 
     Args:
@@ -211,7 +211,7 @@ class Growth:
         return tree_from_nodes(self.root, nodes, lambda ranks: self._numbers.get(ranks, -1))
 
 
-class BestFirst:
+class BestFirst(TreeBuilder):
     """The `budget` most probable prefixes under the drafter: the tree with the largest expected accepted
     length.
 

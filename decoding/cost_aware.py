@@ -10,7 +10,14 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from certdraft.decoding.builders import Growth, Propose, grow_exactly, positive, positive_temperature
+from certdraft.decoding.builders import (
+    Growth,
+    Propose,
+    TreeBuilder,
+    grow_exactly,
+    positive,
+    positive_temperature,
+)
 from certdraft.decoding.cost import CostModel
 from certdraft.decoding.stopping import Stop, take_lambda, take_ratio, take_safe
 from certdraft.decoding.target import device_name, fingerprint
@@ -42,7 +49,7 @@ class Throughput:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-class CostAware:
+class CostAware(TreeBuilder):
     """The best-first tree cut where the next node costs more than it is expected to earn.
 
     Seconds come from the cost model, never from the wall clock, so the trees of a run can be reproduced. The

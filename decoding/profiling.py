@@ -3,14 +3,15 @@
 What is timed is the loop's own work. A verify sample selects a tree of n nodes, runs the target over its 1 +
 n slots, walks it with `Strict` and compacts both caches; a draft sample is one drafter pass and the reading
 of its most probable tokens. Samples of all sizes are interleaved, so that a slow minute of the machine
-touches them all, and the median of each is kept.
+touches them all, and the median of each is kept. A marginal drafter reads one chain a round whatever the
+tree, so its pass has one cost.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -23,6 +24,7 @@ from certdraft.decoding.clock import Clock, RealClock
 from certdraft.decoding.cost import CostModel, fit_convex
 from certdraft.decoding.loop import as_target
 from certdraft.decoding.ranking import top_rows
+from certdraft.decoding.session import DraftSession
 from certdraft.decoding.target import Target, device_name, fingerprint
 from certdraft.decoding.tree import NodeStream, tree_from_nodes
 from certdraft.drafters import Drafter
@@ -42,6 +44,7 @@ def profile(
     warm_up: int = 3,
     clock: Clock | None = None,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> CostModel:
     """The cost model of a target and a drafter on this machine.
 
@@ -55,20 +58,24 @@ def profile(
         warm_up: samples per point before the first that counts.
         clock: source of the seconds; None is the wall clock.
         seed: of the random token ids.
+        progress: called with what was measured, steps done and steps in all.
 
     Raises:
-        ValueError: a context plus the samples' own tokens does not fit the target.
+        ValueError: contexts or sizes that do not ascend, no repeats, or a context plus the samples' own
+            tokens that does not fit the target or the drafter.
     """
-    target = as_target(target)
-    room = max(contexts) + _GROWTH + _DEPTH
-    if target.max_context is not None and room > target.max_context:
-        raise ValueError(
-            f"profiling at context {max(contexts)} needs {room} positions, the target reads "
-            f"{target.max_context}; pass smaller contexts"
-        )
+    target = as_target(target, drafter.taps)
+    if drafter.kind == "marginal":
+        draft_nodes = draft_nodes[:1]
+    _check(target, drafter, contexts, nodes, draft_nodes, repeats)
     clock = clock or RealClock(getattr(target, "device", "cpu"))
-    verify = [_verify_samples(target, drafter, c, nodes, repeats, warm_up, clock, seed) for c in contexts]
-    draft = [_draft_samples(target, drafter, c, draft_nodes, repeats, warm_up, clock, seed) for c in contexts]
+    verify, draft = [], []
+    for done, context in enumerate(contexts):
+        progress(f"context {context}", 2 * done, 2 * len(contexts))
+        verify.append(_verify_samples(target, drafter, context, nodes, repeats, warm_up, clock, seed))
+        progress(f"context {context}", 2 * done + 1, 2 * len(contexts))
+        draft.append(_draft_samples(target, drafter, context, draft_nodes, repeats, warm_up, clock, seed))
+    progress("profile", 2 * len(contexts), 2 * len(contexts))
     return CostModel(
         contexts=tuple(contexts),
         nodes=tuple(nodes),
@@ -87,6 +94,40 @@ def profile(
             "transformers": transformers.__version__,
         },
     )
+
+
+def room_needed(context: int) -> int:
+    """Positions that profiling at a context takes in both models."""
+    return context + _GROWTH + _DEPTH
+
+
+def _check(
+    target: Target,
+    drafter: Drafter,
+    contexts: Sequence[int],
+    nodes: Sequence[int],
+    draft_nodes: Sequence[int],
+    repeats: int,
+) -> None:
+    for name, values, first in (
+        ("contexts", contexts, 1),
+        ("nodes", nodes, 0),
+        ("draft_nodes", draft_nodes, 1),
+    ):
+        if not values or list(values) != sorted(set(values)) or values[0] < first:
+            raise ValueError(f"profile: {name} must ascend from {first} or more, got {list(values)}")
+    if nodes[0] != 0:
+        raise ValueError(f"profile: nodes must start at 0, a plain decoding step, not at {nodes[0]}")
+    if repeats < 1:
+        raise ValueError(f"profile: repeats is {repeats}; a median needs at least one sample")
+    limits = {"target": target.max_context, "drafter": getattr(drafter, "max_context", None)}
+    room = room_needed(max(contexts))
+    for name, limit in limits.items():
+        if limit is not None and room > limit:
+            raise ValueError(
+                f"profiling at context {max(contexts)} needs {room} positions, the {name} reads {limit}; "
+                "pass smaller contexts"
+            )
 
 
 def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> tuple[float, ...]:
@@ -111,20 +152,24 @@ def _verify_samples(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
     levels = top_rows(torch.randn(_DEPTH, target.vocab_size, generator=generator), max(*nodes, 1))
-    accept, state, draft_state, gathered = Strict(), None, None, _GROWTH
+    accept, state, session, gathered = Strict(), None, None, _GROWTH
     samples: list[list[float]] = [[] for _ in nodes]
     for repeat in range(-warm_up, repeats):
         for column, num_nodes in enumerate(nodes):
-            if gathered + _DEPTH > _GROWTH:
-                state, draft_state, gathered = target.start(ids), drafter.start(ids), 0
-            drafter.draft(draft_state, [0], [-1])
+            if session is None or gathered + _DEPTH > _GROWTH:
+                state, gathered = target.start(ids), 0
+                session = DraftSession(drafter, ids, clock, target.features(state) if drafter.taps else None)
+            session.begin()
+            session([0], [-1])
             clock.lap("host")
             stream = NodeStream(lambda ranks: levels[len(ranks)] if len(ranks) < _DEPTH else None)
-            tree = tree_from_nodes(0, list(islice(stream, num_nodes)), lambda ranks: -1)
+            nodes_of = list(islice(stream, num_nodes))
+            tree = tree_from_nodes(0, nodes_of, lambda ranks: -1 if ranks else 0)
             accept.walk(tree, target.verify(state, tree))
             path = tree.path_to(tree.num_nodes)  # any path: its length is not what takes time
+            features = target.features(state) if drafter.taps else None
             target.keep(state, path)
-            drafter.commit(draft_state, [0])
+            session.commit(tree, path, None if features is None else features[path])
             seconds = clock.lap("verify", num_nodes, context)
             gathered += len(path)
             if repeat >= 0:
@@ -144,7 +189,8 @@ def _draft_samples(
 ) -> list[float]:
     """Median seconds of a drafter pass that reads k nodes; one per k."""
     generator = torch.Generator().manual_seed(seed)
-    state = drafter.start(torch.randint(target.vocab_size, (context,), generator=generator).tolist())
+    ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
+    state = drafter.start(ids, target.features(target.start(ids))) if drafter.taps else drafter.start(ids)
     samples: list[list[float]] = [[] for _ in widths]
     for repeat in range(-warm_up, repeats):
         for column, width in enumerate(widths):

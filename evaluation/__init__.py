@@ -18,6 +18,7 @@ from certdraft.evaluation.evaluate_report import headline_table as headline_tabl
 from certdraft.evaluation.evaluate_report import write_evaluation as write_evaluation
 from certdraft.evaluation.lengths import Lengths as Lengths
 from certdraft.evaluation.lengths import replay_lengths as replay_lengths
+from certdraft.evaluation.profile_command import run_profile as run_profile
 from certdraft.evaluation.provenance import provenance as provenance
 from certdraft.evaluation.reading import greedy_documents as greedy_documents
 from certdraft.evaluation.report import Figure as Figure

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from certdraft.data import Trace, load_target, load_tokenizer, open_trace, tokenizer_fingerprint
+from certdraft.data import load_target, open_trace
 from certdraft.decoding import TreeBuilder
-from certdraft.drafters import CausalDrafter, load_drafter, read_facts
-from certdraft.evaluation.evaluate import evaluate
+from certdraft.evaluation.evaluate import evaluate, refuse_builders
 from certdraft.evaluation.evaluate_report import write_evaluation
+from certdraft.evaluation.loading import load_checked, pick_device, show_progress
 from certdraft.evaluation.provenance import provenance
 from certdraft.evaluation.report import claim_directory
 
@@ -63,11 +63,12 @@ def run_evaluate(
         FileNotFoundError: no such trace, drafter or target.
     """
     opened = open_trace(trace)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = pick_device(device)
     loaded = {name: load_checked(path, opened, where, dtype) for name, path in drafters.items()}
     model = None
     if target is not None:
         model = load_target(target, revision=revision, dtype=getattr(torch, dtype), device=where)
+        refuse_builders(builders or [], model, loaded)
     folder = claim_directory(out)
     report = evaluate(
         loaded,
@@ -87,27 +88,3 @@ def run_evaluate(
     page = write_evaluation(report, folder, {"trace": trace, **provenance(files)}, title)
     print(f"report: {page}", file=sys.stderr)
     return page
-
-
-def load_checked(path: str, trace: Trace, device: torch.device, dtype: str) -> CausalDrafter:
-    """A drafter on its device, once its tokenizer is known to be the trace's.
-
-    Raises:
-        FileNotFoundError: no such drafter.
-        ValueError: another tokenizer or vocabulary, both are shown.
-    """
-    exported = (Path(path) / "drafter.json").is_file()
-    facts = (read_facts(path)["facts"] or {}) if exported else {}
-    fingerprint = facts.get("tokenizer_fingerprint") or tokenizer_fingerprint(load_tokenizer(path))
-    trace.check_tokenizer(fingerprint, f"that of the drafter {path},")
-    wanted: Any = None if dtype == "float16" else dtype
-    drafter = load_drafter(path, dtype=wanted) if exported else CausalDrafter(pretrained=path, dtype=wanted)
-    drafter.build(trace.meta.vocab_size)
-    return drafter.to(device).eval()
-
-
-def show_progress(stage: str, done: int, total: int) -> None:
-    """One line on standard error, rewritten in place; nothing when that is not a terminal."""
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{stage}: {done}/{total}\033[K", end=end, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from certdraft.certificates import Rule
-from certdraft.decoding import BestFirst, Chain, TreeBuilder
+from certdraft.decoding import BestFirst, Chain, TargetRunner, TreeBuilder
 from certdraft.evaluation.acceptance import DEFAULT_RULES, Acceptance, measure_acceptance
 from certdraft.evaluation.bench import Benchmark, benchmark
 from certdraft.evaluation.lengths import Lengths, replay_lengths
@@ -44,6 +44,20 @@ def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
     if not builders or len(found) != len(builders):
         raise ValueError(f"evaluate needs tree builders that differ; got {[repr(b) for b in builders]}")
     return found
+
+
+def refuse_builders(
+    builders: Sequence[TreeBuilder], target: PreTrainedModel, drafters: Mapping[str, Any]
+) -> None:
+    """Asks every builder whether it may decode with this target and these drafters, before anything is run.
+
+    Raises:
+        ValueError: a cost model of another device, target or drafter.
+    """
+    for drafter in drafters.values():
+        for builder in builders:
+            if prepare := getattr(builder, "prepare", None):
+                prepare(TargetRunner(target), drafter)
 
 
 @dataclass
