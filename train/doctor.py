@@ -113,9 +113,8 @@ def devices() -> list[Finding]:
     """Accelerators and cores."""
     import torch
 
-    cores = f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores, " \
-        f"{torch.get_num_threads()} torch threads"  # fmt: skip
-    findings = [Finding("CPU", "ok", cores)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    findings = [Finding("CPU", "ok", f"{cores} CPU cores, {torch.get_num_threads()} torch threads")]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
