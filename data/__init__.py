@@ -15,8 +15,15 @@ from certdraft.data.trace import Trace, TraceError, TraceMeta, TraceRow, open_tr
 if TYPE_CHECKING:
     from certdraft.data.accounting import Accounting
     from certdraft.data.chat import Prompt, Prompts, PromptSet, build_prompts
-    from certdraft.data.corpora import Corpus, CorpusError, Row, read_rows
-    from certdraft.data.generate import Generation, LogitHead, RecordedRow, TargetError, record_batch
+    from certdraft.data.corpora import Corpus, CorpusError, Row, read_records, read_rows
+    from certdraft.data.generate import (
+        Generation,
+        LogitHead,
+        RecordedRow,
+        TargetError,
+        eos_ids_of,
+        record_batch,
+    )
     from certdraft.data.loader import ResumableLoader
     from certdraft.data.loops import loop_onset
     from certdraft.data.module import TraceDataModule
@@ -34,8 +41,8 @@ if TYPE_CHECKING:
 _LATE = {
     "accounting": ("Accounting",),
     "chat": ("Prompt", "Prompts", "PromptSet", "build_prompts"),
-    "corpora": ("Corpus", "CorpusError", "Row", "read_rows"),
-    "generate": ("Generation", "LogitHead", "RecordedRow", "TargetError", "record_batch"),
+    "corpora": ("Corpus", "CorpusError", "Row", "read_records", "read_rows"),
+    "generate": ("Generation", "LogitHead", "RecordedRow", "TargetError", "eos_ids_of", "record_batch"),
     "loader": ("ResumableLoader",),
     "loops": ("loop_onset",),
     "module": ("TraceDataModule",),
@@ -73,11 +80,13 @@ __all__ = [
     "assemble",
     "build_prompts",
     "embedded_target_path",
+    "eos_ids_of",
     "load_target",
     "load_tokenizer",
     "loop_onset",
     "open_trace",
     "pack",
+    "read_records",
     "read_rows",
     "record_batch",
     "record_trace",

@@ -99,7 +99,7 @@ def read_rows(corpus: Corpus, accounting: Accounting) -> Iterator[Row]:
     """
     seen: set[bytes] = set()
     yielded = 0
-    for where, record in _records(corpus):
+    for where, record in read_records(corpus):
         if corpus.max_rows is not None and yielded >= corpus.max_rows:
             return
         accounting.read += 1
@@ -131,7 +131,16 @@ def split_of_content(row: Row, corpus: Corpus) -> Literal["train", "validation",
 # ---- reading: (where, record), or (where, CorpusError) for a row that cannot even be parsed
 
 
-def _records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
+def read_records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
+    """Rows as they stand in the source, unchecked, each with where it is from.
+
+    A row that cannot be parsed comes as the `CorpusError` that `read_rows` would raise for it. Only `source`,
+    `hub_config` and `hub_split` matter, and `split` for the embedded corpus.
+
+    Raises:
+        CorpusError: empty file, nothing readable in the folder.
+        FileNotFoundError: no such file or folder, or the hub does not answer.
+    """
     if corpus.source == EMBEDDED_CORPUS:
         documents = standard_library(None if corpus.split == "all" else corpus.split)
         # By content hash, so that the first `max_rows` are a fair sample and not the letter A.
