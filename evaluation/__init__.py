@@ -20,12 +20,14 @@ from certdraft.evaluation.lengths import Lengths as Lengths
 from certdraft.evaluation.lengths import replay_lengths as replay_lengths
 from certdraft.evaluation.profile_command import run_profile as run_profile
 from certdraft.evaluation.provenance import provenance as provenance
+from certdraft.evaluation.provenance import sha256 as sha256
 from certdraft.evaluation.reading import greedy_documents as greedy_documents
 from certdraft.evaluation.report import Figure as Figure
 from certdraft.evaluation.report import Page as Page
 from certdraft.evaluation.report import Section as Section
 from certdraft.evaluation.report import Table as Table
 from certdraft.evaluation.report import claim_directory as claim_directory
+from certdraft.evaluation.report import write_atomic as write_atomic
 from certdraft.evaluation.report import write_json as write_json
 from certdraft.evaluation.report import write_page as write_page
 from certdraft.evaluation.statistics import Interval as Interval

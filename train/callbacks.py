@@ -212,7 +212,7 @@ class Provenance(Callback):
 
 
 class RunFolder(Callback):
-    """Writes config.yaml and command.txt into the run's folder before the first step.
+    """Writes config.yaml, command.txt and run.yaml into the run's folder before the first step.
 
     Args:
         folder: the run's folder.
@@ -226,6 +226,7 @@ class RunFolder(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.is_global_zero:
             return
+        from certdraft.train.record import write_part
         from certdraft.train.runs import write_command
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -234,6 +235,9 @@ class RunFolder(Callback):
             partial.write_text(self.config, encoding="utf-8")
             partial.replace(self.folder / "config.yaml")
         write_command(self.folder)
+        data = getattr(trainer, "datamodule", None)
+        traces = {name: getattr(data, f"{name}_trace", None) for name in ("train", "validation")}
+        write_part(self.folder, {name: trace.path for name, trace in traces.items() if trace is not None})
         for logger in trainer.loggers:
             if type(logger).__name__ == "WandbLogger" and (experiment := getattr(logger, "experiment", None)):
                 experiment.config.update({"cli": self.settings}, allow_val_change=True)

@@ -45,6 +45,9 @@ COMMANDS = {
         "certdraft.evaluation:run_profile", "what drafting and verifying cost on this machine, for CostAware"
     ),
     "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
+    "reproduce": Command(
+        "certdraft.train.record:reproduce", "run a run again from its own record, and compare the weights"
+    ),
     "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what would stand in the way"),
     "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
     "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
