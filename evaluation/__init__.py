@@ -9,6 +9,7 @@ from certdraft.evaluation.certify import CertifyProtocol as CertifyProtocol
 from certdraft.evaluation.certify import CertifyReport as CertifyReport
 from certdraft.evaluation.certify import certify as certify
 from certdraft.evaluation.certify_command import run_certify as run_certify
+from certdraft.evaluation.certify_drafter import join_drafter as join_drafter
 from certdraft.evaluation.certify_report import certify_tables as certify_tables
 from certdraft.evaluation.certify_report import write_certify as write_certify
 from certdraft.evaluation.commands import run_evaluate as run_evaluate

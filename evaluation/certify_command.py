@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from certdraft.data import Corpus, Generation, Prompts, open_trace
+from certdraft.decoding import TreeBuilder
 from certdraft.evaluation.certify import CertifyProtocol, certify
+from certdraft.evaluation.certify_drafter import join_drafter
 from certdraft.evaluation.certify_report import write_certify
+from certdraft.evaluation.loading import load_checked, pick_device, show_progress
 from certdraft.evaluation.provenance import provenance
 from certdraft.evaluation.reading import select
 from certdraft.evaluation.report import claim_directory
@@ -33,12 +36,20 @@ def run_certify(
     max_documents: int | None = None,
     min_prompt_tokens: int = 0,
     protocol: CertifyProtocol = _PROTOCOL,
+    drafter: str | None = None,
+    builders: list[TreeBuilder] | None = None,
+    top_m: int = 4,
+    tie_gap: float = 1e-3,
+    replay_documents: int | None = 256,
+    drafter_dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "auto",
     title: str = "",
 ) -> Path:
     """Certificates of a target, no drafter needed: the tables and figures of arXiv 2606.30265.
 
     Give a recorded trace, or a target and a corpus to record one first (kept in OUT/trace; a killed recording
-    goes on where it stopped when the same command is run again).
+    goes on where it stopped when the same command is run again). With a drafter the page also says, for every
+    rule and margin, which steps are certified and which are accepted, and why each rejection happened.
 
     Args:
         out: new folder for certify.html, certify.json, tables.md and figures; runs/certify/TIME if not given.
@@ -56,16 +67,25 @@ def run_certify(
         max_documents: use the first so many documents.
         min_prompt_tokens: leave out documents with a shorter prompt.
         protocol: rules, sizes and budgets to tabulate.
+        drafter: exported folder or hub name, not trained on this text; adds the joined view.
+        builders: draft trees whose rounds are replayed; a chain of 4 and a best-first tree of 16 nodes when
+            not given.
+        top_m: drafter ranks that count as "in top-m" among its rejections.
+        tie_gap: lead of the target's greedy token, nats, up to which a rejection is a numerical tie; 0.1
+            suits a bfloat16 target.
+        replay_documents: documents replayed through the trees.
+        drafter_dtype: of the drafter's weights.
+        device: of the drafter: "auto" (CUDA when there is one), "cpu", "cuda:0" and so on.
         title: title of the page.
 
     Returns:
         Path of the HTML page.
 
     Raises:
-        ValueError: neither or both of trace and target, a head too short for the protocol's widths, or no
-            counted step.
+        ValueError: neither or both of trace and target, a head too short for the protocol's widths, no
+            counted step, a drafter of another tokenizer, or a certified step that was rejected.
         FileExistsError: `out` is in use.
-        FileNotFoundError: no such trace, target or corpus.
+        FileNotFoundError: no such trace, target, corpus or drafter.
     """
     if (trace is None) == (target is None):
         raise ValueError(
@@ -98,9 +118,26 @@ def run_certify(
     if opened.meta.vocab_size > widest:
         opened.check_num_kept(widest + 1, f"coverage(m={widest})")
     chosen = select(opened, max_documents, min_prompt_tokens)
+    loaded = None
+    if drafter is not None:
+        loaded = load_checked(drafter, opened, pick_device(device), drafter_dtype)
     if trace is not None:
         claim_directory(folder)
-    facts = provenance({"trace.json": source / "trace.json"})
-    page = write_certify(certify(chosen, protocol), folder, {"trace": str(source), **facts}, title)
+    report = certify(chosen, protocol)
+    files: dict[str, str | Path] = {"trace.json": source / "trace.json"}
+    if drafter is not None:
+        name = Path(drafter).name
+        report.data["drafter"] = join_drafter(
+            name,
+            loaded,
+            chosen,
+            builders=builders,
+            replay_documents=replay_documents,
+            top_m=top_m,
+            tie_gap=tie_gap,
+            progress=show_progress,
+        )
+        files |= {f"drafter {name}": drafter} if Path(drafter).is_dir() else {}
+    page = write_certify(report, folder, {"trace": str(source), **provenance(files)}, title)
     print(f"report: {page}", file=sys.stderr)
     return page

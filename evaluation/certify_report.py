@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from certdraft.evaluation import plots
 from certdraft.evaluation.certify import CertifyReport
+from certdraft.evaluation.certify_drafter import drafter_section, drafter_tiles
 from certdraft.evaluation.report import Figure, Page, Section, Table, number, percent, write_json, write_page
 
 Row = Mapping[str, Any]
@@ -37,6 +39,10 @@ def write_certify(report: CertifyReport, out: Path, provenance: Mapping[str, str
     write_json(out / "certify.json", {**report.data, "provenance": dict(provenance)})
     figures = _figures(report.data, out)
     page = _page(report, figures, provenance, title or f"Acceptance certificates of {target}")
+    found = report.data.get("drafter")
+    if found:
+        sections = [*page.sections, drafter_section(found, out)]
+        page = replace(page, sections=sections, tiles=[*page.tiles, *drafter_tiles(found)])
     return write_page(page, out, "certify.html")
 
 
@@ -193,7 +199,7 @@ def _page(
         title,
         f"{trace['counted_steps']} steps of {trace['rows']} texts the target wrote greedily. A certificate "
         "is the KL divergence, in nats, below which a drafter's proposal cannot be rejected at that step, "
-        "whatever the drafter is. No drafter was involved.",
+        "whatever the drafter is." + ("" if "drafter" in data else " No drafter was involved."),
         _headline(report),
         [
             Section(

@@ -330,3 +330,36 @@ def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
         top.legend(loc="upper left")
         bottom.set(xlabel="drafter's probability of its own first choice (%)", ylabel="steps (%)")
     return path
+
+
+def rejection_causes(path: Path, rows: Sequence[Mapping[str, Any]], top_m: int) -> Path:
+    """Rejections by cause, one stacked bar a tree: the share of all steps or rounds.
+
+    Args:
+        path: PNG to write.
+        rows: {"label", "of": steps or rounds, "not_in_top_m", "not_in_tree", "numerical_tie": counts}.
+        top_m: the m of the labels.
+    """
+    causes = (
+        ("not_in_top_m", f"not in the drafter's top-{top_m}", OKABE_ITO[5]),
+        ("not_in_tree", f"in top-{top_m}, not in the tree", OKABE_ITO[1]),
+        ("numerical_tie", "numerical tie of the target", OKABE_ITO[6]),
+    )
+    with _canvas(path, size=(7.2, 1.35 + 0.42 * len(rows))) as axes:
+        ax = axes[0, 0]
+        left = [0.0] * len(rows)
+        for key, label, colour in causes:
+            share = [100 * row[key] / max(row["of"], 1) for row in rows]
+            ax.barh(range(len(rows)), share, 0.62, left=left, color=colour, label=label)
+            for y, (start, width) in enumerate(zip(left, share, strict=True)):
+                if width >= 4:
+                    ax.annotate(
+                        f"{width:.0f} %", (start + width / 2, y), ha="center", va="center", fontsize=8.5
+                    )
+            left = [a + b for a, b in zip(left, share, strict=True)]
+        ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.set(xlim=(0, 100), xlabel="rejected, of all steps (first choices) or rounds (trees)  (%)")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, handlelength=1.2)
+    return path
