@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from certdraft.data.generate import (
         Generation,
         LogitHead,
-        RecordedRow,
         TargetError,
         eos_ids_of,
         record_batch,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from certdraft.data.loops import loop_onset
     from certdraft.data.module import TraceDataModule
     from certdraft.data.recording import Recording
+    from certdraft.data.rows import RecordedRow
     from certdraft.data.shards import RecordingError
     from certdraft.data.stdlib import Document, standard_library
     from certdraft.data.targets import (
@@ -42,11 +42,12 @@ _LATE = {
     "accounting": ("Accounting",),
     "chat": ("Prompt", "Prompts", "PromptSet", "build_prompts"),
     "corpora": ("Corpus", "CorpusError", "Row", "read_records", "read_rows"),
-    "generate": ("Generation", "LogitHead", "RecordedRow", "TargetError", "eos_ids_of", "record_batch"),
+    "generate": ("Generation", "LogitHead", "TargetError", "eos_ids_of", "record_batch"),
     "loader": ("ResumableLoader",),
     "loops": ("loop_onset",),
     "module": ("TraceDataModule",),
     "recording": ("Recording",),
+    "rows": ("RecordedRow",),
     "shards": ("RecordingError",),
     "stdlib": ("Document", "standard_library"),
     "targets": ("embedded_target_path", "load_target", "load_tokenizer", "tokenizer_fingerprint"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float16, Float32, Int32, UInt16
+from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from certdraft.certificates import Head
 from certdraft.data.chat import Prompt
 from certdraft.data.features import FeatureTaps, bits_of
 from certdraft.data.loops import loop_onset
+from certdraft.data.rows import Finish, RecordedRow, with_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,21 +66,6 @@ class Generation:
     @property
     def teacher_forced(self) -> bool:
         return self.max_new_tokens == 0
-
-
-@dataclass(frozen=True)
-class RecordedRow:
-    """One document as a trace stores it, and how it ended."""
-
-    input_ids: Int32[ndarray, " T"]
-    loss_mask: Bool[ndarray, " T"]
-    top_ids: Int32[ndarray, "T K"]
-    top_gap: Float16[ndarray, "T K"]
-    lse_gap: Float32[ndarray, " T"]
-    entropy: Float32[ndarray, " T"]
-    finish: Literal["eos", "length", "loop", "given"]
-    where: str
-    hidden: UInt16[ndarray, "T L H"] | None = None
 
 
 class LogitHead:
@@ -194,7 +180,7 @@ class _Recording:
         self.given = np.array([len(prompt.ids) for prompt in prompts])
         self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
         self.lengths = self.given.copy()
-        self.finish: list[Literal["eos", "length", "loop", "given"]] = ["given"] * len(prompts)
+        self.finish: list[Finish] = ["given"] * len(prompts)
         steps = (len(prompts), int((self.given + self.budget).max()))
         self.input_ids = np.zeros(steps, np.int32)
         self.top_ids = np.zeros((*steps, num_kept), np.int32)
@@ -256,28 +242,19 @@ class _Recording:
         self.entropy[rows, positions] = head.entropy.cpu().numpy()
 
     def row(self, index: int) -> RecordedRow:
-        given, length, settings = int(self.given[index]), int(self.lengths[index]), self.settings
-        learned = self.prompts[index].first_learned
-        if settings.corpus_positions and not settings.teacher_forced:
-            learned = 1
-        unlearned_from = length
-        onset = None if settings.loops == "keep" else loop_onset(self.input_ids[index, given:length])
-        if onset is not None:
-            self.finish[index] = "loop"
-            unlearned_from = given + onset
-            length = unlearned_from if settings.loops == "cut" else length
-        steps = np.arange(length)
-        return RecordedRow(
-            self.input_ids[index, :length].copy(),
-            (steps + 1 >= learned) & (steps + 1 < unlearned_from),
-            self.top_ids[index, :length].copy(),
-            self.top_gap[index, :length].copy(),
-            self.lse_gap[index, :length].copy(),
-            self.entropy[index, :length].copy(),
+        length = int(self.lengths[index])
+        whole = RecordedRow(
+            self.input_ids[index, :length],
+            np.zeros(length, np.bool_),
+            self.top_ids[index, :length],
+            self.top_gap[index, :length],
+            self.lse_gap[index, :length],
+            self.entropy[index, :length],
             finish=self.finish[index],
             where=self.prompts[index].where,
-            hidden=None if self.hidden is None else self.hidden[index, :length].copy(),
+            hidden=None if self.hidden is None else self.hidden[index, :length],
         )
+        return with_steps(whole, self.prompts[index], self.settings)
 
 
 def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozenset[int]) -> None:

@@ -20,8 +20,9 @@ import certdraft
 from certdraft.data.accounting import Accounting
 from certdraft.data.chat import Prompts, PromptSet, build_prompts
 from certdraft.data.corpora import Corpus, CorpusError, read_rows
-from certdraft.data.generate import Generation, RecordedRow, TargetError
+from certdraft.data.generate import Generation, TargetError
 from certdraft.data.progress import Progress
+from certdraft.data.rows import RecordedRow
 from certdraft.data.shards import Ledger, RecordingError, bytes_per_token
 from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config
 
@@ -164,6 +165,8 @@ def account(rows: list[RecordedRow]) -> tuple[list[RecordedRow], Accounting]:
             accounting.note(
                 "degenerate loop cut or masked", f"{row.where}, from token {_last_learned(row) + 1}"
             )
+        for note in row.notes:
+            accounting.note(note, row.where)
     return used, accounting
 
 

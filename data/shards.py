@@ -21,7 +21,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from certdraft.data.accounting import Accounting
-from certdraft.data.generate import RecordedRow
+from certdraft.data.rows import RecordedRow
 from certdraft.data.trace import TRACE_FILE, ShardInfo, TraceMeta, file_sha256, shard_problem, trace_schema
 
 _FOLDER = ".recording"

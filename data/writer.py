@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from certdraft.data.accounting import Accounting
 from certdraft.data.chat import Prompts, PromptSet
 from certdraft.data.corpora import Corpus
-from certdraft.data.generate import Generation, LogitHead, RecordedRow, eos_ids_of, record_batch
+from certdraft.data.generate import Generation, LogitHead, eos_ids_of, record_batch
 from certdraft.data.progress import Progress
 from certdraft.data.recording import (
     DType,
@@ -40,6 +40,7 @@ from certdraft.data.recording import (
     target_revision,
     with_defaults,
 )
+from certdraft.data.rows import RecordedRow
 from certdraft.data.shards import Ledger, RecordingError, refuse_foreign_content
 from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.data.trace import SCHEMA_VERSION, TRACE_FILE, TraceMeta
