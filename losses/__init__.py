@@ -2,6 +2,7 @@
 
 from certdraft.losses.base import Loss
 from certdraft.losses.chunked import Chunked, auto_chunk_tokens
+from certdraft.losses.data_token import TokenCE
 from certdraft.losses.discounted import (
     DiscountedCE,
     MarginDiscountedCE,
@@ -23,10 +24,21 @@ from certdraft.losses.paths import (
     budget_loss,
     budget_weights,
     certain_budget_nats,
+    estimated_budget_nats,
     fold,
+    next_tokens,
     path_mask,
     prefix_weights,
     windows,
+)
+from certdraft.losses.schedule import Ramp
+from certdraft.losses.sharpened import SharpenedKL
+from certdraft.losses.step_weights import (
+    BudgetWeights,
+    LowMarginWeights,
+    PathWeights,
+    PrefixWeights,
+    StepWeights,
 )
 from certdraft.losses.surrogates import CappedCE, CertificateHinge
 from certdraft.losses.target import OnlineTarget, TargetBatch
@@ -40,6 +52,7 @@ from certdraft.losses.weighting import (
 
 __all__ = [
     "LK",
+    "BudgetWeights",
     "CappedCE",
     "CertificateHinge",
     "Chunked",
@@ -49,23 +62,32 @@ __all__ = [
     "HardCE",
     "JensenShannon",
     "Loss",
+    "LowMarginWeights",
     "MarginDiscountedCE",
     "Mixture",
     "OnlineTarget",
+    "PathWeights",
     "PoolDiscountedCE",
+    "PrefixWeights",
+    "Ramp",
     "Reduction",
     "ReverseKL",
     "RunnerUpForgivingCE",
+    "SharpenedKL",
     "SoftTopK",
+    "StepWeights",
     "TargetBatch",
+    "TokenCE",
     "TotalVariation",
     "auto_chunk_tokens",
     "budget_loss",
     "budget_weights",
     "certain_budget_nats",
     "depth_decay",
+    "estimated_budget_nats",
     "fold",
     "low_margin_weight",
+    "next_tokens",
     "path_mask",
     "prefix_weights",
     "reduce",

@@ -1,7 +1,8 @@
 """The one interface of all losses: drafter logits and a target in, one number per step out.
 
-A loss looks at the target in one of two ways. "head": it sees both sides as K + 1 classes (the head and one
-bucket) and defines `on_coarse`. "full": it sees both over the whole vocabulary and defines `on_full`.
+A loss looks at a step in one of three ways. "head": it sees both sides as K + 1 classes (the head and one
+bucket) and defines `on_coarse`. "token": the same with one class, the data's next token, in place of the
+head. "full": it sees both over the whole vocabulary and defines `on_full`.
 No masks, no weights, no reduction: see `losses.weighting`. Axes: N steps · V vocabulary · C coarse classes.
 """
 
@@ -9,20 +10,30 @@ from __future__ import annotations
 
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from certdraft.losses.coarse import coarsen, work_dtype
-from certdraft.losses.target import TargetBatch
+from certdraft.losses.target import OnlineTarget, TargetBatch
 
-View = Literal["head", "full"]
+View = Literal["head", "token", "full"]
+
+
+def classes(view: View, target: TargetBatch) -> Int[Tensor, "N K"]:
+    """The tokens a view sees one by one; all others are one bucket."""
+    if view == "head":
+        return target.top_ids
+    assert view == "token"
+    assert target.next_ids is not None
+    return target.next_ids.clamp(min=0)[:, None]
 
 
 class Loss(nn.Module):
     """Base of every loss: `loss(logits [N, V], target) -> [N]`.
 
     Attributes:
-        requires: "full" when the loss cannot be computed from the target's head.
+        requires: "full" when the loss cannot be computed from the target's head, "token" when it needs the
+            data's next token.
         min_head: head entries K it needs at every step (or the whole vocabulary, if that is smaller).
     """
 
@@ -36,13 +47,20 @@ class Loss(nn.Module):
             ValueError: shapes disagree, or the target lacks what the loss `requires`.
         """
         self.check(logits, target)
-        if self.view(target) == "full":
+        view = self.view(target)
+        if view == "full":
             return self.on_full(logits.to(work_dtype(logits.dtype)), target)
-        return self.on_coarse(coarsen(logits, target.top_ids), target)
+        return self.on_coarse(coarsen(logits, classes(view, target)), target)
 
-    def view(self, target: TargetBatch) -> View:
+    def view(self, target: TargetBatch | OnlineTarget) -> View:
         """How this loss looks at this target."""
         return self.requires
+
+    def at(self, progress: float) -> None:
+        """Tells a loss how much of the training is done, in [0, 1]; only schedules listen (`Ramp`)."""
+        for part in self.modules():
+            if part is not self and isinstance(part, Loss):
+                part.at(progress)
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
         """Per-step loss from the drafter's coarse logits (`losses.coarse`)."""
@@ -73,6 +91,11 @@ class Loss(nn.Module):
                 f"{self!r} needs the {self.min_head} most probable target tokens at every step; this "
                 f"target keeps K = {target.num_kept}. Record the trace with K >= {self.min_head}, or set "
                 "the loss to fewer."
+            )
+        if self.requires == "token" and target.next_ids is None:
+            raise ValueError(
+                f"{self!r} needs the data's next token at every step; give the target its next_ids, "
+                "e.g. TargetBatch(head, next_ids=...), or take HardCE, whose label is the target's own."
             )
         if self.requires == "full" and target.logp is None:
             raise ValueError(

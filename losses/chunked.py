@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from certdraft.losses.base import Loss
+from certdraft.losses.base import Loss, classes
 from certdraft.losses.coarse import join_, split_, work_dtype
 from certdraft.losses.target import OnlineTarget, TargetBatch
 from certdraft.losses.weighting import Reduction, step_coefficients
@@ -67,8 +67,10 @@ def _chunk_gradient(
     loss.check(logits, target)
     function: Callable[[Tensor, TargetBatch], Tensor] = loss.on_full
     seen, total = logits, None
-    if loss.view(target) == "head":
-        seen, total = split_(logits, target.top_ids)
+    view, ids = loss.view(target), target.top_ids
+    if view != "full":
+        ids = classes(view, target)
+        seen, total = split_(logits, ids)
         function = loss.on_coarse
     if coefficient is None:
         return function(seen, target), None
@@ -77,7 +79,7 @@ def _chunk_gradient(
         per_step = function(leaf, target)
         (gradient,) = torch.autograd.grad(per_step, leaf, coefficient)
     if total is not None:
-        gradient = join_(logits, total, target.top_ids, gradient)
+        gradient = join_(logits, total, ids, gradient)
     return per_step.detach(), gradient
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from certdraft.losses.base import Loss, View
 from certdraft.losses.coarse import NEVER, lump
 from certdraft.losses.discounted import DiscountedCE
-from certdraft.losses.target import TargetBatch
+from certdraft.losses.target import OnlineTarget, TargetBatch
 
 Vocabulary = Literal["auto", "head", "full"]
 
@@ -74,9 +74,9 @@ class Divergence(Loss):
         self.vocabulary = vocabulary
         self.requires: View = "full" if vocabulary == "full" else "head"
 
-    def view(self, target: TargetBatch) -> View:
+    def view(self, target: TargetBatch | OnlineTarget) -> View:
         if self.vocabulary == "auto":
-            return "head" if target.logp is None else "full"
+            return "full" if target.has_full else "head"
         return "full" if self.vocabulary == "full" else "head"
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:

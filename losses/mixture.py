@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from certdraft.losses.base import Loss, View
-from certdraft.losses.target import TargetBatch
+from certdraft.losses.target import OnlineTarget, TargetBatch
 
 
 class Mixture(Loss):
-    """Σ w_i loss_i, per step. Parts that see the head share one pass over the vocabulary.
+    """Σ w_i loss_i, per step. Parts that all see the head share one pass over the vocabulary.
 
     Args:
         losses: the parts, at least one.
@@ -52,20 +52,24 @@ class Mixture(Loss):
         """The losses, typed."""
         return [cast(Loss, part) for part in self.losses]
 
-    def view(self, target: TargetBatch) -> View:
-        return "full" if any(part.view(target) == "full" for part in self.parts) else "head"
+    def view(self, target: TargetBatch | OnlineTarget) -> View:
+        views = {part.view(target) for _, part in self.terms()}
+        return views.pop() if len(views) == 1 else "full"
+
+    def check_target(self, target: TargetBatch) -> None:
+        for part in self.parts:
+            part.check_target(target)
+
+    def terms(self) -> list[tuple[float, Loss]]:
+        """Weights and parts that are not switched off by a weight of 0; all of them if all are."""
+        pairs = list(zip(self.weights, self.parts, strict=True))
+        return [pair for pair in pairs if pair[0] > 0.0] or pairs
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
-        return self._sum([part.on_coarse(coarse_logits, target) for part in self.parts])
+        return _add([weight * part.on_coarse(coarse_logits, target) for weight, part in self.terms()])
 
     def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
-        return self._sum([part(logits, target) for part in self.parts])
-
-    def _sum(self, values: list[Tensor]) -> Float[Tensor, " N"]:
-        total = self.weights[0] * values[0]
-        for weight, value in zip(self.weights[1:], values[1:], strict=True):
-            total = total + weight * value
-        return total
+        return _add([weight * part(logits, target) for weight, part in self.terms()])
 
     def __repr__(self) -> str:
         return (
@@ -73,3 +77,10 @@ class Mixture(Loss):
             + " + ".join(f"{w:g} {part!r}" for w, part in zip(self.weights, self.parts, strict=True))
             + ")"
         )
+
+
+def _add(values: list[Tensor]) -> Float[Tensor, " N"]:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total

@@ -35,6 +35,12 @@ def path_mask(
     return (counted * same).cumprod(-1).bool()
 
 
+def next_tokens(input_ids: Int[Tensor, "R T"], document_ids: Int[Tensor, "R T"]) -> Int[Tensor, "R T"]:
+    """The token after each token of a document, −1 after its last: the label of `TokenCE`."""
+    follows = functional.pad(document_ids[:, 1:] == document_ids[:, :-1], (0, 1), value=False)
+    return torch.where(follows, input_ids.roll(-1, 1), -1)
+
+
 def fold(weights: Float[Tensor, "R T D"]) -> Float[Tensor, "R T"]:
     """Adds up, for every step, its weight in all the paths that contain it: the adjoint of `windows`."""
     steps, depth = weights.shape[1:]
@@ -84,6 +90,40 @@ def certain_budget_nats(node_budget: int, depth: int) -> float:
     if node_budget < 1 or depth < 1:
         raise ValueError(f"node_budget={node_budget} and depth={depth} must be at least 1.")
     return math.log(node_budget / depth)
+
+
+def estimated_budget_nats(
+    nll: Float[Tensor, "P D"], mask: Bool[Tensor, "P D"] | None, node_budget: int
+) -> Float[Tensor, ""]:
+    """−log of the inclusion threshold λ of an average best-first tree of B nodes, from greedy paths alone.
+
+    *Why no tree has to be built.* If a path is drawn from the drafter, a node of probability Q is met with
+    probability Q, so each node met stands for 1/Q nodes of that level:
+
+        E_{path ~ q} Σ_k 1[s_k ≤ b] e^{s_k}   =   number of nodes with −log Q ≤ b,   s_k = −log Q of the k-th.
+
+    The greedy paths of a batch stand in for draws from the drafter, which is right as far as the drafter is
+    calibrated for them (what cross-entropy trains). b is where the average number of nodes reaches B.
+
+    Args:
+        nll: −log q(g) along P paths, nats.
+        mask: True where a path goes on; shorter paths count as far as they go.
+        node_budget: B.
+
+    Returns:
+        Nats, ≥ log B − log D (what is certain, `certain_budget_nats`).
+    """
+    inside = torch.ones_like(nll, dtype=torch.bool) if mask is None else mask
+    path_nll = torch.where(inside, nll, 0.0).double().cumsum(-1)
+    # a level that only some paths reach is averaged over those
+    reached = inside.double().sum(0).clamp(min=1.0)
+    nodes = torch.where(inside, path_nll.clamp(max=50.0).exp() / reached, 0.0)
+    order = path_nll.flatten().sort()
+    total = nodes.flatten()[order.indices].cumsum(0)
+    within = (total <= node_budget).sum()
+    certain = certain_budget_nats(node_budget, nll.shape[-1])
+    padded = torch.cat([order.values.new_tensor([certain]), order.values])
+    return padded[within].clamp(min=certain).to(nll.dtype)
 
 
 def _over_budget(

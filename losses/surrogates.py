@@ -18,7 +18,7 @@ from torch import Tensor
 from certdraft.certificates import Coverage, coarse_radius, radius
 from certdraft.losses.base import Loss, View
 from certdraft.losses.imitation import ForwardKL, HardCE, Vocabulary
-from certdraft.losses.target import TargetBatch
+from certdraft.losses.target import OnlineTarget, TargetBatch
 
 
 class CertificateHinge(Loss):
@@ -69,7 +69,7 @@ class CertificateHinge(Loss):
         self.requires: View = self.divergence.requires
         self.min_head = m + 1
 
-    def view(self, target: TargetBatch) -> View:
+    def view(self, target: TargetBatch | OnlineTarget) -> View:
         return self.divergence.view(target)
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:

@@ -21,6 +21,10 @@ from certdraft.losses.coarse import work_dtype
 MIN_TAIL_LOGP = -18.0
 
 
+def _at(values: Tensor | None, index: Any) -> Tensor | None:
+    return None if values is None else values[index]
+
+
 @dataclass(frozen=True)
 class TargetBatch:
     """The target at N steps.
@@ -29,13 +33,15 @@ class TargetBatch:
         head: the K most probable tokens of each step, steps on one axis:
             `TargetBatch(batch.head[batch.loss_mask])`.
         logp: log-probabilities over the full vocabulary, nats; None when only the head was stored.
+        next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
 
     Raises:
-        ValueError: steps not on one axis, or `logp` of another shape than the head says.
+        ValueError: steps not on one axis, or `logp` or `next_ids` of another shape than the head says.
     """
 
     head: Head
     logp: Float[Tensor, "N V"] | None = None
+    next_ids: Int[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         if self.head.ids.dim() != 2:
@@ -59,15 +65,26 @@ class TargetBatch:
                     f"TargetBatch: logp has shape {list(self.logp.shape)}, the head says {list(expected)}."
                 )
             object.__setattr__(self, "logp", self.logp.detach().to(dtype))
+        if self.next_ids is not None and tuple(self.next_ids.shape) != (len(head.ids),):
+            raise ValueError(
+                f"TargetBatch: next_ids has shape {list(self.next_ids.shape)}, expected [{len(head.ids)}]."
+            )
 
     @classmethod
-    def from_logits(cls, logits: Float[Tensor, "N V"], k: int, full: bool = True) -> TargetBatch:
+    def from_logits(
+        cls,
+        logits: Float[Tensor, "N V"],
+        k: int,
+        full: bool = True,
+        next_ids: Int[Tensor, " N"] | None = None,
+    ) -> TargetBatch:
         """The target from its own logits.
 
         Args:
             logits: target logits; fp32 where a margin matters.
             k: head entries to keep, at most V.
             full: keep the full log-probabilities as well ([N, V] in memory).
+            next_ids: the token that follows in the data, −1 where none does.
 
         Raises:
             ValueError: NaN or infinite logits, with the row.
@@ -75,7 +92,7 @@ class TargetBatch:
         logits = logits.detach()
         head = Head.from_logits(logits, min(k, logits.shape[-1]))
         logp = logits.to(work_dtype(logits.dtype)).log_softmax(-1) if full else None
-        return cls(head, logp)
+        return cls(head, logp, next_ids)
 
     @classmethod
     def from_head(cls, head: Head) -> TargetBatch:
@@ -98,7 +115,7 @@ class TargetBatch:
 
     def __getitem__(self, index: Any) -> TargetBatch:
         """The steps of a slice, a mask or an index tensor."""
-        return TargetBatch(self.head[index], None if self.logp is None else self.logp[index])
+        return TargetBatch(self.head[index], _at(self.logp, index), _at(self.next_ids, index))
 
     def select(self, mask: Bool[Tensor, " N"]) -> TargetBatch:
         """The steps where the mask is True."""
@@ -106,7 +123,14 @@ class TargetBatch:
 
     def to(self, device: torch.device | str) -> TargetBatch:
         """The same target on another device."""
-        return TargetBatch(self.head.to(device), None if self.logp is None else self.logp.to(device))
+        logp = None if self.logp is None else self.logp.to(device)
+        next_ids = None if self.next_ids is None else self.next_ids.to(device)
+        return TargetBatch(self.head.to(device), logp, next_ids)
+
+    @property
+    def has_full(self) -> bool:
+        """The full distribution is at hand."""
+        return self.logp is not None
 
     @property
     def vocab_size(self) -> int:
@@ -168,12 +192,14 @@ class OnlineTarget:
         weight: its output embedding, [V, H].
         k: head entries to keep.
         full: keep full log-probabilities in every chunk; needed by full-vocabulary divergences.
+        next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
     """
 
     hidden: Float[Tensor, "N H"]
     weight: Float[Tensor, "V H"]
     k: int = 32
     full: bool = True
+    next_ids: Int[Tensor, " N"] | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -183,11 +209,16 @@ class OnlineTarget:
         """The target at these steps, logits in fp32."""
         dtype = work_dtype(self.hidden.dtype)
         logits = self.hidden[index].to(dtype) @ self.weight.to(dtype).t()
-        return TargetBatch.from_logits(logits, self.k, self.full)
+        return TargetBatch.from_logits(logits, self.k, self.full, _at(self.next_ids, index))
 
     def select(self, mask: Bool[Tensor, " N"]) -> OnlineTarget:
         """The steps where the mask is True, still without logits."""
-        return OnlineTarget(self.hidden[mask], self.weight, self.k, self.full)
+        return replace(self, hidden=self.hidden[mask], next_ids=_at(self.next_ids, mask))
+
+    @property
+    def has_full(self) -> bool:
+        """The full distribution comes with every chunk."""
+        return self.full
 
     @property
     def vocab_size(self) -> int:

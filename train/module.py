@@ -6,6 +6,7 @@ Axis letters: R rows · T tokens · H hidden · N counted steps · V vocabulary.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -15,7 +16,17 @@ from torch import Tensor
 
 from certdraft.data import Batch
 from certdraft.drafters import Drafter
-from certdraft.losses import Chunked, Loss, MarginDiscountedCE, OnlineTarget, TargetBatch, reduce
+from certdraft.losses import (
+    Chunked,
+    HardCE,
+    Loss,
+    MarginDiscountedCE,
+    OnlineTarget,
+    StepWeights,
+    TargetBatch,
+    next_tokens,
+    reduce,
+)
 from certdraft.train.fitting import fit_to_target
 from certdraft.train.online import Online, TargetSettings
 from certdraft.train.optim import OptimizerSettings
@@ -38,6 +49,7 @@ class DrafterModule(pl.LightningModule):
         validation: which metrics are reported.
         chunk_tokens: steps whose logits exist at once; chosen by vocabulary and device when not given, 0 for
             all of them.
+        step_weights: how much each step counts; all alike when not given.
     """
 
     def __init__(
@@ -48,6 +60,7 @@ class DrafterModule(pl.LightningModule):
         target: TargetSettings | None = None,
         validation: ValidationSettings = ValidationSettings(),  # noqa: B008, frozen
         chunk_tokens: int | None = None,
+        step_weights: StepWeights | None = None,
     ) -> None:
         super().__init__()
         self.drafter = drafter
@@ -55,20 +68,29 @@ class DrafterModule(pl.LightningModule):
         self.optimizer_settings, self.validation_settings = optimizer, validation
         whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
+        self.step_weights = step_weights
+        self._nll = Chunked(HardCE(), "none", chunk_tokens or None)
         # A plain object: the frozen target is no submodule, so it is in no checkpoint and no wrapper.
         self.online = None if target is None else Online(target)
         self._sums: ValidationSums | None = None
 
     # ---- steps
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self.loss.at(self.global_step / max(self.trainer.max_steps, 1))
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         steps = batch.steps()
         hidden, target = self._hidden(batch, steps), self._target(batch, steps)
-        total = self._mean_count(len(steps))
+        weight = self._step_weight(batch, hidden, target)
+        total = self._mean_count(len(steps) if weight is None else weight.sum())
         if self.chunked is not None:
-            loss = self.chunked(hidden, self.drafter.head_weight, target, denominator=total)
+            loss = self.chunked(
+                hidden, self.drafter.head_weight, target, step_weight=weight, denominator=total
+            )
         else:
-            loss = reduce(self.loss(self.drafter.head(hidden), target[:]), denominator=total)
+            per_step = self.loss(self.drafter.head(hidden), target[:])
+            loss = reduce(per_step, weight=weight, denominator=total)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1)
         return loss
@@ -109,11 +131,24 @@ class DrafterModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         return self.optimizer_settings.build(self, self.trainer.max_steps)
 
-    def _mean_count(self, steps: int) -> Tensor | None:
-        """Counted steps per rank, so that averaging gradients weighs every step of the global batch alike."""
+    @torch.no_grad()
+    def _step_weight(
+        self, batch: Batch, hidden: Float[Tensor, "N H"], target: TargetBatch | OnlineTarget
+    ) -> Float[Tensor, " N"] | None:
+        if self.step_weights is None:
+            return None
+        nll = None
+        if self.step_weights.needs_nll and self.chunked is not None:
+            nll = self._nll(hidden, self.drafter.head_weight, target)
+        elif self.step_weights.needs_nll:
+            nll = HardCE()(self.drafter.head(hidden), target[:])
+        return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
+
+    def _mean_count(self, steps: int | Tensor) -> Tensor | None:
+        """Counted steps (their weight) per rank: averaged gradients weigh the global batch's steps alike."""
         if self.trainer.world_size == 1:
             return None
-        count = torch.tensor(float(steps), device=self.device)
+        count = torch.as_tensor(steps, dtype=torch.float32, device=self.device)
         return self.trainer.strategy.reduce(count, reduce_op="mean")
 
     # ---- both models at the counted steps
@@ -123,11 +158,12 @@ class DrafterModule(pl.LightningModule):
         return hidden.flatten(0, 1)[steps]
 
     def _target(self, batch: Batch, steps: Int[Tensor, " N"]) -> TargetBatch | OnlineTarget:
+        labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
         if self.online is not None:
-            return self.online.at(batch, steps)
+            return replace(self.online.at(batch, steps), next_ids=labels)
         if batch.head is None:
             raise ValueError("the batches hold no head; give model.target, or data with recorded traces")
-        return TargetBatch(batch.head[batch.loss_mask])
+        return TargetBatch(batch.head[batch.loss_mask], next_ids=labels)
 
     # ---- set-up and checkpoints
 
