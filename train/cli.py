@@ -51,6 +51,7 @@ COMMANDS = {
     ),
     "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what would stand in the way"),
     "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
+    "completion": Command("certdraft.train.completion:completion", "completion script of your shell"),
     "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
 }
 
@@ -115,7 +116,7 @@ def guard(act: Callable[[], Any], label: str) -> Any:
 
 def usage(prog: str) -> str:
     """The top-level help text."""
-    rows = "\n".join(f"  {name:<9} {command.summary}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {prog} COMMAND [options]\n\n"
         f"Train drafters for speculative decoding against acceptance certificates.\n\n{rows}\n\n"
