@@ -49,7 +49,7 @@ COMMANDS = {
     "reproduce": Command(
         "certdraft.train.record:reproduce", "run a run again from its own record, and compare the weights"
     ),
-    "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what would stand in the way"),
+    "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what stands in the way"),
     "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
     "completion": Command("certdraft.train.completion:completion", "completion script of your shell"),
     "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
