@@ -87,6 +87,8 @@ def test_the_published_protocol_runs_offline(ultrachat: Path, qwen3: Path, tmp_p
     chosen = [row for row, start in zip(rows, starts, strict=True) if start >= 64][:5]
     assert min(starts) < 64, "there are short prompts to leave out"
     assert data["trace"]["counted_steps"] == sum(int(row.loss_mask.sum()) for row in chosen)
+    mass = torch.cat([row.head.p[row.loss_mask, 0] for row in chosen]).double().mean()
+    assert data["mass"][0]["mean"] == pytest.approx(float(mass), rel=1e-6), "those of 64 tokens, in order"
     tokenizer = load_tokenizer(str(qwen3))
     prompts = [tokenizer.decode(r.input_ids[:start]) for r, start in zip(rows, starts, strict=True)]
     first_turn = [{"role": "user", "content": f"Topic 4. {LONG}"}]
