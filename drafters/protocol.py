@@ -25,8 +25,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+
+from certdraft.drafters.paths import Paths, reach, steps_from
 
 
 class Drafter(nn.Module, ABC):
@@ -115,6 +117,35 @@ class Drafter(nn.Module, ABC):
     ) -> Float[Tensor, "R T V"]:
         """`logits`."""
         return self.logits(input_ids, position_ids, document_ids, features)
+
+    def paths(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        loss_mask: Bool[Tensor, "R T"],
+        features: Float[Tensor, "R T L H"] | None = None,
+        depth: int | None = None,
+        every: bool = False,
+    ) -> Paths:
+        """What training and validation look at: rounds of drafting along the true text.
+
+        The default is for drafters whose distribution depends on the text alone: one draft a path, from every
+        counted step.
+
+        Args:
+            input_ids: packed rows of tokens.
+            position_ids: restart with every document.
+            document_ids: −1 for padding.
+            loss_mask: true where the next token is to be learned.
+            features: as in `hidden`.
+            depth: drafts of a round; None: as many as the family trains. It may give fewer.
+            every: a path from every counted step, in order, nothing drawn at random.
+        """
+        hidden = self.hidden(input_ids, position_ids, document_ids, features).flatten(0, 1)
+        mask = reach(loss_mask, document_ids, 1).flatten(0, 1)
+        starts = mask[:, 0].nonzero().squeeze(-1)
+        return Paths(hidden[starts, None], steps_from(starts, mask[starts]), mask[starts])
 
     @abstractmethod
     def start(

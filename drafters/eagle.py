@@ -1,0 +1,365 @@
+"""EagleDrafter: one transformer layer that reads the target's features (EAGLE-3, arXiv 2503.01840).
+
+The row of token t reads the embedding of token t and the fused target features at token t − 1, and drafts
+token t + 1. The first token of a text has no features before it, hence no row; row t sits at position t − 1,
+as in every engine. Further down a round the drafter's own output, before its norm, stands in for the features
+nobody has yet; training unrolls exactly that ("training-time test").
+
+Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, S draft depth, L tapped layers,
+H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from certdraft.drafters.draft_vocab import choose, spread, to_tables
+from certdraft.drafters.eagle_state import EagleState
+from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
+from certdraft.drafters.feature_layers import checked, eagle_layers
+from certdraft.drafters.layers import (
+    MLP,
+    Attention,
+    LayerSizes,
+    RMSNorm,
+    cached_attention,
+    grouped_attention,
+    known,
+)
+from certdraft.drafters.paths import Paths, reach, steps_from
+
+
+@dataclass(frozen=True)
+class EagleConfig(LayerSizes):
+    """The network of an `EagleDrafter`. What is left open is taken from the target.
+
+    Args:
+        target_layer_ids: target layers whose outputs are read, 0-based and ascending; None: a low, a middle
+            and a high one.
+        draft_vocab_size: tokens the head can propose; None: all of the target's.
+        qk_norm: normalise queries and keys per head; few engines serve such heads.
+    """
+
+    target_layer_ids: tuple[int, ...] | None = None
+    draft_vocab_size: int | None = None
+    qk_norm: bool = False
+
+
+class EagleLayer(nn.Module):
+    """The one layer: attention reads (token, feature) pairs, the residual stream is the feature."""
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(hidden, eps)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = Attention(config, 2 * hidden, config.qk_norm)
+        self.mlp = MLP(hidden, known(config.intermediate_size))
+
+    def read(
+        self, embedded: Float[Tensor, "R T H"], feature: Float[Tensor, "R T H"]
+    ) -> Float[Tensor, "R T 2H"]:
+        """What attention reads."""
+        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
+
+    def finish(
+        self, feature: Float[Tensor, "R T H"], attended: Float[Tensor, "R T H"]
+    ) -> Float[Tensor, "R T H"]:
+        """The layer's output, which recurs un-normed."""
+        hidden = feature + attended
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
+
+
+class EagleDrafter(FeatureDrafter):
+    """An EAGLE-3 head: drafts token by token from the target's features.
+
+    Args:
+        config: sizes, target layers, draft vocabulary; for `pretrained` its own are used.
+        pretrained: folder or hub id of a published EAGLE-3 head to start from.
+        unroll: draft steps trained, each on the drafter's own output of the step before.
+        init_from_target: start a fresh head as the target's, cut to the draft vocabulary, with its norm.
+        max_lost_coverage: refuse a draft vocabulary that misses more of the target's greedy tokens.
+        dtype: of the parameters.
+        gradient_checkpointing: recompute each unroll step in the backward pass, for memory.
+
+    Raises:
+        ValueError: an unroll below 1; `config` given with `pretrained`; a checkpoint this class cannot
+            reproduce.
+        FileNotFoundError: `pretrained` is not there.
+    """
+
+    kind: Literal["conditional", "marginal"] = "conditional"
+
+    def __init__(
+        self,
+        config: EagleConfig | None = None,
+        pretrained: str | None = None,
+        *,
+        unroll: int = 5,
+        init_from_target: bool = True,
+        max_lost_coverage: float = 0.05,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if unroll < 1:
+            raise ValueError(f"unroll is {unroll}; it counts draft steps and must be at least 1.")
+        self.config, self.pretrained, self.unroll = config or EagleConfig(), pretrained, unroll
+        self.init_from_target, self.max_lost_coverage = init_from_target, max_lost_coverage
+        self.parameter_dtype: torch.dtype = getattr(torch, dtype)
+        self.gradient_checkpointing = gradient_checkpointing
+
+    # ---- the network
+
+    def build(
+        self,
+        vocab_size: int,
+        target: PreTrainedModel | None = None,
+        counts: Int[Tensor, " V"] | None = None,
+    ) -> Self:
+        """Makes the network for a target; to be called once, before the optimiser is made.
+
+        Args:
+            vocab_size: entries of the target's vocabulary.
+            target: the target.
+            counts: how often the target's greedy token was each token, to choose the draft vocabulary by;
+                not needed for a full one.
+
+        Returns:
+            The drafter itself.
+
+        Raises:
+            ValueError: no target, or one that does not fit; a draft vocabulary without counts.
+        """
+        target = self._check_target(vocab_size, target)
+        num = int(target.config.num_hidden_layers)
+        layers = self.config.target_layer_ids
+        layers = eagle_layers(num) if layers is None else checked(layers, num)
+        size = self.config.draft_vocab_size
+        ids = None
+        if size is not None and size != vocab_size:
+            if counts is None:
+                raise ValueError(
+                    f"a draft vocabulary of {size} tokens is chosen by how often the target says "
+                    "each: give a trace to count in, or leave draft_vocab_size out for the whole vocabulary."
+                )
+            ids = choose(counts, size)
+        self.config = completed(
+            self.config, target, target_layer_ids=layers, draft_vocab_size=vocab_size if ids is None else size
+        )
+        self.ends, self.num_target_layers = TargetEnds.of(target), num
+        self._make(ids)
+        initialise(self)
+        if self.init_from_target:
+            self._copy_head()
+        return self
+
+    def _make(self, ids: Tensor | None) -> None:
+        config = self.config
+        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
+        self.taps = config.target_layer_ids or ()
+        self.fc = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
+        self.midlayer = EagleLayer(config)
+        self.norm = RMSNorm(hidden, eps)
+        self.lm_head = nn.Linear(hidden, known(config.draft_vocab_size), bias=False)
+        if ids is not None:
+            d2t, t2d = to_tables(ids, self.vocab_size)
+            self.register_buffer("d2t", d2t)
+            self.register_buffer("t2d", t2d)
+        self.to(device=self._ends.embeddings.device)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.parameter_dtype)
+
+    @torch.no_grad()
+    def _copy_head(self) -> None:
+        ends, ids = self._ends, self.draft_ids
+        self.lm_head.weight.copy_(ends.head if ids is None else ends.head[ids])
+        if ends.norm is not None:
+            self.norm.weight.copy_(ends.norm)
+
+    @property
+    def draft_ids(self) -> Int[Tensor, " D"] | None:
+        """Target ids of the draft vocabulary, ascending; None: the whole vocabulary."""
+        if "d2t" not in self._buffers:
+            return None
+        d2t = self.get_buffer("d2t")
+        return d2t + torch.arange(len(d2t), device=d2t.device)
+
+    @property
+    def max_context(self) -> int | None:
+        """`max_position_embeddings` of the config."""
+        return self.config.max_position_embeddings
+
+    @property
+    def head_weight(self) -> Float[Tensor, "D H"]:
+        """Weight of the head over the draft vocabulary, for losses that never hold all logits."""
+        return self.lm_head.weight
+
+    def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
+        """Logits over the target's vocabulary, `ABSENT` outside the draft vocabulary."""
+        logits: Tensor = self.lm_head(hidden)
+        ids = self.draft_ids
+        return logits if ids is None else spread(logits, ids, self.vocab_size)
+
+    # ---- training
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """Hidden states of the first draft step everywhere; see `Drafter.hidden`.
+
+        At the first token of a document there is nothing to draft from; its state means nothing.
+        """
+        (first,), _ = self._rollouts(input_ids, position_ids, document_ids, features, 1)
+        return first
+
+    def paths(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        loss_mask: Bool[Tensor, "R T"],
+        features: Float[Tensor, "R T L H"] | None = None,
+        depth: int | None = None,
+        every: bool = False,
+    ) -> Paths:
+        """Rollouts of `unroll` (or `depth`) steps from every counted step; see `Drafter.paths`."""
+        depth = depth or self.unroll
+        hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
+        mask = (reach(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
+        starts = mask[:, 0].nonzero().squeeze(-1)
+        chosen = torch.stack([step.flatten(0, 1)[starts] for step in hidden], 1)
+        return Paths(chosen, steps_from(starts, mask[starts]), mask[starts])
+
+    def _rollouts(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        features: Tensor | None,
+        depth: int,
+    ) -> tuple[list[Float[Tensor, "R T H"]], Bool[Tensor, "R T"]]:
+        """Normed states of each unroll step, and which rows have features before them."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if documents is None:
+            documents = torch.zeros_like(ids)
+        fused = self.fc(self._features(features).flatten(-2))
+        linked = functional.pad((documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), (1, 0))
+        state = functional.pad(fused[:, :-1], (0, 0, 1, 0)) * linked[..., None]
+        num = ids.shape[1]
+        visible = (documents[:, :, None] == documents[:, None, :]) & linked[:, None, :]
+        visible = visible.tril() | torch.eye(num, dtype=torch.bool, device=ids.device)
+        seen: list[Tensor] = []  # keys and values of every step so far
+        outputs = []
+        for step in range(depth):
+            tokens = functional.pad(ids[:, step:], (0, min(step, num)))
+            run = (state, tokens, positions - 1 + step, visible, *seen)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                state, *new = checkpoint(self._step, *run, use_reentrant=False)
+            else:
+                state, *new = self._step(*run)
+            seen += new
+            outputs.append(self.norm(state))
+        return outputs, linked
+
+    def _step(
+        self, state: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, *seen: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One unroll step: its output, keys and values. Each row sees the first step's rows up to its own,
+        and of later steps its own row alone."""
+        layer = self.midlayer
+        read = layer.read(self.embed(tokens), state)
+        queries = layer.self_attn.queries(read, positions)
+        keys, values = layer.self_attn.keys_values(read, positions)
+        context = (seen[0], seen[1]) if seen else (keys, values)
+        own = None
+        if seen:
+            own = torch.stack([*seen[2::2], keys], 3), torch.stack([*seen[3::2], values], 3)
+        mixed = grouped_attention(queries[:, :, :, None], context, own, visible).squeeze(3)
+        return layer.finish(state, layer.self_attn.output(mixed)), keys, values
+
+    # ---- decoding
+
+    def start(
+        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> EagleState:
+        """See `Drafter.start`; features at every token of `ids`."""
+        tokens = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
+        if features is None and not tokens:
+            features = torch.empty(0, len(self.taps), self._ends.embeddings.shape[1], device=self._device)
+        state = EagleState(len(tokens))
+        state.carry = self._fuse(features, len(tokens))
+        state.waiting = tokens[1:]
+        state.blind = not tokens
+        return state
+
+    @torch.no_grad()
+    def draft(
+        self,
+        state: EagleState,
+        tokens: Int[Tensor, " K"] | Sequence[int],
+        parents: Sequence[int] | Int[Tensor, " K"],
+    ) -> Float[Tensor, "K V"]:
+        """See `Drafter.draft`. The chain of committed tokens at the front of a round is read with the
+        target's features, every node after it with the drafter's own output at its parent."""
+        batch = state.take(_ints(tokens), _ints(parents))
+        skip = len(batch.tokens) - len(tokens)
+        outputs: list[Tensor] = []
+        for wave in batch.waves(state):
+            outputs.append(self._read(state, *wave))
+        return self.head(self.norm(torch.cat(outputs)[skip:])).float()
+
+    def _read(self, state: EagleState, tokens: list[int], parents: list[int], feature: Tensor) -> Tensor:
+        """Output [K, H] of nodes whose features are known."""
+        device, layer, cache = feature.device, self.midlayer, state.cache
+        old = cache.num_nodes
+        cache.append(parents)
+        positions = torch.tensor(cache.depths[old:], device=device)[None] + cache.length
+        read = layer.read(self.embed(torch.tensor(tokens, device=device))[None], feature[None])
+        queries = layer.self_attn.queries(read, positions)
+        keys, values = cache.layers[0].update(*layer.self_attn.keys_values(read, positions))
+        mask = cache.mask(len(tokens), queries.dtype, device)
+        mixed = cached_attention(queries, keys, values, mask, causal=True)
+        out = layer.finish(feature[None], layer.self_attn.output(mixed))[0]
+        state.outputs = out if old == 0 else torch.cat([state.outputs, out])
+        return out
+
+    @torch.no_grad()
+    def commit(
+        self, state: EagleState, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> None:
+        """See `Drafter.commit`. Nodes read with true features stay; later ones are read again, with the
+        features they now have, at the front of the next round.
+
+        Raises:
+            ValueError: a path without features.
+        """
+        if features is None and not len(path):
+            state.forget()
+            return
+        state.commit(list(path), self._fuse(features))
+
+    def _fuse(self, features: Tensor | None, num: int | None = None) -> Float[Tensor, "N H"]:
+        with torch.no_grad():
+            fused: Tensor = self.fc(self._features(features, num).flatten(-2))
+        return fused
+
+
+def _ints(values: Tensor | Sequence[int]) -> list[int]:
+    return [int(v) for v in (values.tolist() if isinstance(values, Tensor) else values)]

@@ -1,0 +1,192 @@
+"""The transformer layer of drafters that read target features, in the parts their two families share.
+
+Parameter names are those of the published checkpoints, so reading and writing one is a copy. Attention comes
+in two forms of one thing: `grouped_attention` for training, where many short groups of queries share a
+context, and plain SDPA over a cache for decoding.
+
+Letters: R rows, T context tokens, A groups, Q queries of a group, M keys of a group's own, D head size,
+H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+Size = TypeVar("Size", int, float)
+KeysValues = tuple[Tensor, Tensor]  # [R, key-value heads, T, D] each
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one decoder layer. A size left open is the target's own.
+
+    Args:
+        hidden_size: H; must be the target's, whose embeddings are read.
+        intermediate_size: of the MLP.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads.
+        head_dim: D.
+        rms_norm_eps: of every norm.
+        rope_theta: base of the rotary frequencies.
+        max_position_embeddings: positions it may be used at.
+    """
+
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float | None = None
+    rope_theta: float | None = None
+    max_position_embeddings: int | None = None
+
+
+def known(size: Size | None) -> Size:
+    """A size that is no longer open."""
+    assert size is not None
+    return size
+
+
+def rotate(
+    x: Float[Tensor, "R heads T D"], positions: Int[Tensor, "R T"], theta: float
+) -> Float[Tensor, "R heads T D"]:
+    """Rotary position embedding, halves rotated against each other as in Llama; angles in fp32."""
+    half = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float32) / x.shape[-1]
+    with torch.autocast(x.device.type, enabled=False):
+        angles = positions.float()[:, None, :, None] * theta**-half  # [R, 1, T, D/2]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, computed in fp32 and returned in the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*step H"]) -> Float[Tensor, "*step H"]:
+        wide = x.float()
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled.to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Float[Tensor, "*step H"]) -> Float[Tensor, "*step H"]:
+        down: Tensor = self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return down
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; who sees whom is the caller's business.
+
+    Args:
+        sizes: complete.
+        in_features: width of what queries, keys and values are made from.
+        qk_norm: normalise queries and keys per head, as Qwen3 does.
+    """
+
+    def __init__(self, sizes: LayerSizes, in_features: int, qk_norm: bool) -> None:
+        super().__init__()
+        heads, groups = known(sizes.num_attention_heads), known(sizes.num_key_value_heads)
+        head_dim, eps = known(sizes.head_dim), known(sizes.rms_norm_eps)
+        self.head_dim, self.theta = head_dim, known(sizes.rope_theta)
+        self.q_proj = nn.Linear(in_features, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(in_features, groups * head_dim, bias=False)
+        self.v_proj = nn.Linear(in_features, groups * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, known(sizes.hidden_size), bias=False)
+        self.q_norm: nn.Module = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+        self.k_norm: nn.Module = RMSNorm(head_dim, eps) if qk_norm else nn.Identity()
+
+    def queries(
+        self, x: Float[Tensor, "R T I"], positions: Int[Tensor, "R T"]
+    ) -> Float[Tensor, "R heads T D"]:
+        """Normalised and rotated."""
+        return rotate(self.q_norm(self._split(self.q_proj(x))), positions, self.theta)
+
+    def keys_values(self, x: Float[Tensor, "R T I"], positions: Int[Tensor, "R T"]) -> KeysValues:
+        """Keys normalised and rotated, values as they are."""
+        keys = rotate(self.k_norm(self._split(self.k_proj(x))), positions, self.theta)
+        return keys, self._split(self.v_proj(x))
+
+    def output(self, mixed: Float[Tensor, "R heads T D"]) -> Float[Tensor, "R T H"]:
+        """What the heads found, back in the residual stream."""
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def grouped_attention(
+    queries: Float[Tensor, "R heads A Q D"],
+    context: KeysValues,
+    own: KeysValues | None,
+    visible: Bool[Tensor, "R A T"],
+) -> Float[Tensor, "R heads A Q D"]:
+    """Each group of queries attends to the context that is visible to it and to keys of its own.
+
+    Costs A·Q·(T + M) scores: groups never meet. Softmax in fp32.
+
+    Args:
+        queries: of A groups.
+        context: keys and values [R, kv, T, D] that all groups share.
+        own: keys and values [R, kv, A, M, D] that one group alone sees, all of them; None: none.
+        visible: which of the context a group sees; at least one, where it has no keys of its own.
+    """
+    num_rows, num_heads, num_groups, num_queries, size = queries.shape
+    num_kv = context[0].shape[1]
+    folded = (num_rows, num_kv, num_heads // num_kv, num_groups, num_queries)
+    q = (queries * size**-0.5).view(*folded, size)
+    flat = q.reshape(num_rows, num_kv, -1, size)
+    scores = (flat @ context[0].transpose(-1, -2)).view(*folded, -1)
+    scores = scores.masked_fill(~visible[:, None, None, :, None, :], -torch.inf)
+    if own is not None:
+        scores = torch.cat([scores, q @ own[0].transpose(-1, -2)[:, :, None]], -1)
+    num_context = context[0].shape[2]
+    weights = scores.float().softmax(-1).to(queries.dtype)
+    seen = weights[..., :num_context].reshape(num_rows, num_kv, -1, num_context) @ context[1]
+    out = seen.view(*folded, size)
+    if own is not None:
+        out = out + weights[..., num_context:] @ own[1][:, :, None]
+    return out.reshape(queries.shape)
+
+
+def cached_attention(
+    queries: Float[Tensor, "R heads Q D"],
+    keys: Float[Tensor, "R groups T D"],
+    values: Float[Tensor, "R groups T D"],
+    mask: Float[Tensor, "R 1 Q T"] | None,
+    causal: bool = False,
+) -> Float[Tensor, "R heads Q D"]:
+    """Attention of the last Q tokens to a cache that holds them already.
+
+    Args:
+        queries: of the new tokens.
+        keys: of all tokens.
+        values: of all tokens.
+        mask: additive; None: see everything, or with `causal` everything up to itself.
+        causal: the new tokens are a chain.
+    """
+    num, total = queries.shape[2], keys.shape[2]
+    if mask is None and causal and num > 1:
+        hidden = torch.ones(num, total, dtype=torch.bool, device=queries.device).triu(total - num + 1)
+        mask = torch.zeros(num, total, dtype=queries.dtype, device=queries.device)
+        mask = mask.masked_fill_(hidden, torch.finfo(queries.dtype).min)
+    return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
