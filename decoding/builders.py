@@ -162,13 +162,22 @@ class Growth:
         width: children kept per node; a tree of `width` nodes never needs more (DDTree, lemma 1).
         max_depth: prefixes longer than this do not exist, >= 1.
         temperature: of the drafter's softmax.
+        rows: what the drafter says after the root, where it has been read before.
     """
 
-    def __init__(self, propose: Propose, root: int, width: int, max_depth: int, temperature: float) -> None:
+    def __init__(
+        self,
+        propose: Propose,
+        root: int,
+        width: int,
+        max_depth: int,
+        temperature: float,
+        rows: list[Row] | None = None,
+    ) -> None:
         self.root, self.width, self.temperature = root, width, temperature
         self._propose = propose
-        logits = propose([root], [-1])
-        rows = top_rows(logits, width, temperature)
+        if rows is None:
+            rows = top_rows(propose([root], [-1]), width, temperature)
         self.marginal = propose.kind == "marginal"
         self.max_depth = min(max_depth, len(rows)) if self.marginal else max_depth
         self._levels = rows
@@ -194,10 +203,16 @@ class Growth:
 
     def read(self, nodes: Sequence[Node]) -> None:
         """One drafter pass over nodes whose parents have been read."""
-        logits = self._propose(
-            [node.token for node in nodes], [self._numbers[node.ranks[:-1]] for node in nodes]
-        )
-        for node, row in zip(nodes, top_rows(logits, self.width, self.temperature), strict=True):
+        logits = self._propose([node.token for node in nodes], self.parents(nodes))
+        self.receive(nodes, top_rows(logits, self.width, self.temperature))
+
+    def parents(self, nodes: Sequence[Node]) -> list[int]:
+        """Numbers of the nodes' parents among those read, the root being 0."""
+        return [self._numbers[node.ranks[:-1]] for node in nodes]
+
+    def receive(self, nodes: Sequence[Node], rows: Sequence[Row]) -> None:
+        """What the drafter says after each of these nodes, numbered in this order."""
+        for node, row in zip(nodes, rows, strict=True):
             self._numbers[node.ranks] = len(self._numbers)
             self._rows[node.ranks] = row
         self.passes.append(len(nodes))
@@ -256,11 +271,16 @@ class BestFirst(TreeBuilder):
 def grow_exactly(growth: Growth, budget: int, frontier: int | None) -> list[Node]:
     """Read until the `budget` most probable prefixes are certain; see `BestFirst`."""
     while True:
-        nodes = list(islice(growth.stream(), budget))
-        unread = growth.unread(nodes[: budget - 1])[:frontier]
+        nodes, unread = best_known(growth, budget, frontier)
         if not unread:
             return nodes
         growth.read(unread)
+
+
+def best_known(growth: Growth, budget: int, frontier: int | None) -> tuple[list[Node], list[Node]]:
+    """The `budget` most probable known prefixes, and those of them that must be read to be certain of it."""
+    nodes = list(islice(growth.stream(), budget))
+    return nodes, growth.unread(nodes[: budget - 1])[:frontier]
 
 
 def positive(name: str, value: int) -> int:

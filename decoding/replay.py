@@ -1,13 +1,17 @@
 """Exact replay: the rounds a drafter would have, from the target's greedy text alone.
 
 Under `Strict` every accepted path is a prefix of the target's own greedy text, so the target need not run
-again, and the drafter's context at every verified slot is a prefix of that text. Two consequences:
+again, and the drafter's context at every verified slot is a prefix of that text. For a conditional drafter
+that reads tokens only:
 
 * chains and static trees: whether the draft token at depth d is accepted depends only on the rank of the true
   next token in the drafter's distribution there. One teacher-forced pass gives all ranks; the rounds follow
   by counting;
-* any other builder: the live loop with the target replaced by its text; exact by construction, only drafter
-  passes.
+* best-first trees: those of all places of the text are grown together (`parallel_replay`).
+
+Everything else (cost-aware trees, which depend on the rounds before; marginal drafters; drafters that read
+target features) goes through the live loop with the target replaced by its text: exact by construction, only
+drafter passes. Features along the text come from one pass of the target over it.
 
 The ranks come from one long pass, the live loop's from short cached ones: they can differ where two drafter
 logits agree to rounding, never in float64 or where margins exceed it. Letters: T tokens of the text, V
@@ -17,16 +21,19 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.decoding.acceptors import Verdict
-from certdraft.decoding.builders import Chain, StaticTree, TreeBuilder
+from certdraft.decoding.builders import BestFirst, Chain, StaticTree, TreeBuilder
 from certdraft.decoding.clock import TableClock
 from certdraft.decoding.cost import CostModel
 from certdraft.decoding.loop import cut, decode, eos_set
+from certdraft.decoding.parallel_replay import best_first_rounds
 from certdraft.decoding.ranking import rank_of
 from certdraft.decoding.results import DecodeResult, Round
 from certdraft.decoding.tree import Tree
@@ -42,6 +49,7 @@ def replay(
     builder: TreeBuilder | None = None,
     max_new_tokens: int | None = None,
     eos: int | Collection[int] | None = None,
+    features: Float[Tensor, "T L H"] | None = None,
 ) -> DecodeResult:
     """The rounds of `decode(..., acceptor=Strict())` on a prompt whose greedy continuation is known.
 
@@ -52,18 +60,23 @@ def replay(
         builder: as in `decode`; None is `Chain(4)`.
         max_new_tokens: what the live loop would be given; None is `len(tokens)`.
         eos: as in `decode`.
+        features: tapped target layers along prompt and tokens, the last token excepted; for drafters that
+            read them. `TargetRunner(model, drafter.taps)` gives them: `runner.features(runner.start(ids))`.
 
     Returns:
-        Rounds without seconds; chains and static trees also without `expected`.
+        Rounds without seconds; chains and static trees of conditional drafters also without `expected`.
 
     Raises:
-        ValueError: the drafter reads target features; `tokens` ends neither with a stop token nor after
+        ValueError: features missing or of another length; `tokens` ends neither with a stop token nor after
             `max_new_tokens` tokens, or stops twice.
-        NonFiniteLogits: chains and static trees: the drafter's logits are not finite.
+        NonFiniteLogits: where the text is not decoded round by round: the drafter's logits are not finite.
     """
-    if drafter.taps:
+    needed = len(prompt_ids) + len(tokens) - 1
+    if drafter.taps and (features is None or len(features) < needed):
         raise ValueError(
-            f"replay: the drafter reads target layers {tuple(drafter.taps)}, which a text lacks; decode live"
+            f"replay: the drafter reads target layers {tuple(drafter.taps)}; pass their outputs at the first "
+            f"{needed} tokens of prompt and text as `features`"
+            + ("" if features is None else f", these are of {len(features)}")
         )
     builder, limit, stops = builder or Chain(), max_new_tokens or len(tokens), eos_set(eos)
     cut_short, _, stopped = cut(list(tokens), stops)
@@ -72,32 +85,61 @@ def replay(
             f"replay: {len(tokens)} tokens, the text ends after {len(cut_short)}, max_new_tokens is {limit}; "
             "pass the whole greedy continuation up to its stop token or its limit"
         )
-    if not isinstance(builder, Chain | StaticTree) or drafter.kind != "conditional":
-        text = _Text(tokens, drafter.vocab_size)
-        free = TableClock(CostModel.table([1.0], 0.0))
-        result = decode(text, drafter, prompt_ids, builder, text, limit, eos, clock=free)
-        rounds = [
-            Round(r.context, r.nodes, r.depth, r.expected, r.accepted, r.committed) for r in result.rounds
-        ]
-        return DecodeResult(result.tokens, rounds, result.stopped, fallbacks=result.fallbacks)
+    ended: Literal["eos", "length"] = "eos" if stopped else "length"
+    in_parallel = drafter.kind == "conditional" and not drafter.taps
+    if in_parallel and type(builder) is BestFirst:
+        return DecodeResult(
+            list(tokens), best_first_rounds(drafter, prompt_ids, tokens, builder, limit), ended
+        )
+    if not (in_parallel and type(builder) in (Chain, StaticTree)):
+        return _through_the_loop(drafter, prompt_ids, tokens, builder, limit, eos, features)
+    assert isinstance(builder, Chain | StaticTree)
     widths = (1,) * builder.depth if isinstance(builder, Chain) else builder.widths
     rounds = _count(greedy_ranks(drafter, prompt_ids, tokens), widths, len(prompt_ids), limit)
-    return DecodeResult(list(tokens), rounds, "eos" if stopped else "length")
+    return DecodeResult(list(tokens), rounds, ended)
+
+
+def _through_the_loop(
+    drafter: Drafter,
+    prompt_ids: Sequence[int],
+    tokens: Sequence[int],
+    builder: TreeBuilder,
+    limit: int,
+    eos: int | Collection[int] | None,
+    features: Float[Tensor, "T L H"] | None,
+) -> DecodeResult:
+    """The live loop, its target a text."""
+    text = _Text(tokens, drafter, features)
+    free = TableClock(CostModel.table([1.0], 0.0))
+    seen = _Overheard(drafter, text) if drafter.kind == "marginal" else drafter
+    result = decode(text, cast(Drafter, seen), prompt_ids, builder, text, limit, eos, clock=free)
+    rounds = [
+        replace(r, draft_s=0.0, verify_s=0.0, host_s=0.0, bonus_rank=rank)
+        for r, rank in zip(result.rounds, text.ranks, strict=True)
+    ]
+    return DecodeResult(result.tokens, rounds, result.stopped, fallbacks=result.fallbacks)
 
 
 @torch.inference_mode()
-def greedy_ranks(drafter: Drafter, prompt_ids: Sequence[int], tokens: Sequence[int]) -> list[int]:
+def greedy_ranks(
+    drafter: Drafter,
+    prompt_ids: Sequence[int],
+    tokens: Sequence[int],
+    features: Float[Tensor, "T L H"] | None = None,
+) -> list[int]:
     """Rank of each token of a text under the drafter, given the true tokens before it; 0 = its greedy token.
 
     Args:
         drafter: needs `hidden(input_ids, position_ids, document_ids)` [1, T, H] and `head(hidden)` [..., V].
         prompt_ids: at least one token.
         tokens: the text after it, [T].
+        features: as in `replay`.
     """
     device = next(drafter.parameters()).device
     ids = torch.tensor([*prompt_ids, *tokens[:-1]], device=device)[None]
     positions = torch.arange(ids.shape[1], device=device)[None]
-    hidden = drafter.hidden(ids, positions, torch.zeros_like(ids))[0, len(prompt_ids) - 1 :]
+    given = () if features is None else (features[None, : ids.shape[1]],)
+    hidden = drafter.hidden(ids, positions, torch.zeros_like(ids), *given)[0, len(prompt_ids) - 1 :]
     wanted: Int[Tensor, " T"] = torch.tensor(tokens, device=device)
     ranks: list[int] = []
     for start in range(0, len(tokens), _CHUNK):
@@ -131,30 +173,68 @@ class _Text:
     lossless = True
     max_context = None
 
-    def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
-        self._tokens, self._done, self.vocab_size = tokens, 0, vocab_size
+    def __init__(
+        self, tokens: Sequence[int], drafter: Drafter, features: Float[Tensor, "T L H"] | None
+    ) -> None:
+        self.taps, self.vocab_size = drafter.taps, drafter.vocab_size
+        self.ranks: list[int | None] = []
+        self.drafted: Float[Tensor, "D V"] | None = None  # what a marginal drafter said in this round
+        self._tokens, self._features = tokens, features
+        self._done = self._context = 0
+        self._tree: Tree | None = None
+        self._path = [0]
 
     def start(self, ids: Sequence[int]) -> None:
-        return None
+        self._context = len(ids)
 
     def verify(self, state: None, tree: Tree) -> Tensor:
+        self._tree = tree
         return torch.empty(0)
 
-    def features(self, state: None) -> None:
-        return None
+    def features(self, state: None) -> Float[Tensor, "S L H"] | None:
+        """Of the prompt, then of the text at the slots of the path; the other slots are not read."""
+        if self._features is None or self._tree is None:
+            return None if self._features is None else self._features[: self._context]
+        found = self._features.new_zeros(len(self._tree.tokens), *self._features.shape[1:])
+        found[self._path] = self._features[self._context : self._context + len(self._path)]
+        return found
 
     def keep(self, state: None, path: Sequence[int]) -> None:
-        return None
+        self._context += len(path)
 
     def walk(self, tree: Tree, logits: Tensor) -> Verdict:
         """Follows the text; past its end the bonus does not matter, the loop has stopped."""
         slot, path = 0, [0]
+        bonus = self._tokens[-1]
         while self._done < len(self._tokens):
             token = self._tokens[self._done]
             self._done += 1
             child = tree.children[slot].get(token)
             if child is None:
-                return Verdict(path, token)
+                bonus = token
+                break
             path.append(child)
             slot = child
-        return Verdict(path, self._tokens[-1])
+        self._path = path
+        self.ranks.append(self._rank(len(path) - 1, bonus))
+        return Verdict(path, bonus)
+
+    def _rank(self, accepted: int, bonus: int) -> int | None:
+        drafted, self.drafted = self.drafted, None
+        if drafted is None or accepted >= len(drafted):
+            return None
+        return int(rank_of(drafted[accepted : accepted + 1], torch.tensor([bonus], device=drafted.device)))
+
+
+class _Overheard:
+    """A marginal drafter whose answers the text sees too."""
+
+    def __init__(self, drafter: Drafter, text: _Text) -> None:
+        self._drafter, self._text = drafter, text
+
+    def draft(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "D V"]:
+        self._text.drafted = self._drafter.draft(state, tokens, parents)
+        return self._text.drafted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._drafter, name)

@@ -27,6 +27,8 @@ class Round:
         draft_s: seconds inside the drafter.
         verify_s: seconds of the target pass and of reading its verdict.
         host_s: every other second of the round.
+        bonus_rank: rank of the bonus token at its depth under a marginal drafter, 0 = its first choice; known
+            to replays alone.
     """
 
     context: int
@@ -38,6 +40,7 @@ class Round:
     draft_s: float = 0.0
     verify_s: float = 0.0
     host_s: float = 0.0
+    bonus_rank: int | None = None
 
     @property
     def seconds(self) -> float:

@@ -1,7 +1,10 @@
 """Replay against the live loop, round by round."""
 
 import pytest
+import torch
 from oracles.decoding_models import (
+    FeatureDrafter,
+    FeatureMarginalDrafter,
     GarbageDrafter,
     MarginalDrafter,
     NetworkDrafter,
@@ -31,6 +34,7 @@ BUILDERS = {
     "long_chain": lambda: Chain(40),
     "static": lambda: StaticTree((3, 2, 1, 1)),
     "best_first": lambda: BestFirst(9, max_depth=4),
+    "narrow_frontier": lambda: BestFirst(12, max_depth=5, temperature=0.7, frontier=2),
     "cost_aware": lambda: CostAware(CostModel.table([1 + 0.05 * n for n in range(33)], 0.1), max_depth=4),
 }
 
@@ -70,12 +74,50 @@ def test_replay_ends_where_the_text_ends(builder: str, text: list[int]) -> None:
 def test_other_drafters_replay_through_the_loop(text: list[int]) -> None:
     table = random_distribution(V, 4, 4.0)
     parallel = MarginalDrafter(lambda p: [table((*p, d)) for d in range(4)], V)
-    for make in (lambda: parallel, lambda: GarbageDrafter(V, seed=3)):
-        for builder in (Chain(3), BestFirst(9)):
-            if isinstance(make(), GarbageDrafter) and isinstance(builder, Chain):
-                continue  # has no teacher-forced pass: its logits differ at every call
-            live = decode(TARGET, make(), PROMPT, builder, max_new_tokens=30)
-            assert key(replay(make(), PROMPT, text, builder).rounds) == key(live.rounds)
+
+    def garbage() -> GarbageDrafter:  # its logits differ at every call: only the loop asks in the same order
+        return GarbageDrafter(V, seed=3)
+
+    fixed = CostAware(CostModel.table([1.0], 0.1), "fixed", budget=9, temperature=1.0)
+    for make, builder in ((lambda: parallel, Chain(3)), (lambda: parallel, BestFirst(9)), (garbage, fixed)):
+        live = decode(TARGET, make(), PROMPT, builder, max_new_tokens=30)
+        assert key(replay(make(), PROMPT, text, builder).rounds) == key(live.rounds)
+
+
+@pytest.mark.parametrize(
+    ("builder", "prompt"), [("chain", PROMPT), ("best_first", [7, 8]), ("cost_aware", PROMPT)]
+)
+def test_drafters_that_read_features_replay_with_those_of_the_text(builder: str, prompt: list[int]) -> None:
+    table = random_distribution(V, 4, 4.0)
+    for make in (
+        lambda: FeatureDrafter(perturbed(TARGET.model, 0.1), 0.5),
+        lambda: FeatureMarginalDrafter(lambda p: [table((*p, d)) for d in range(4)], V, 32),
+    ):
+        drafter = make()
+        target = TargetRunner(TARGET.model, drafter.taps)
+        live = decode(target, drafter, prompt, BUILDERS[builder](), max_new_tokens=20)
+        features = target.features(target.start([*prompt, *live.tokens[:-1]]))
+        again = replay(make(), prompt, live.tokens, BUILDERS[builder](), features=features)
+        assert key(again.rounds) == key(live.rounds)
+        assert again.tokens == live.tokens
+        with pytest.raises(ValueError, match=f"these are of {len(features) - 1}"):
+            replay(make(), prompt, live.tokens, features=features[:-1])
+
+
+def test_the_rank_of_the_bonus_token_is_overheard(text: list[int]) -> None:
+    """By hand: rank of the true token at the depth where the chain of a parallel drafter fails."""
+    table = random_distribution(V, 4, 4.0)
+    drafter = MarginalDrafter(lambda p: [table((*p, d)) for d in range(4)], V)
+    done, ranks = 0, []
+    for r in (again := replay(drafter, PROMPT, text, Chain(3))).rounds:
+        row = torch.tensor(table((*PROMPT, *text[:done], r.accepted)))
+        known = r.depth > 0 and r.accepted < 4 and r.committed > r.accepted
+        expected = int((row > row[text[done + r.accepted]]).sum()) if known else None
+        assert r.bonus_rank == expected
+        ranks.append(expected)
+        done += r.committed
+    assert len(again.rounds) > 10
+    assert any(rank and rank > 3 for rank in ranks)
 
 
 def test_ranks_of_the_drafters_own_text_are_zero(text: list[int]) -> None:
@@ -91,5 +133,5 @@ def test_an_unfinished_text_is_refused(text: list[int]) -> None:
     with pytest.raises(ValueError, match=f"ends after {text.index(text[4]) + 1}"):
         replay(drafter, PROMPT, text, eos=text[4])
     drafter.taps = (1,)
-    with pytest.raises(ValueError, match=r"target layers \(1,\)"):
+    with pytest.raises(ValueError, match=r"target layers \(1,\); .* at the first 32 tokens .* `features`"):
         replay(drafter, PROMPT, text)

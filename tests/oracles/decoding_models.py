@@ -181,6 +181,72 @@ class GarbageDrafter(TableDrafter):
         return logits.round() if torch.rand((), generator=self.generator) < 0.5 else 5 * logits
 
 
+class FeatureDrafter(NetworkDrafter):
+    """A network that also reads two target layers: those of the last token committed before the round."""
+
+    taps = (0, 1)
+
+    def __init__(self, model: Qwen3ForCausalLM, strength: float = 1.0, seed: int = 5) -> None:
+        super().__init__(model)
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = strength * torch.randn(
+            self.vocab_size, 2 * model.config.hidden_size, generator=generator
+        )
+
+    def bias(self, features: Tensor) -> Tensor:
+        """[..., L, H] -> [..., V]"""
+        return features.flatten(-2).float() @ self.weight.T
+
+    def start(self, ids: Sequence[int], features: Tensor) -> TreeCache:
+        assert len(features) == len(ids)
+        state = super().start(ids)
+        state.bias = self.bias(features[-1])
+        return state
+
+    def draft(self, state: TreeCache, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+        return super().draft(state, tokens, parents) + state.bias
+
+    def commit(self, state: TreeCache, path: Sequence[int], features: Tensor | None = None) -> None:
+        super().commit(state, path)
+        if features is not None:
+            state.bias = self.bias(features[-1])
+
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor, features: Tensor
+    ) -> Tensor:
+        """Depth 1 at every step: the token just read has no feature yet, the one before it has."""
+        before = torch.cat([torch.zeros_like(features[:, :1]), features[:, :-1]], dim=1)
+        return torch.cat([super().hidden(input_ids, position_ids, document_ids), self.bias(before)], dim=-1)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        size = hidden.shape[-1] - self.vocab_size
+        return super().head(hidden[..., :size]) + hidden[..., size:]
+
+
+class FeatureMarginalDrafter(MarginalDrafter):
+    """A parallel drafter that reads a target layer of all committed tokens (their mean)."""
+
+    taps = (1,)
+
+    def __init__(self, distribution, vocab_size: int, hidden_size: int, seed: int = 6) -> None:
+        super().__init__(distribution, vocab_size)
+        self.weight = torch.randn(vocab_size, hidden_size, generator=torch.Generator().manual_seed(seed))
+
+    def start(self, ids: Sequence[int], features: Tensor) -> _Text:
+        state = super().start(ids)
+        state.seen = features[:, 0].float()
+        assert len(state.seen) == len(ids)
+        return state
+
+    def draft(self, state: _Text, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
+        return super().draft(state, tokens, parents) + state.seen.mean(0) @ self.weight.T
+
+    def commit(self, state: _Text, path: Sequence[int], features: Tensor | None = None) -> None:
+        super().commit(state, path)
+        if features is not None:
+            state.seen = torch.cat([state.seen, features[:, 0].float()])
+
+
 class BrokenDrafter(NetworkDrafter):
     """A network that turns to NaN in the given drafter passes: in its logits and in its cache."""
 
