@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from certdraft.data.module import TraceDataModule
     from certdraft.data.recording import Recording
     from certdraft.data.rows import RecordedRow
+    from certdraft.data.server import Server, ServerError
     from certdraft.data.shards import RecordingError
     from certdraft.data.stdlib import Document, standard_library
     from certdraft.data.targets import (
@@ -48,6 +49,7 @@ _LATE = {
     "module": ("TraceDataModule",),
     "recording": ("Recording",),
     "rows": ("RecordedRow",),
+    "server": ("Server", "ServerError"),
     "shards": ("RecordingError",),
     "stdlib": ("Document", "standard_library"),
     "targets": ("embedded_target_path", "load_target", "load_tokenizer", "tokenizer_fingerprint"),
@@ -72,6 +74,8 @@ __all__ = [
     "RecordingError",
     "ResumableLoader",
     "Row",
+    "Server",
+    "ServerError",
     "TargetError",
     "Trace",
     "TraceDataModule",

@@ -10,7 +10,7 @@ outputs are kept · H hidden · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -116,12 +116,13 @@ class LogitHead:
 
 def eos_ids_of(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a text: the generation config's, else the model config's, and the tokenizer's."""
+    return eos_ids_of_configs((target.generation_config, target.config), tokenizer)
+
+
+def eos_ids_of_configs(configs: Iterable[object], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The same from the configs alone; None stands for one that does not exist."""
     found: set[int] = set()
-    for ids in (
-        getattr(target.generation_config, "eos_token_id", None),
-        getattr(target.config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-    ):
+    for ids in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)
 

@@ -182,7 +182,8 @@ def assemble(
         gap[row, end:] = 0.0
         lse_gap[row, end:] = entropy[row, end:] = math.log(vocab_size)
     wide = torch.from_numpy(ids).long(), torch.from_numpy(gap).float()  # in one go: numpy widens slowly
-    head = Head(*wide, torch.from_numpy(lse_gap), vocab_size, torch.from_numpy(entropy))
+    known = torch.from_numpy(entropy) if trace.meta.has_entropy else None
+    head = Head(*wide, torch.from_numpy(lse_gap), vocab_size, known)
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),

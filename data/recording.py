@@ -200,6 +200,11 @@ def check_target(target: PreTrainedModel, prompts: PromptSet, recording: Recordi
         TargetError: names both numbers.
     """
     vocab_size = int(target.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    check_fit(prompts, recording, vocab_size, getattr(target.config, "max_position_embeddings", None))
+
+
+def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, limit: int | None) -> None:
+    """`check_target` by the target's numbers alone: V, and the positions it knows."""
     if prompts.max_id >= vocab_size:
         raise TargetError(
             f"the tokenizer gives id {prompts.max_id}, but {recording.target} has {vocab_size} embeddings; "
@@ -209,7 +214,6 @@ def check_target(target: PreTrainedModel, prompts: PromptSet, recording: Recordi
         raise TargetError(f"num_kept={recording.num_kept} exceeds the vocabulary of {vocab_size}; keep fewer")
     longest = int(prompts.lengths.max()) + recording.generation.max_new_tokens
     longest = min(longest, recording.generation.max_length)
-    limit = getattr(target.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise TargetError(
             f"documents may reach {longest} tokens, but {recording.target} knows {limit} positions; "

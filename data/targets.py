@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
 
@@ -65,6 +65,18 @@ def target_config(name_or_path: str = EMBEDDED, *, revision: str | None = None) 
         return AutoConfig.from_pretrained(_source(name_or_path), revision=revision)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(_unreachable("config", name_or_path, error)) from error
+
+
+def generation_config(
+    name_or_path: str = EMBEDDED, *, revision: str | None = None
+) -> GenerationConfig | None:
+    """The generation config of a target; None when it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(_source(name_or_path), revision=revision or "main")
+    except OSError:
+        return None
 
 
 def load_tokenizer(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PreTrainedTokenizerBase:

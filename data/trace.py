@@ -76,6 +76,7 @@ class TraceMeta:
         versions: of the libraries that recorded it.
         feature_layers: 0-based layers of the target whose outputs are kept, before any final norm; L of them.
         feature_size: H of those outputs; 0 without them.
+        has_entropy: whether the entropies are known; a server tells K tokens only, and they are NaN.
     """
 
     schema: int
@@ -91,6 +92,7 @@ class TraceMeta:
     versions: dict[str, str]
     feature_layers: tuple[int, ...] = ()
     feature_size: int = 0
+    has_entropy: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -209,7 +211,7 @@ class Trace:
             gap=torch.from_numpy(columns.top_gap.astype(np.float32)),
             lse_gap=torch.from_numpy(columns.lse_gap.copy()),
             vocab_size=self.meta.vocab_size,
-            entropy=torch.from_numpy(columns.entropy.copy()),
+            entropy=torch.from_numpy(columns.entropy.copy()) if self.meta.has_entropy else None,
         )
         ids = torch.from_numpy(columns.input_ids.astype(np.int64))
         features = None if columns.hidden is None else as_bfloat16(columns.hidden)

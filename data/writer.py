@@ -24,6 +24,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from certdraft.data.accounting import Accounting
 from certdraft.data.chat import Prompts, PromptSet
 from certdraft.data.corpora import Corpus
+from certdraft.data.finishing import trace_meta
 from certdraft.data.generate import Generation, LogitHead, eos_ids_of, record_batch
 from certdraft.data.progress import Progress
 from certdraft.data.recording import (
@@ -33,17 +34,17 @@ from certdraft.data.recording import (
     check_disk,
     check_settings,
     check_target,
-    feature_size,
-    library_versions,
     read_prompts,
     shard_prompts,
     target_revision,
     with_defaults,
 )
 from certdraft.data.rows import RecordedRow
-from certdraft.data.shards import Ledger, RecordingError, refuse_foreign_content
+from certdraft.data.server import Server
+from certdraft.data.server_writer import record_from_server
+from certdraft.data.shards import Ledger, refuse_foreign_content
 from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.data.trace import SCHEMA_VERSION, TRACE_FILE, TraceMeta
+from certdraft.data.trace import TRACE_FILE, TraceMeta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ def record_trace(
     devices: int = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    server: Server = Server(),  # noqa: B008, frozen
 ) -> TraceMeta:
     """Record what a target says along its own greedy continuations of a corpus.
 
@@ -92,6 +94,8 @@ def record_trace(
         devices: processes per node; each writes its own shards.
         num_nodes: nodes; they must share `out_dir`.
         strategy: Lightning strategy.
+        server: with a url, an inference server that runs the target in this command's place; `target` then
+            names its tokenizer and config, and dtype, batch_size and devices mean nothing.
 
     Returns:
         The metadata of the finished trace.
@@ -107,6 +111,8 @@ def record_trace(
     check_settings(recording)
     folder = Path(out_dir).expanduser()
     refuse_foreign_content(folder)
+    if server.url is not None:
+        return record_from_server(folder, recording, server)
     trainer = _quiet_trainer(accelerator, devices, num_nodes, strategy)
 
     words = load_tokenizer(tokenizer or target, revision=revision)
@@ -257,28 +263,15 @@ class _ShardWriter(BasePredictionWriter):
             self.progress.__exit__(None, None, None)
 
     def _meta(self) -> TraceMeta:
-        shards = self.ledger.shards()
-        recorded = Accounting("prompts")
-        for shard in shards:
-            recorded.add(Accounting.from_dict(shard.accounting))
-        print(recorded, file=sys.stderr)
-        if not recorded.used:
-            raise RecordingError(f"{self.ledger.folder}: no prompt gave a usable continuation.\n{recorded}")
-        recording, recorder = self.recorder.recording, self.recorder
-        return TraceMeta(
-            schema=SCHEMA_VERSION,
-            target=recording.target,
-            target_revision=self.settings["target_revision"],
-            tokenizer_fingerprint=self.settings["tokenizer_fingerprint"],
+        recorder = self.recorder
+        return trace_meta(
+            self.ledger,
+            recorder.recording,
+            self.settings,
+            self.corpus,
             vocab_size=recorder.target.get_output_embeddings().weight.shape[0],
-            num_kept=recording.num_kept,
-            dtype=recording.dtype,
-            settings=self.settings,
-            shards=shards,
-            accounting={"corpus": self.corpus.to_dict(), "recording": recorded.to_dict()},
-            versions=library_versions() | {"pytorch-lightning": version("pytorch-lightning")},
-            feature_layers=recording.feature_layers,
-            feature_size=feature_size(recording),
+            dtype=recorder.recording.dtype,
+            versions={"pytorch-lightning": version("pytorch-lightning")},
         )
 
 
