@@ -34,6 +34,7 @@ from certdraft.certificates.rules import (
     TopM,
     Typical,
 )
+from certdraft.certificates.selection import largest
 
 __all__ = [
     "Additive",
@@ -60,6 +61,7 @@ __all__ = [
     "js_divergence",
     "kl_divergence",
     "kl_divergence_logp",
+    "largest",
     "margin",
     "margin_bound",
     "minimiser",

@@ -3,6 +3,7 @@
 from certdraft.losses.base import Loss
 from certdraft.losses.chunked import Chunked, auto_chunk_tokens
 from certdraft.losses.data_token import TokenCE
+from certdraft.losses.depth_weights import DepthWeights
 from certdraft.losses.discounted import (
     DiscountedCE,
     MarginDiscountedCE,
@@ -31,6 +32,7 @@ from certdraft.losses.paths import (
     prefix_weights,
     windows,
 )
+from certdraft.losses.ranks import CoverageMargin, SparseLoss
 from certdraft.losses.schedule import Ramp
 from certdraft.losses.sharpened import SharpenedKL
 from certdraft.losses.step_weights import (
@@ -56,7 +58,9 @@ __all__ = [
     "CappedCE",
     "CertificateHinge",
     "Chunked",
+    "DepthWeights",
     "DiscountedCE",
+    "CoverageMargin",
     "Divergence",
     "ForwardKL",
     "HardCE",
@@ -75,6 +79,7 @@ __all__ = [
     "RunnerUpForgivingCE",
     "SharpenedKL",
     "SoftTopK",
+    "SparseLoss",
     "StepWeights",
     "TargetBatch",
     "TokenCE",

@@ -1,8 +1,9 @@
 """The one interface of all losses: drafter logits and a target in, one number per step out.
 
-A loss looks at a step in one of three ways. "head": it sees both sides as K + 1 classes (the head and one
+A loss looks at a step in one of four ways. "head": it sees both sides as K + 1 classes (the head and one
 bucket) and defines `on_coarse`. "token": the same with one class, the data's next token, in place of the
-head. "full": it sees both over the whole vocabulary and defines `on_full`.
+head. "picked": it depends on a few of the drafter's logits only (`losses.ranks`). "full": it sees both over
+the whole vocabulary and defines `on_full`.
 No masks, no weights, no reduction: see `losses.weighting`. Axes: N steps · V vocabulary · C coarse classes.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from certdraft.losses.coarse import coarsen, work_dtype
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
-View = Literal["head", "token", "full"]
+View = Literal["head", "token", "picked", "full"]
 
 
 def classes(view: View, target: TargetBatch) -> Int[Tensor, "N K"]:

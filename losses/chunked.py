@@ -8,14 +8,13 @@ coefficients arrive with backward, which therefore walks the chunks a second tim
 weight gradient is accumulated in fp32 whatever the inputs are; bf16 inputs are rounded once more, in dz, for
 the two gradient GEMMs on CUDA.
 
-One [C, V] buffer serves all chunks. Losses that see the head work on it in place (`split_`, `join_`); a loss
-that sees the full vocabulary goes through its own autograd inside the chunk.
+One [C, V] buffer serves all chunks; what happens to it between the products is in `losses.rows`. A loss of a
+few logits (`SparseLoss`) needs only the first product.
 Axes: N steps · V vocabulary · H hidden · C chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +23,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from certdraft.losses.base import Loss, classes
-from certdraft.losses.coarse import join_, split_, work_dtype
+from certdraft.losses.base import Loss
+from certdraft.losses.coarse import work_dtype
+from certdraft.losses.kernels import Backend, choose_kernels
+from certdraft.losses.products import accumulate_, product, product_dtype
+from certdraft.losses.ranks import SparseLoss
+from certdraft.losses.rows import Kernels, differentiate, row_work
+from certdraft.losses.seen import TargetRows
 from certdraft.losses.target import OnlineTarget, TargetBatch
 from certdraft.losses.weighting import Reduction, step_coefficients
 
-# fp32 logits of a chunk: 16 MiB stays near a CPU's caches; a GPU gets 1.25 GB for a drafter's and a target's.
-_CPU_BLOCK_BYTES = 16 * 2**20
+# fp32 logits of a chunk: 32 MiB is what a CPU multiplies best; a GPU gets 1.25 GB for those of both models.
+_CPU_BLOCK_BYTES = 32 * 2**20
 _GPU_BUDGET_BYTES = 1_250_000_000
 
 
 def auto_chunk_tokens(vocab_size: int, device_type: str) -> int:
-    """Steps per chunk: 16 MiB of logits on a CPU, else clamp(1.25 GB/(8 V), 512, 2048) in multiples of 128.
+    """Steps per chunk: 32 MiB of logits on a CPU, else clamp(1.25 GB/(8 V), 512, 2048) in multiples of 128.
 
     On an accelerator, below ~700 steps the traffic of the fp32 weight gradient is more than GEMMs can hide.
     """
@@ -49,38 +53,8 @@ class _Plan:
     loss: Loss
     target: TargetBatch | OnlineTarget
     chunk_tokens: int
-    gemm_dtype: torch.dtype
-
-
-def _gemm(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with an fp32 (float64) result; low precision reaches this only on CUDA."""
-    if a.dtype == work_dtype(a.dtype):
-        return torch.mm(a, b, out=out)
-    product = torch.mm(a, b, out_dtype=torch.float32)
-    return product if out is None else out.copy_(product)
-
-
-def _chunk_gradient(
-    loss: Loss, logits: Tensor, target: TargetBatch, coefficient: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Per-step loss and, given coefficients, the gradient in the logits; may overwrite the logits with it."""
-    loss.check(logits, target)
-    function: Callable[[Tensor, TargetBatch], Tensor] = loss.on_full
-    seen, total = logits, None
-    view, ids = loss.view(target), target.top_ids
-    if view != "full":
-        ids = classes(view, target)
-        seen, total = split_(logits, ids)
-        function = loss.on_coarse
-    if coefficient is None:
-        return function(seen, target), None
-    with torch.enable_grad():
-        leaf = seen.detach().requires_grad_()
-        per_step = function(leaf, target)
-        (gradient,) = torch.autograd.grad(per_step, leaf, coefficient)
-    if total is not None:
-        gradient = join_(logits, total, ids, gradient)
-    return per_step.detach(), gradient
+    dtype: torch.dtype  # what the products read
+    kernels: Kernels
 
 
 @torch.no_grad()
@@ -89,29 +63,67 @@ def _walk(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Per-step loss [N], and with coefficients the gradients of hidden [N, H] and weight [V, H]."""
     with torch.autocast(hidden.device.type, enabled=False):
-        dtype = work_dtype(plan.gemm_dtype)
-        w = weight.to(plan.gemm_dtype)
+        dtype = work_dtype(plan.dtype)
+        w = weight.to(plan.dtype)
         size = min(plan.chunk_tokens, len(hidden))
         buffer = torch.empty(size, len(w), dtype=dtype, device=hidden.device)
         per_step = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if coefficient is not None and needs[0] else None
         d_weight = torch.zeros_like(w, dtype=dtype) if coefficient is not None and needs[1] else None
+        target = TargetRows(plan.target, size)
+        work = _sparse_chunk if isinstance(plan.loss, SparseLoss) else _dense_chunk
         for start in range(0, len(hidden), max(size, 1)):
             rows = slice(start, min(start + size, len(hidden)))
-            h = hidden[rows].to(plan.gemm_dtype)
-            logits = _gemm(h, w.t(), out=buffer[: len(h)])
+            h = hidden[rows].to(plan.dtype)
+            logits = product(h, w.t(), out=buffer[: len(h)])
             given = None if coefficient is None else coefficient[rows].to(dtype)
-            per_step[rows], gradient = _chunk_gradient(plan.loss, logits, plan.target[rows], given)
-            if gradient is None:
-                continue
-            dz = gradient.to(plan.gemm_dtype)
-            if d_hidden is not None:
-                d_hidden[rows] = torch.mm(dz, w).to(hidden.dtype)
-            if d_weight is not None and dz.dtype == dtype:
-                d_weight.addmm_(dz.t(), h)
-            elif d_weight is not None:
-                d_weight.add_(_gemm(dz.t(), h))
+            target.move_to(rows)
+            d_h = None if d_hidden is None else d_hidden[rows]
+            per_step[rows] = work(plan, logits, target, given, h, w, d_h, d_weight)
     return per_step, d_hidden, d_weight
+
+
+def _dense_chunk(
+    plan: _Plan,
+    logits: Tensor,
+    target: TargetRows,
+    coefficient: Tensor | None,
+    h: Tensor,
+    w: Tensor,
+    d_h: Tensor | None,
+    d_weight: Tensor | None,
+) -> Tensor:
+    """Loss of the chunk's steps; their gradient goes into d_h and d_weight by two products."""
+    value, dz = row_work(plan.loss, logits, target, coefficient, plan.kernels, plan.dtype)
+    if dz is not None and d_h is not None:
+        d_h.copy_(torch.mm(dz, w))
+    if dz is not None and d_weight is not None:
+        accumulate_(d_weight, dz.t(), h)
+    return value
+
+
+def _sparse_chunk(
+    plan: _Plan,
+    logits: Tensor,
+    target: TargetRows,
+    coefficient: Tensor | None,
+    h: Tensor,
+    w: Tensor,
+    d_h: Tensor | None,
+    d_weight: Tensor | None,
+) -> Tensor:
+    """The same for a loss of a few logits: rows of the output layer are gathered, nothing is multiplied."""
+    assert isinstance(plan.loss, SparseLoss)
+    seen = target.batch(full=False, keep=False)
+    plan.loss.check(logits, seen)
+    ids = plan.loss.pick(logits, seen)
+    value, dz = differentiate(plan.loss.on_picked, logits.gather(-1, ids), seen, coefficient, logits.dtype)
+    if dz is not None and d_h is not None:
+        d_h.copy_(torch.einsum("cs,csh->ch", dz, w[ids].to(dz.dtype)))
+    if dz is not None and d_weight is not None:
+        rows = dz.unsqueeze(-1) * h.to(dz.dtype).unsqueeze(1)
+        d_weight.index_add_(0, ids.flatten(), rows.flatten(0, 1).to(d_weight.dtype))
+    return value
 
 
 class _Reduced(torch.autograd.Function):
@@ -164,10 +176,20 @@ class Chunked(nn.Module):
         loss: any loss of this package, without trainable parameters.
         reduction: "mean" (by the sum of counted weights), "sum", or "none"; see `losses.weighting`.
         chunk_tokens: steps per chunk; None chooses by vocabulary and device (`auto_chunk_tokens`).
+        backend: "torch" is the readable path; "triton" the fused kernels, for CUDA; "auto" takes them on CUDA
+            where triton is installed. Both give the same numbers up to rounding.
     """
 
-    def __init__(self, loss: Loss, reduction: Reduction = "mean", chunk_tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        reduction: Reduction = "mean",
+        chunk_tokens: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
+        if backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"Chunked: backend={backend!r}; choose auto, torch or triton.")
         if reduction not in ("none", "mean", "sum"):
             raise ValueError(f"Chunked: reduction={reduction!r}; choose none, mean or sum.")
         if chunk_tokens is not None and chunk_tokens < 1:
@@ -175,6 +197,7 @@ class Chunked(nn.Module):
         if any(True for _ in loss.parameters()):
             raise ValueError(f"Chunked: {loss!r} has parameters of its own; their gradient would be lost.")
         self.loss, self.reduction, self.chunk_tokens = loss, reduction, chunk_tokens
+        self.backend: Backend = backend
 
     def forward(
         self,
@@ -198,6 +221,11 @@ class Chunked(nn.Module):
         Raises:
             ValueError: shapes disagree, or the loss refuses the target.
         """
+        if len(weight) != target.vocab_size:
+            raise ValueError(
+                f"Chunked: the drafter has {len(weight)} tokens in its vocabulary, the target "
+                f"{target.vocab_size}. Both must use the same tokenizer and padding of the output layer."
+            )
         if hidden.dim() != 2 or len(hidden) != len(target) or weight.shape[1:] != hidden.shape[1:]:
             raise ValueError(
                 f"Chunked: hidden {list(hidden.shape)}, weight {list(weight.shape)} and a target of "
@@ -207,8 +235,10 @@ class Chunked(nn.Module):
         if mask is not None:
             hidden, target = hidden[mask], target.select(mask)
             step_weight = None if step_weight is None else step_weight[mask]
-        plan = _Plan(self.loss, target, self._chunk(weight), self._gemm_dtype(hidden, weight))
-        like = hidden.new_empty(len(hidden), dtype=work_dtype(plan.gemm_dtype))
+        dtype = product_dtype(hidden, weight, autocast=True)
+        kernels = choose_kernels(self.backend, hidden.device)
+        plan = _Plan(self.loss, target, self._chunk(weight), dtype, kernels)
+        like = hidden.new_empty(len(hidden), dtype=work_dtype(dtype))
         coefficient = step_coefficients(None, step_weight, self.reduction, like, denominator)
         if self.reduction != "none":
             return _Reduced.apply(hidden, weight, coefficient, plan, torch.is_grad_enabled())
@@ -217,15 +247,6 @@ class Chunked(nn.Module):
 
     def _chunk(self, weight: Tensor) -> int:
         return self.chunk_tokens or auto_chunk_tokens(len(weight), weight.device.type)
-
-    @staticmethod
-    def _gemm_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-        """What the GEMMs read: the autocast type if one is on, else the wider input; fp32 on a CPU."""
-        device = hidden.device.type
-        promoted = torch.promote_types(hidden.dtype, weight.dtype)
-        if torch.is_autocast_enabled(device):
-            promoted = torch.get_autocast_dtype(device)
-        return promoted if device == "cuda" else work_dtype(promoted)
 
     def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}, chunk_tokens={self.chunk_tokens or 'auto'}"

@@ -54,7 +54,7 @@ class Mixture(Loss):
 
     def view(self, target: TargetBatch | OnlineTarget) -> View:
         views = {part.view(target) for _, part in self.terms()}
-        return views.pop() if len(views) == 1 else "full"
+        return views.pop() if views in ({"head"}, {"token"}) else "full"
 
     def check_target(self, target: TargetBatch) -> None:
         for part in self.parts:

@@ -191,7 +191,7 @@ class BudgetWeights(PathWeights):
         self.temperature, self.form = temperature, form
 
     def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
-        budget = self.budget_nats
+        budget: float | Tensor | None = self.budget_nats
         if budget is None:
             budget = estimated_budget_nats(nll[inside[..., 0]], inside[inside[..., 0]], self.node_budget)
         weights = budget_weights(nll, budget, inside, self.temperature, self.form)
