@@ -63,6 +63,8 @@ def decode(
     target = as_target(target, drafter.taps)
     builder, accept = builder or Chain(), as_acceptor(acceptor or Strict())
     prompt, stops = _checked(target, drafter, prompt_ids, max_new_tokens), eos_set(eos)
+    if listen := getattr(accept, "listen", None):  # an acceptor that also reads the drafter's logits
+        builder = listen(builder)
     if prepare := getattr(builder, "prepare", None):
         prepare(target, drafter)
     clock = clock or RealClock(getattr(target, "device", "cpu"))
