@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 import torch
@@ -36,6 +37,7 @@ from certdraft.drafters.layers import (
 )
 from certdraft.drafters.paths import Paths, reach, steps_from
 from certdraft.drafters.tree_cache import TreeCache
+from certdraft.drafters.warm_start import check_belongs, folder_of
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
 
@@ -107,6 +109,8 @@ class BlockDrafter(FeatureDrafter):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if config is not None and pretrained is not None:
+            raise ValueError("give config for a fresh drafter or pretrained for a published one, not both.")
         self.config, self.pretrained, self.num_anchors = config or BlockConfig(), pretrained, num_anchors
         if num_anchors < 1 or self.config.block_size < 2 or self.config.num_hidden_layers < 1:
             raise ValueError(
@@ -136,7 +140,11 @@ class BlockDrafter(FeatureDrafter):
             ValueError: no target, one that does not fit, or no mask token.
         """
         target = self._check_target(vocab_size, target)
-        num = int(target.config.num_hidden_layers)
+        self.num_target_layers = num = int(target.config.num_hidden_layers)
+        self.ends = TargetEnds.of(target)
+        if self.pretrained is not None:
+            self._restore(folder_of(self.pretrained), target)
+            return self
         layers = self.config.target_layer_ids
         layers = block_layers(num, self.config.num_hidden_layers) if layers is None else checked(layers, num)
         mask = self.config.mask_token_id if self.config.mask_token_id is not None else mask_token_id
@@ -147,13 +155,24 @@ class BlockDrafter(FeatureDrafter):
                 "reserved token."
             )
         self.config = completed(self.config, target, target_layer_ids=layers, mask_token_id=mask)
-        self.ends, self.num_target_layers = TargetEnds.of(target), num
         self._make()
         initialise(self)
         if self.init_from_target and self.ends.norm is not None:
             with torch.no_grad():
                 self.norm.weight.copy_(self.ends.norm)
         return self
+
+    def _restore(self, folder: Path, target: PreTrainedModel) -> None:
+        from certdraft.drafters.dflash_format import read_dflash  # it imports this module
+        from certdraft.drafters.format_files import check_names
+
+        config, vocab_size, weights = read_dflash(folder)
+        self.config = completed(config, target)
+        self.taps = checked(config.target_layer_ids or (), self.num_target_layers)
+        check_belongs(folder, self, vocab_size, weights)
+        self._make()
+        check_names(weights, self.state_dict(), str(folder))
+        self.load_state_dict(weights)
 
     def _make(self) -> None:
         config = self.config

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Self
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from certdraft.drafters.draft_vocab import choose, spread, to_tables
+from certdraft.drafters.draft_vocab import Coverage, choose, coverage, from_tables, spread, to_tables
 from certdraft.drafters.eagle_state import EagleState
 from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
 from certdraft.drafters.feature_layers import checked, eagle_layers
@@ -36,6 +37,7 @@ from certdraft.drafters.layers import (
     known,
 )
 from certdraft.drafters.paths import Paths, reach, steps_from
+from certdraft.drafters.warm_start import check_belongs, folder_of
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,10 @@ class EagleDrafter(FeatureDrafter):
         super().__init__()
         if unroll < 1:
             raise ValueError(f"unroll is {unroll}; it counts draft steps and must be at least 1.")
+        if config is not None and pretrained is not None:
+            raise ValueError("give config for a fresh head or pretrained for a published one, not both.")
         self.config, self.pretrained, self.unroll = config or EagleConfig(), pretrained, unroll
+        self.lost: Coverage | None = None  # what the draft vocabulary misses of the trace
         self.init_from_target, self.max_lost_coverage = init_from_target, max_lost_coverage
         self.parameter_dtype: torch.dtype = getattr(torch, dtype)
         self.gradient_checkpointing = gradient_checkpointing
@@ -133,17 +138,34 @@ class EagleDrafter(FeatureDrafter):
         Args:
             vocab_size: entries of the target's vocabulary.
             target: the target.
-            counts: how often the target's greedy token was each token, to choose the draft vocabulary by;
-                not needed for a full one.
+            counts: how often the target's greedy token was each token: chooses the draft vocabulary of a
+                fresh head, judges that of a pretrained one. Not needed for a full vocabulary.
 
         Returns:
             The drafter itself.
 
         Raises:
-            ValueError: no target, or one that does not fit; a draft vocabulary without counts.
+            ValueError: no target, or one that does not fit; a draft vocabulary without counts, or one that
+                misses more than `max_lost_coverage` of them.
         """
         target = self._check_target(vocab_size, target)
-        num = int(target.config.num_hidden_layers)
+        if self.pretrained is None:
+            self._build_fresh(target, counts)
+        else:
+            self._restore(folder_of(self.pretrained), target)
+        ids = self.draft_ids
+        if ids is not None and counts is not None:
+            self.lost = coverage(counts, ids.cpu())
+            if self.lost.lost > self.max_lost_coverage:
+                raise ValueError(
+                    f"the draft vocabulary of {len(ids)} tokens misses too much of what the target says: "
+                    f"{self.lost}. Raise draft_vocab_size, or max_lost_coverage "
+                    f"({self.max_lost_coverage:.0%})."
+                )
+        return self
+
+    def _build_fresh(self, target: PreTrainedModel, counts: Tensor | None) -> None:
+        num, vocab_size = int(target.config.num_hidden_layers), len(TargetEnds.of(target).embeddings)
         layers = self.config.target_layer_ids
         layers = eagle_layers(num) if layers is None else checked(layers, num)
         size = self.config.draft_vocab_size
@@ -163,7 +185,28 @@ class EagleDrafter(FeatureDrafter):
         initialise(self)
         if self.init_from_target:
             self._copy_head()
-        return self
+
+    def _restore(self, folder: Path, target: PreTrainedModel) -> None:
+        from certdraft.drafters.eagle3_format import read_eagle3  # it imports this module
+        from certdraft.drafters.format_files import check_names
+
+        config, vocab_size, weights = read_eagle3(folder)
+        self.num_target_layers = int(target.config.num_hidden_layers)
+        layers = config.target_layer_ids
+        layers = (
+            eagle_layers(self.num_target_layers)
+            if layers is None
+            else checked(layers, self.num_target_layers)
+        )
+        self.config = completed(config, target, target_layer_ids=layers)
+        self.ends, self.taps = TargetEnds.of(target), layers
+        check_belongs(folder, self, vocab_size, weights)
+        ids = from_tables(weights["d2t"], weights.get("t2d"), vocab_size) if "d2t" in weights else None
+        if ids is not None:
+            weights |= dict(zip(("d2t", "t2d"), to_tables(ids, vocab_size), strict=True))
+        self._make(ids)
+        check_names(weights, self.state_dict(), str(folder))
+        self.load_state_dict(weights)
 
     def _make(self, ids: Tensor | None) -> None:
         config = self.config

@@ -44,7 +44,7 @@ def load_causal_lm(
         raise FileNotFoundError(
             f"{source}: no such folder; give one with config.json, or a hub id 'org/name'."
         )
-    offline = not local and not _hub_answers()
+    offline = not local and not hub_answers()
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -106,7 +106,7 @@ def _check_complete(source: str, info: dict) -> None:
         )
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether to ask the hub at all: not told to stay offline, and its address answers."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False

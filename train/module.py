@@ -1,36 +1,37 @@
 """DrafterModule: a drafter, a target and a loss under the Lightning Trainer.
 
-Axis letters: R rows · T tokens · H hidden · N counted steps · V vocabulary.
+Axis letters: H hidden · N counted drafts · V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.data import Batch
-from certdraft.drafters import Drafter
+from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
     Chunked,
     HardCE,
     Loss,
     MarginDiscountedCE,
     OnlineTarget,
+    PathWeights,
     StepWeights,
     TargetBatch,
-    next_tokens,
     reduce,
 )
 from certdraft.train.fitting import fit_to_target
-from certdraft.train.online import Online, TargetSettings
+from certdraft.train.online import Online, Said, TargetSettings, recorded
 from certdraft.train.optim import OptimizerSettings
-from certdraft.train.validation import ValidationSettings, ValidationSums
+from certdraft.train.restricted import DraftVocabulary
+from certdraft.train.validation import ValidationSettings, ValidationSums, first_choice
 
 _ENTRIES_PER_CHUNK = 1 << 23  # of validation logits held at once
 
@@ -72,6 +73,8 @@ class DrafterModule(pl.LightningModule):
         self._nll = Chunked(HardCE(), "none", chunk_tokens or None)
         # A plain object: the frozen target is no submodule, so it is in no checkpoint and no wrapper.
         self.online = None if target is None else Online(target)
+        self.vocabulary: DraftVocabulary | None = None
+        self._layers: Sequence[int] = ()  # whose outputs the trace holds
         self._sums: ValidationSums | None = None
 
     # ---- steps
@@ -80,17 +83,20 @@ class DrafterModule(pl.LightningModule):
         self.loss.at(self.global_step / max(self.trainer.max_steps, 1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        steps = batch.steps()
-        hidden, target = self._hidden(batch, steps), self._target(batch, steps)
-        weight = self._step_weight(batch, hidden, target)
-        total = self._mean_count(len(steps) if weight is None else weight.sum())
+        paths, said = self._paths(batch)
+        hidden, target = paths.hidden[paths.mask], said.at(paths.steps[paths.mask])
+        weight: Any = self.drafter.head_weight if self.chunked is not None else None
+        if self.vocabulary is not None:
+            target = self.vocabulary.target(target)
+            own: Any = self.drafter.head_weight
+            hidden, weight = self.vocabulary.drafter(hidden, own, target)
+        step_weight = self._step_weight(batch, paths, hidden, weight, target)
+        total = self._mean_count(len(hidden) if step_weight is None else step_weight.sum())
         if self.chunked is not None:
-            loss = self.chunked(
-                hidden, self.drafter.head_weight, target, step_weight=weight, denominator=total
-            )
+            loss = self.chunked(hidden, weight, target, step_weight=step_weight, denominator=total)
         else:
-            per_step = self.loss(self.drafter.head(hidden), target[:])
-            loss = reduce(per_step, weight=weight, denominator=total)
+            per_step = self.loss(self._logits(hidden, weight), target[:])
+            loss = reduce(per_step, weight=step_weight, denominator=total)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1)
         return loss
@@ -100,17 +106,21 @@ class DrafterModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self._sums is not None
-        steps = batch.steps()
-        hidden, target = self._hidden(batch, steps), self._target(batch, steps)
-        hits = torch.zeros(batch.loss_mask.numel(), dtype=torch.bool, device=steps.device)
+        paths, said = self._paths(batch, depth=self.validation_settings.depth, every=True)
+        hits = torch.zeros(paths.mask.shape, dtype=torch.bool, device=self.device)
         size = max(1, _ENTRIES_PER_CHUNK // self.drafter.vocab_size)
-        for start in range(0, len(steps), size):
-            rows = slice(start, start + size)
-            seen = target[rows]
-            logits = self.drafter.head(hidden[rows]).float()
-            hits[steps[rows]] = self._sums.add_steps(logits, seen.head, seen.logp)
+        for depth, inside in enumerate(paths.mask.T):
+            for index in inside.nonzero().squeeze(-1).split(size):
+                target = said.at(paths.steps[index, depth])[:]
+                logits = self.drafter.head(paths.hidden[index, depth]).float()
+                if depth == 0:
+                    hits[index, 0] = self._sums.add_steps(logits, target.head, target.logp, self.vocabulary)
+                else:
+                    hits[index, depth] = first_choice(logits, target.greedy)
+        counted = torch.zeros(*batch.loss_mask.shape, hits.shape[1], dtype=torch.bool, device=self.device)
+        counted.flatten(0, 1)[paths.steps[:, 0]] = hits
         segments = torch.where(batch.loss_mask, batch.document_ids, -1)
-        self._sums.add_rounds(hits.view_as(batch.loss_mask), segments)
+        self._sums.add_rounds(counted, segments)
 
     def on_validation_epoch_end(self) -> None:
         assert self._sums is not None
@@ -133,16 +143,29 @@ class DrafterModule(pl.LightningModule):
 
     @torch.no_grad()
     def _step_weight(
-        self, batch: Batch, hidden: Float[Tensor, "N H"], target: TargetBatch | OnlineTarget
+        self,
+        batch: Batch,
+        paths: Paths,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"] | None,
+        target: TargetBatch | OnlineTarget,
     ) -> Float[Tensor, " N"] | None:
         if self.step_weights is None:
             return None
         nll = None
-        if self.step_weights.needs_nll and self.chunked is not None:
-            nll = self._nll(hidden, self.drafter.head_weight, target)
+        if self.step_weights.needs_nll and weight is not None:
+            nll = self._nll(hidden, weight, target)
         elif self.step_weights.needs_nll:
-            nll = HardCE()(self.drafter.head(hidden), target[:])
-        return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
+            nll = HardCE()(self._logits(hidden, weight), target[:])
+        if paths.mask.shape[1] == 1 or not isinstance(self.step_weights, PathWeights):
+            return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
+        placed = hidden.new_zeros(paths.mask.shape)  # these drafters have their paths already
+        if nll is not None:
+            placed = placed.masked_scatter(paths.mask, nll.to(placed.dtype))
+        return self.step_weights.on_paths(placed, paths.mask)[paths.mask]
+
+    def _logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        return self.drafter.head(hidden) if self.vocabulary is None else hidden @ weight.T  # type: ignore[union-attr]
 
     def _mean_count(self, steps: int | Tensor) -> Tensor | None:
         """Counted steps (their weight) per rank: averaged gradients weigh the global batch's steps alike."""
@@ -153,24 +176,37 @@ class DrafterModule(pl.LightningModule):
 
     # ---- both models at the counted steps
 
-    def _hidden(self, batch: Batch, steps: Int[Tensor, " N"]) -> Float[Tensor, "N H"]:
-        hidden = self.drafter.hidden(batch.input_ids, batch.position_ids, batch.document_ids)
-        return hidden.flatten(0, 1)[steps]
-
-    def _target(self, batch: Batch, steps: Int[Tensor, " N"]) -> TargetBatch | OnlineTarget:
-        labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
-        if self.online is not None:
-            return replace(self.online.at(batch, steps), next_ids=labels)
-        if batch.head is None:
-            raise ValueError("the batches hold no head; give model.target, or data with recorded traces")
-        return TargetBatch(batch.head[batch.loss_mask], next_ids=labels)
+    def _paths(self, batch: Batch, depth: int | None = None, every: bool = False) -> tuple[Paths, Said]:
+        """The drafter's rounds along a batch, and what the target says about it."""
+        taps = self.drafter.taps
+        said = recorded(batch, taps, self._layers) if self.online is None else self.online.read(batch, taps)
+        paths = self.drafter.paths(
+            batch.input_ids,
+            batch.position_ids,
+            batch.document_ids,
+            batch.loss_mask,
+            said.features,
+            depth,
+            every,
+        )
+        if self.vocabulary is not None and batch.head is not None and not every:
+            # What the drafter cannot propose is a sure rejection: the round ends there.
+            held = self.vocabulary.holds(batch.head.greedy.flatten()[paths.steps])
+            paths = paths._replace(mask=(paths.mask & held).cumprod(-1).bool())
+        return paths, said
 
     # ---- set-up and checkpoints
 
     def setup(self, stage: str) -> None:
         """Fits the drafter to the target's vocabulary; refuses another one, or another tokenizer."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        fit_to_target(self.drafter, self.online, getattr(self.trainer, "datamodule", None), seed)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        fit_to_target(self.drafter, self.online, datamodule, seed)
+        self._layers = getattr(getattr(datamodule, "meta", None), "feature_layers", ())
+        ids = getattr(self.drafter, "draft_ids", None)
+        if ids is not None:
+            root = self.trainer.strategy.root_device
+            self.vocabulary = DraftVocabulary(ids.to(root), self.drafter.vocab_size)
         if stage == "fit":
             self.drafter.train()  # a pretrained network arrives in eval mode, which Lightning would keep
         if self.online is not None:

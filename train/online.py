@@ -1,19 +1,20 @@
-"""A target that is run beside the drafter instead of being read from a trace.
+"""What the target says about a batch, read from its trace or from the model run beside the drafter.
 
-Axis letters: R rows · T tokens · H hidden · N counted steps.
+Axis letters: R rows · T tokens · L tapped layers · H hidden · N steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from certdraft.data import Batch, load_target
-from certdraft.losses import OnlineTarget
+from certdraft.losses import OnlineTarget, TargetBatch, next_tokens
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,78 @@ class Online:
         torch.nn.Module.to(self.model, device)
 
     @torch.no_grad()
-    def at(self, batch: Batch, steps: Int[Tensor, " N"]) -> OnlineTarget:
-        """The target at the counted steps, still without logits.
+    def read(self, batch: Batch, taps: Sequence[int] = ()) -> Said:
+        """Runs the target over a batch, up to its last hidden states.
 
         Without a cache, transformers keeps packed documents apart where positions restart.
+
+        Args:
+            batch: packed rows.
+            taps: layers whose outputs are wanted, 0-based.
         """
-        output = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        )
-        hidden = output.last_hidden_state.flatten(0, 1)[steps]
-        weight = self.model.get_output_embeddings().weight
-        return OnlineTarget(hidden, weight, self.settings.num_kept, self.settings.full)
+        body: nn.Module = self.model.base_model
+        outputs: dict[int, Tensor] = {}
+
+        def keep(tap: int) -> Any:
+            return lambda _module, _args, out: outputs.__setitem__(
+                tap, out[0] if isinstance(out, tuple) else out
+            )
+
+        layers = [body.get_submodule(f"layers.{tap}") for tap in taps]
+        handles = [layer.register_forward_hook(keep(tap)) for tap, layer in zip(taps, layers, strict=True)]
+        try:
+            output = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        features = torch.stack([outputs[tap] for tap in taps], 2) if taps else None
+        hidden = output.last_hidden_state.flatten(0, 1)
+        weight: Any = self.model.get_output_embeddings()
+        target = OnlineTarget(hidden, weight.weight, self.settings.num_kept, self.settings.full)
+        return Said(batch, features, target)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the target says about a batch.
+
+    Args:
+        batch: what it is about.
+        features: outputs of the tapped layers, for drafters that read them.
+        online: the target at all steps, flattened; None: the batch's own head.
+    """
+
+    batch: Batch
+    features: Float[Tensor, "R T L H"] | None
+    online: OnlineTarget | None = None
+
+    def at(self, steps: Int[Tensor, " N"]) -> TargetBatch | OnlineTarget:
+        """The target at some of the flattened steps.
+
+        Raises:
+            ValueError: the batch holds no head, and no target was run.
+        """
+        batch = self.batch
+        labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
+        if self.online is not None:
+            return OnlineTarget(
+                self.online.hidden[steps], self.online.weight, self.online.k, self.online.full, labels
+            )
+        if batch.head is None:
+            raise ValueError("the batches hold no head; give model.target, or data with recorded traces")
+        num = batch.input_ids.shape[1]
+        return TargetBatch(batch.head[steps // num, steps % num], next_ids=labels)
+
+
+def recorded(batch: Batch, taps: Sequence[int], layers: Sequence[int]) -> Said:
+    """What a trace says about a batch.
+
+    Args:
+        batch: with the trace's head, and its features if `taps` are wanted.
+        taps: layers whose outputs are wanted.
+        layers: those the trace holds.
+    """
+    if not taps or batch.features is None:
+        return Said(batch, None)
+    index = [list(layers).index(tap) for tap in taps]
+    return Said(batch, batch.features[:, :, index] if list(taps) != list(layers) else batch.features)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from certdraft.certificates import Head, coarse_kl, coarse_radius, kl_divergence_logp, margin, num_tail_above
+from certdraft.train.restricted import DraftVocabulary
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ class ValidationSums:
         self.sums = torch.zeros(len(self.names), dtype=dtype, device=device)
 
     def add_steps(
-        self, logits: Float[Tensor, "N V"], head: Head, logp: Float[Tensor, "N V"] | None = None
+        self,
+        logits: Float[Tensor, "N V"],
+        head: Head,
+        logp: Float[Tensor, "N V"] | None = None,
+        vocabulary: DraftVocabulary | None = None,
     ) -> Bool[Tensor, " N"]:
         """Counts some steps.
 
@@ -60,6 +65,8 @@ class ValidationSums:
             logits: the drafter's, fp32.
             head: the target at these steps.
             logp: the target's full log-probabilities; without them KL is that of head and one bucket.
+            vocabulary: what the drafter can propose; its KL is then to the target renormalised over that,
+                since to the target itself it is infinite. Everything else is of the whole vocabulary.
 
         Returns:
             Whether the target's greedy token is the drafter's first choice; a tie is a miss.
@@ -75,23 +82,27 @@ class ValidationSums:
         low = margin(head) < self.settings.low_margin
         coarse = coarse_kl(head, logq)
         radius = coarse_radius(head, m, tail_above=num_tail_above(head, logq))
+        kl = coarse if logp is None else kl_divergence_logp(logp, logq)
+        if vocabulary is not None:
+            kl = vocabulary.kl(head, logits)
         values = {f"covered@{width}": rank <= width for width in self.settings.widths}
         values |= {
             "steps": torch.ones_like(low),
             "low": low,
             "low_covered": low & (rank <= m),
             "certified": coarse < radius,
-            "kl": coarse if logp is None else kl_divergence_logp(logp, logq),
+            "kl": kl,
         }
         for name, value in values.items():
             self.sums[self.names.index(name)] += value.sum()
         return rank == 1
 
-    def add_rounds(self, hits: Bool[Tensor, "R T"], segments: Int[Tensor, "R T"]) -> None:
+    def add_rounds(self, hits: Bool[Tensor, "R T D"], segments: Int[Tensor, "R T"]) -> None:
         """Counts the rounds of a chain along the trace.
 
         Args:
-            hits: steps at which the drafter's first choice is the target's greedy token.
+            hits: whether the draft at each depth of the round from each step is the target's greedy token.
+                One depth: the drafter's first choice does not depend on the round it is in.
             segments: document of every counted step, −1 elsewhere; each run of equal numbers is walked alone.
         """
         tokens = rounds = 0
@@ -99,7 +110,10 @@ class ValidationSums:
             for stretch in np.split(np.arange(len(segment)), np.flatnonzero(np.diff(segment)) + 1):
                 if segment[stretch[0]] >= 0:
                     tokens += len(stretch)
-                    rounds += chain_rounds(hit[stretch], self.settings.depth)
+                    if hit.shape[1] == 1:
+                        rounds += chain_rounds(hit[stretch, 0], self.settings.depth)
+                    else:
+                        rounds += path_rounds(hit[stretch, : self.settings.depth])
         self.sums[self.names.index("tokens")] += tokens
         self.sums[self.names.index("rounds")] += rounds
 
@@ -147,3 +161,27 @@ def chain_rounds(hits: NDArray[np.bool_], depth: int) -> int:
         done += min(int(run), depth) + 1
         rounds += 1
     return rounds
+
+
+def path_rounds(hits: NDArray[np.bool_]) -> int:
+    """`chain_rounds` of a drafter whose drafts depend on where their round began.
+
+    Args:
+        hits: [T, D] whether the draft at each depth of the round from each step is the greedy token.
+
+    Examples:
+        >>> path_rounds(np.array([[True, False], [True, True], [False, True]]))  # 1 accepted + 1, then 0 + 1
+        2
+    """
+    accepted = hits.cumprod(-1).sum(-1)
+    rounds = done = 0
+    while done < len(hits):
+        done += int(accepted[done]) + 1
+        rounds += 1
+    return rounds
+
+
+def first_choice(logits: Float[Tensor, "N V"], greedy: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
+    """Whether the target's greedy token is the drafter's first choice; a tie is a miss."""
+    own = logits.gather(-1, greedy.unsqueeze(-1))
+    return (logits >= own).sum(-1) == 1

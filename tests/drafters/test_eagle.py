@@ -19,7 +19,7 @@ COUNTS = (torch.arange(V) * 37 % 101) + 1
 
 
 def eagle(seed: int = 0, **config: Any) -> EagleDrafter:
-    drafter = EagleDrafter(EagleConfig(**config), unroll=4).build(V, TARGET, COUNTS).eval()
+    drafter = EagleDrafter(EagleConfig(**config), unroll=4, max_lost_coverage=1.0).build(V, TARGET, COUNTS).eval()
     enlarge(drafter, seed)
     return drafter
 

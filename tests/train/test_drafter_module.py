@@ -115,8 +115,8 @@ def test_chain_rounds_against_the_loop_on_paper(hits: list[bool], depth: int) ->
 def test_sums_add_up_over_batches() -> None:
     sums = ValidationSums(ValidationSettings(depth=2))
     hits = torch.tensor([[True, True, True, False, True, True]])
-    sums.add_rounds(hits, torch.tensor([[4, 4, 4, 4, -1, 7]]))
-    sums.add_rounds(hits[:, :1], torch.tensor([[0]]))
+    sums.add_rounds(hits[..., None], torch.tensor([[4, 4, 4, 4, -1, 7]]))
+    sums.add_rounds(hits[:, :1, None], torch.tensor([[0]]))
     found = dict(zip(sums.names, sums.sums.tolist(), strict=True))
     assert (found["tokens"], found["rounds"]) == (6, 4)  # 3 + 1 | 1 | 1
     assert sums.metrics() == {}
