@@ -1,6 +1,6 @@
 # certdraft: every target does its own set-up in .venv, once. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow types format check clean
+.PHONY: help demo test test-slow types docs format check clean
 
 FOLDERS := certificates configs data decoding drafters evaluation losses train
 VENV := .venv
@@ -27,6 +27,9 @@ test: $(READY)  ## every test that takes seconds (about 6 minutes on 2 cores)
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_FLAGS)
 
+docs: $(READY) .cache/types/certdraft  ## the documentation as a site, in .cache/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
 # Type checkers cannot run the editable finder: show them the same tree as one folder of links.
 types: $(READY) .cache/types/certdraft  ## mypy, strict
 	$(BIN)/mypy
@@ -50,5 +53,5 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) with $(PYTHON) (once; minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 		{ echo "cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv"; exit 2; }
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[test,docs]'
 	@touch $@
