@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from certdraft.data.module import TraceDataModule
     from certdraft.data.recording import Recording
     from certdraft.data.rows import RecordedRow
+    from certdraft.data.sandbox import Outcome, run_python
     from certdraft.data.server import Server, ServerError
     from certdraft.data.shards import RecordingError
     from certdraft.data.stdlib import Document, standard_library
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
         load_tokenizer,
         tokenizer_fingerprint,
     )
+    from certdraft.data.tasks import Problem, load_problems, split_problems
+    from certdraft.data.tasks_arithmetic import arithmetic
+    from certdraft.data.tasks_module import ArithmeticDataModule, ProblemBatch, ProblemDataModule
+    from certdraft.data.verifiers import Sandbox, last_number, verify, verify_all
     from certdraft.data.writer import record_trace
 
 _LATE = {
@@ -49,23 +54,33 @@ _LATE = {
     "module": ("TraceDataModule",),
     "recording": ("Recording",),
     "rows": ("RecordedRow",),
+    "sandbox": ("Outcome", "run_python"),
     "server": ("Server", "ServerError"),
     "shards": ("RecordingError",),
     "stdlib": ("Document", "standard_library"),
     "targets": ("embedded_target_path", "load_target", "load_tokenizer", "tokenizer_fingerprint"),
+    "tasks": ("Problem", "load_problems", "split_problems"),
+    "tasks_arithmetic": ("arithmetic",),
+    "tasks_module": ("ArithmeticDataModule", "ProblemBatch", "ProblemDataModule"),
+    "verifiers": ("Sandbox", "last_number", "verify", "verify_all"),
     "writer": ("record_trace",),
 }
 _HOME = {name: module for module, names in _LATE.items() for name in names}
 
 __all__ = [
     "Accounting",
+    "ArithmeticDataModule",
     "Batch",
     "Corpus",
     "CorpusError",
     "Document",
     "Generation",
     "LogitHead",
+    "Outcome",
     "Packing",
+    "Problem",
+    "ProblemBatch",
+    "ProblemDataModule",
     "Prompt",
     "PromptSet",
     "Prompts",
@@ -74,6 +89,7 @@ __all__ = [
     "RecordingError",
     "ResumableLoader",
     "Row",
+    "Sandbox",
     "Server",
     "ServerError",
     "TargetError",
@@ -82,10 +98,13 @@ __all__ = [
     "TraceError",
     "TraceMeta",
     "TraceRow",
+    "arithmetic",
     "assemble",
     "build_prompts",
     "embedded_target_path",
     "eos_ids_of",
+    "last_number",
+    "load_problems",
     "load_target",
     "load_tokenizer",
     "loop_onset",
@@ -95,8 +114,12 @@ __all__ = [
     "read_rows",
     "record_batch",
     "record_trace",
+    "run_python",
+    "split_problems",
     "standard_library",
     "tokenizer_fingerprint",
+    "verify",
+    "verify_all",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -24,6 +25,8 @@ class TargetModule(pl.LightningModule):
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: of matrices; norms and embeddings are not decayed.
         betas: of AdamW.
+        export_dir: folder that the trained model and the data's tokenizer are written to, as transformers
+            loads them.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class TargetModule(pl.LightningModule):
         warmup_steps: int = 100,
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
+        export_dir: str | None = None,
     ) -> None:
         super().__init__()
         from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -40,14 +44,15 @@ class TargetModule(pl.LightningModule):
         self.save_hyperparameters()
         self.model = Qwen3ForCausalLM(Qwen3Config(**config))
         self.lr, self.warmup_steps, self.weight_decay, self.betas = lr, warmup_steps, weight_decay, betas
+        self.export_dir = export_dir
 
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.model(input_ids=input_ids, use_cache=False).logits
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
-        (ids,) = batch
+        ids, labels = batch[0], batch[-1]  # labels where some tokens are not learned (−100), else the ids
         logits = self(ids)[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten())
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = self._loss(batch)
@@ -77,3 +82,12 @@ class TargetModule(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Writes `export_dir`."""
+        if self.export_dir is None or not self.trainer.is_global_zero:
+            return
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        folder = Path(self.export_dir)
+        self.model.save_pretrained(folder)
+        datamodule.tokenizer().save_pretrained(folder)
