@@ -1,6 +1,7 @@
 """The model card (README.md) of an exported drafter, from `templates/card.md.jinja`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from certdraft.drafters.facts import CardFacts
@@ -13,10 +14,13 @@ def write_card(
     directory: Path,
     *,
     name: str,
+    family: str,
+    format: str,
     draft_length: int,
     num_parameters: int,
     dtype: str,
     vocab_size: int,
+    taps: Sequence[int] = (),
     base: str | None,
     facts: CardFacts | None,
 ) -> None:
@@ -25,10 +29,13 @@ def write_card(
     Args:
         directory: the export.
         name: title of the card.
+        family: "causal", "eagle" or "block".
+        format: of the files; with the family it decides who can serve them.
         draft_length: draft tokens per round the serving commands ask for.
         num_parameters: of the drafter, tied ones counted once.
         dtype: of the weights.
         vocab_size: entries of the vocabulary.
+        taps: target layers it reads, 0-based.
         base: what training started from; None for fresh weights.
         facts: about target, training and metrics; None leaves these parts out.
     """
@@ -40,7 +47,7 @@ def write_card(
     data = ModelCardData(
         model_name=name,
         base_model=models or None,
-        library_name="transformers",
+        library_name=format if format == "speculators" else "transformers",
         pipeline_tag="text-generation",
         license=facts.license if facts else None,
         datasets=[d for d in facts.datasets if is_hub_id(d)] or None if facts else None,
@@ -62,6 +69,10 @@ def write_card(
         data,
         template_path=str(_TEMPLATE),
         title=name,
+        family=family,
+        format=format,
+        method={"causal": "draft_model", "eagle": "eagle3", "block": "dflash"}[family],
+        taps=list(taps),
         draft_length=draft_length,
         num_parameters=num_parameters,
         dtype=dtype,

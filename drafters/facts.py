@@ -24,6 +24,7 @@ class CardFacts:
         target_vocab_size: entries of its vocabulary, padding included.
         tokenizer_fingerprint: of the tokenizer both share, as the trace records it.
         target_revision: commit or tag of the target.
+        target_architecture: its class, such as "Qwen3ForCausalLM".
         name: what to call the drafter; the folder's name when empty.
         loss: what was minimised, such as "MarginDiscountedCE(a=1.0)".
         datasets: names or hub ids of the training corpora.
@@ -37,6 +38,7 @@ class CardFacts:
     target_vocab_size: int
     tokenizer_fingerprint: str
     target_revision: str | None = None
+    target_architecture: str | None = None
     name: str | None = None
     loss: str | None = None
     datasets: tuple[str, ...] = ()
@@ -50,6 +52,7 @@ def write_facts(
     directory: Path,
     *,
     family: str,
+    format: str,
     draft_length: int,
     vocab_size: int,
     base: str | None,
@@ -62,6 +65,7 @@ def write_facts(
         "schema": SCHEMA,
         "certdraft": __version__,
         "family": family,
+        "format": format,
         "vocab_size": vocab_size,
         "draft_length": draft_length,
         "base": Path(base).name if base and Path(base).is_dir() else base,
@@ -75,8 +79,8 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     """The content of an export's `drafter.json`.
 
     Returns:
-        Keys: schema, certdraft (version), family, vocab_size, draft_length (tokens), base (what training
-        started from, or None), facts (of `CardFacts`, or None), sha256 (file name → hash).
+        Keys: schema, certdraft (version), family, format, vocab_size, draft_length (tokens), base (what
+        training started from, or None), facts (of `CardFacts`, or None), sha256 (file name → hash).
 
     Raises:
         FileNotFoundError: no such folder, or not an export.

