@@ -10,27 +10,59 @@ Letters: C places of a stretch. Source: PERFORMANCE section 5 ("batch all roots 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.decoding.builders import BestFirst, Growth, best_known
 from certdraft.decoding.ranking import top_rows
 from certdraft.decoding.results import Round
-from certdraft.decoding.tree import Tree
+from certdraft.decoding.tree import Node, Row, Tree
 from certdraft.drafters import Drafter
 
 _NODES = 1024  # of one round of the drafter, at most
 _LOGITS = 1 << 25  # entries of one pass's logits, at most
 
 
-@torch.inference_mode()
-def best_first_rounds(
+def walk_text(tree_at: Callable[[int], Tree], tokens: Sequence[int], prompt: int) -> list[Round]:
+    """The rounds of a live decoding of a known greedy text.
+
+    Args:
+        tree_at: the tree that a round has when `tokens[:place]` are committed.
+        tokens: the target's greedy continuation.
+        prompt: tokens before it.
+    """
+    rounds: list[Round] = []
+    done = 0
+    while done < len(tokens):
+        tree, slot, accepted = tree_at(done), 0, 0
+        while done + accepted < len(tokens):
+            child = tree.children[slot].get(tokens[done + accepted])
+            if child is None:
+                break
+            slot, accepted = child, accepted + 1
+        committed = min(accepted + 1, len(tokens) - done)  # an accepted stop token is followed by nothing
+        depth, expected = max(tree.depths), tree.expected_accepted
+        rounds.append(Round(prompt - 1 + done, tree.num_nodes, depth, expected, accepted, committed))
+        done += committed
+    return rounds
+
+
+def marginal_tree(root: int, rows: Sequence[Row], builder: BestFirst, depth: int) -> Tree:
+    """The best-first tree over marginals that are known, at most `depth` deep."""
+    if depth == 0:
+        return Tree.root_only(root)
+    growth = Growth(_Read("marginal"), root, builder.budget, depth, builder.temperature, list(rows))
+    return growth.tree(list(islice(growth.stream(), builder.budget)))
+
+
+def grow_everywhere(
     drafter: Drafter, prompt_ids: Sequence[int], tokens: Sequence[int], builder: BestFirst, limit: int
-) -> list[Round]:
-    """The rounds of a live best-first decoding of a known greedy text.
+) -> list[Tree]:
+    """The tree that a round would have at each place of the text, `tokens[:i]` being committed.
 
     Args:
         drafter: conditional, reads tokens only.
@@ -42,27 +74,6 @@ def best_first_rounds(
     Raises:
         NonFiniteLogits: the drafter's logits are not finite.
     """
-    trees = grow_everywhere(drafter, prompt_ids, tokens, builder, limit)
-    rounds: list[Round] = []
-    done = 0
-    while done < len(tokens):
-        tree, slot, accepted = trees[done], 0, 0
-        while done + accepted < len(tokens):
-            child = tree.children[slot].get(tokens[done + accepted])
-            if child is None:
-                break
-            slot, accepted = child, accepted + 1
-        committed = min(accepted + 1, len(tokens) - done)  # an accepted stop token is followed by nothing
-        context, depth = len(prompt_ids) - 1 + done, max(tree.depths)
-        rounds.append(Round(context, tree.num_nodes, depth, tree.expected_accepted, accepted, committed))
-        done += committed
-    return rounds
-
-
-def grow_everywhere(
-    drafter: Drafter, prompt_ids: Sequence[int], tokens: Sequence[int], builder: BestFirst, limit: int
-) -> list[Tree]:
-    """The tree that a round would have at each place of the text, `tokens[:i]` being committed."""
     text = [*prompt_ids[-1:], *tokens[:-1]]
     stretch = max(1, min(_NODES, _LOGITS // drafter.vocab_size) // builder.budget)
     state = drafter.start(prompt_ids[:-1])
@@ -86,7 +97,9 @@ class _Stretch:
         rows = top_rows(logits, builder.budget, builder.temperature)
         depths = [min(builder.max_depth, room - place) for place in range(len(roots))]
         self.growths = [
-            Growth(_refuse, root, builder.budget, depth, builder.temperature, [row]) if depth > 0 else None
+            Growth(_Read("conditional"), root, builder.budget, depth, builder.temperature, [row])
+            if depth > 0
+            else None
             for root, depth, row in zip(roots, depths, rows, strict=True)
         ]
         self.roots = roots
@@ -110,7 +123,7 @@ class _Stretch:
             open_places = [place for place, *_ in asked]
         return trees
 
-    def _read(self, asked: Sequence[tuple[int, Growth, list]]) -> None:
+    def _read(self, asked: Sequence[tuple[int, Growth, list[Node]]]) -> None:
         """One drafter pass for all trees that ask."""
         tokens = [node.token for _, _, nodes in asked for node in nodes]
         if not tokens:
@@ -126,8 +139,11 @@ class _Stretch:
             self.fed += len(nodes)
 
 
-def _refuse(tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "K V"]:
-    raise AssertionError("these trees are fed, they do not ask")
+class _Read:
+    """The drafter of trees that do not ask: what it says is handed to them."""
 
+    def __init__(self, kind: Literal["conditional", "marginal"]) -> None:
+        self.kind = kind
 
-_refuse.kind = "conditional"  # type: ignore[attr-defined]
+    def __call__(self, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "K V"]:
+        raise AssertionError("this tree is handed its rows")

@@ -1,17 +1,17 @@
 """Exact replay: the rounds a drafter would have, from the target's greedy text alone.
 
 Under `Strict` every accepted path is a prefix of the target's own greedy text, so the target need not run
-again, and the drafter's context at every verified slot is a prefix of that text. For a conditional drafter
-that reads tokens only:
+again, and the drafter's context at every verified slot is a prefix of that text. Three ways, the cheapest
+first:
 
-* chains and static trees: whether the draft token at depth d is accepted depends only on the rank of the true
-  next token in the drafter's distribution there. One teacher-forced pass gives all ranks; the rounds follow
-  by counting;
-* best-first trees: those of all places of the text are grown together (`parallel_replay`).
+* one teacher-forced pass (`one_pass`): chains and static trees, where whether the draft token at depth d is
+  accepted depends only on the rank of the true token there; and best-first trees of marginal drafters;
+* the trees of all places grown together (`parallel_replay`): best-first trees of conditional drafters that
+  read tokens only;
+* the live loop with its target replaced by the text: the rest, such as cost-aware trees, which depend on the
+  rounds before. Exact by construction, only drafter passes.
 
-Everything else (cost-aware trees, which depend on the rounds before; marginal drafters; drafters that read
-target features) goes through the live loop with the target replaced by its text: exact by construction, only
-drafter passes. Features along the text come from one pass of the target over it.
+Drafters that read target features are given those of one target pass over the text.
 
 The ranks come from one long pass, the live loop's from short cached ones: they can differ where two drafter
 logits agree to rounding, never in float64 or where margins exceed it. Letters: T tokens of the text, V
@@ -22,10 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.decoding.acceptors import Verdict
@@ -33,13 +33,12 @@ from certdraft.decoding.builders import BestFirst, Chain, StaticTree, TreeBuilde
 from certdraft.decoding.clock import TableClock
 from certdraft.decoding.cost import CostModel
 from certdraft.decoding.loop import cut, decode, eos_set
-from certdraft.decoding.parallel_replay import best_first_rounds
+from certdraft.decoding.one_pass import OnePass
+from certdraft.decoding.parallel_replay import grow_everywhere, marginal_tree, walk_text
 from certdraft.decoding.ranking import rank_of
 from certdraft.decoding.results import DecodeResult, Round
 from certdraft.decoding.tree import Tree
 from certdraft.drafters import Drafter
-
-_CHUNK = 512  # rows of logits held at a time
 
 
 def replay(
@@ -54,7 +53,7 @@ def replay(
     """The rounds of `decode(..., acceptor=Strict())` on a prompt whose greedy continuation is known.
 
     Args:
-        drafter: the drafter; chains and static trees also need its `hidden` and `head`.
+        drafter: the drafter; needs `hidden` and `head` too, or goes through the loop.
         prompt_ids: at least one token.
         tokens: the target's greedy continuation, an end-of-sequence token included.
         builder: as in `decode`; None is `Chain(4)`.
@@ -85,18 +84,51 @@ def replay(
             f"replay: {len(tokens)} tokens, the text ends after {len(cut_short)}, max_new_tokens is {limit}; "
             "pass the whole greedy continuation up to its stop token or its limit"
         )
-    ended: Literal["eos", "length"] = "eos" if stopped else "length"
-    in_parallel = drafter.kind == "conditional" and not drafter.taps
-    if in_parallel and type(builder) is BestFirst:
-        return DecodeResult(
-            list(tokens), best_first_rounds(drafter, prompt_ids, tokens, builder, limit), ended
-        )
-    if not (in_parallel and type(builder) in (Chain, StaticTree)):
+    with torch.inference_mode():
+        rounds = _at_once(drafter, prompt_ids, tokens, builder, limit, features)
+    if rounds is None:
         return _through_the_loop(drafter, prompt_ids, tokens, builder, limit, eos, features)
-    assert isinstance(builder, Chain | StaticTree)
-    widths = (1,) * builder.depth if isinstance(builder, Chain) else builder.widths
-    rounds = _count(greedy_ranks(drafter, prompt_ids, tokens), widths, len(prompt_ids), limit)
-    return DecodeResult(list(tokens), rounds, ended)
+    return DecodeResult(list(tokens), rounds, "eos" if stopped else "length")
+
+
+def _at_once(
+    drafter: Drafter,
+    prompt_ids: Sequence[int],
+    tokens: Sequence[int],
+    builder: TreeBuilder,
+    limit: int,
+    features: Float[Tensor, "T L H"] | None,
+) -> list[Round] | None:
+    """Rounds without a sequential loop; None where only the loop knows them."""
+    plain, marginal = drafter.kind == "conditional" and not drafter.taps, drafter.kind == "marginal"
+    if not (plain or hasattr(drafter, "paths")):
+        return None
+    if type(builder) in (Chain, StaticTree):
+        assert isinstance(builder, Chain | StaticTree)
+        widths = (1,) * builder.depth if isinstance(builder, Chain) else builder.widths
+        known = OnePass(drafter, prompt_ids, tokens, len(widths), features)
+        return _count(known, widths[: known.depth], len(prompt_ids), limit) if known.whole else None
+    if type(builder) is not BestFirst:
+        return None
+    if plain:
+        trees = grow_everywhere(drafter, prompt_ids, tokens, builder, limit)
+        return walk_text(trees.__getitem__, tokens, len(prompt_ids))
+    if not marginal:
+        return None
+    known = OnePass(drafter, prompt_ids, tokens, builder.max_depth, features)
+    if not known.whole:
+        return None
+    rows, roots = known.rows(builder.budget, builder.temperature), [*prompt_ids[-1:], *tokens]
+
+    def tree(place: int) -> Tree:
+        depth = min(builder.max_depth, limit - place - 1)
+        return marginal_tree(roots[place], rows[place], builder, depth)
+
+    ranks, first = known.ranks(), len(prompt_ids) - 1
+    return [
+        replace(r, bonus_rank=ranks[r.context - first][r.accepted]) if r.accepted < r.depth else r
+        for r in walk_text(tree, tokens, len(prompt_ids))
+    ]
 
 
 def _through_the_loop(
@@ -130,26 +162,26 @@ def greedy_ranks(
     """Rank of each token of a text under the drafter, given the true tokens before it; 0 = its greedy token.
 
     Args:
-        drafter: needs `hidden(input_ids, position_ids, document_ids)` [1, T, H] and `head(hidden)` [..., V].
+        drafter: needs `hidden(input_ids, position_ids, document_ids)` [1, T, H] and `head(hidden)` [..., V];
+            one that reads features or is marginal needs `paths`. Asked for its first draft at every place.
         prompt_ids: at least one token.
         tokens: the text after it, [T].
         features: as in `replay`.
+
+    Returns:
+        One rank per token; none at all where the drafter cannot start at every token.
     """
-    device = next(drafter.parameters()).device
-    ids = torch.tensor([*prompt_ids, *tokens[:-1]], device=device)[None]
-    positions = torch.arange(ids.shape[1], device=device)[None]
-    given = () if features is None else (features[None, : ids.shape[1]],)
-    hidden = drafter.hidden(ids, positions, torch.zeros_like(ids), *given)[0, len(prompt_ids) - 1 :]
-    wanted: Int[Tensor, " T"] = torch.tensor(tokens, device=device)
-    ranks: list[int] = []
-    for start in range(0, len(tokens), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        ranks += rank_of(drafter.head(hidden[rows]).float(), wanted[rows]).tolist()
-    return ranks
+    known = OnePass(drafter, prompt_ids, tokens, 1, features)
+    return [first for first, *_ in known.ranks()] if known.whole else []
 
 
-def _count(ranks: Sequence[int], widths: Sequence[int], prompt: int, limit: int) -> list[Round]:
+def _count(known: OnePass, widths: Sequence[int], prompt: int, limit: int) -> list[Round]:
     """Rounds of a tree whose depth d holds the `widths[d - 1]` best children of every node above."""
+    ranks = known.ranks()
+
+    def rank(place: int, depth: int) -> int:
+        return ranks[place][depth] if known.by_depth else ranks[place + depth][0]
+
     sizes = [0]
     product = 1
     for width in widths:
@@ -160,9 +192,12 @@ def _count(ranks: Sequence[int], widths: Sequence[int], prompt: int, limit: int)
     while done < len(ranks):
         depth = min(len(widths), limit - done - 1)
         reach = min(depth, len(ranks) - done)
-        accepted = next((d for d in range(reach) if ranks[done + d] >= widths[d]), reach)
+        accepted = next((d for d in range(reach) if rank(done, d) >= widths[d]), reach)
         committed = min(accepted + 1, len(ranks) - done)  # an accepted stop token is followed by nothing
-        rounds.append(Round(prompt - 1 + done, sizes[depth], depth, None, accepted, committed))
+        bonus = rank(done, accepted) if accepted < reach else None
+        rounds.append(
+            Round(prompt - 1 + done, sizes[depth], depth, None, accepted, committed, bonus_rank=bonus)
+        )
         done += committed
     return rounds
 

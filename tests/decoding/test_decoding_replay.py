@@ -12,12 +12,14 @@ from oracles.decoding_models import (
     random_distribution,
     tiny_qwen3,
 )
+from oracles.feature_drafters import enlarge
 
 from certdraft.decoding import (
     BestFirst,
     Chain,
     CostAware,
     CostModel,
+    RealClock,
     StaticTree,
     TargetRunner,
     decode,
@@ -25,6 +27,9 @@ from certdraft.decoding import (
     greedy_ranks,
     replay,
 )
+from certdraft.decoding.replay import _through_the_loop
+from certdraft.decoding.session import DraftSession
+from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
 
 V = 40
 TARGET = TargetRunner(tiny_qwen3(0, V))
@@ -102,6 +107,68 @@ def test_drafters_that_read_features_replay_with_those_of_the_text(builder: str,
         assert again.tokens == live.tokens
         with pytest.raises(ValueError, match=f"these are of {len(features) - 1}"):
             replay(make(), prompt, live.tokens, features=features[:-1])
+
+
+def real_drafter(family: str):
+    model = tiny_qwen3(0, V, layers=7)
+    if family == "block":
+        config = BlockConfig(num_hidden_layers=1, block_size=5, mask_token_id=V - 1, target_layer_ids=(1, 4))
+        drafter = BlockDrafter(config).build(V, model)
+    else:
+        size = 25 if "short" in family else None
+        drafter = EagleDrafter(EagleConfig(draft_vocab_size=size), max_lost_coverage=1.0).build(
+            V, model, torch.arange(V) % 7 + 1
+        )
+    return model, enlarge(drafter.eval()) or drafter
+
+
+def half_guessed(drafter, prompt: list[int], features: torch.Tensor, length: int) -> list[int]:
+    """A text of which a chain guesses 0 to 4 tokens, then misses one, and so on."""
+    tokens: list[int] = []
+    for number in range(length):
+        known = [*prompt, *tokens]
+        state = drafter.start(known[:-1], features[: len(known) - 1])
+        session = DraftSession(drafter, [], RealClock())
+        session._state = state
+        tree = Chain(4).build(session, known[-1], max_depth=4)
+        kept = tree.tokens[1 : 1 + number % 5]
+        tokens += [*kept, (tree.tokens[1 + len(kept)] if len(kept) < 4 else 0) + 1]
+        tokens = [token % V for token in tokens]
+        if len(tokens) >= length:
+            return tokens[:length]
+
+
+@pytest.mark.parametrize("family", ["eagle", "eagle_short_vocabulary", "block"])
+@torch.inference_mode()
+def test_real_families_replay_at_once(family: str) -> None:
+    """One pass over a text (chains, static trees, a block's best-first trees) against the loop over it."""
+    model, drafter = real_drafter(family)
+    for prompt in (PROMPT, [5, 9]):
+        shape = (len(prompt) + 24, len(drafter.taps), model.config.hidden_size)
+        features = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        text = half_guessed(drafter, prompt, features, 24)
+        for name in ("chain", "long_chain", "static", "best_first"):
+            again = replay(drafter, prompt, text, BUILDERS[name](), features=features)
+            loop = _through_the_loop(drafter, prompt, text, BUILDERS[name](), 24, None, features)
+            assert key(again.rounds) == key(loop.rounds)
+            assert sum(r.accepted for r in again.rounds) > 7
+            if family == "block":
+                for mine, theirs in zip(again.rounds, loop.rounds, strict=True):
+                    assert mine.bonus_rank == theirs.bonus_rank or mine.accepted == mine.depth
+
+
+@pytest.mark.parametrize("family", ["eagle", "block"])
+def test_real_families_decode_and_replay_the_targets_text(family: str) -> None:
+    model, drafter = real_drafter(family)
+    target = TargetRunner(model, drafter.taps)
+    text = greedy(model, PROMPT, 16)
+    features = target.features(target.start([*PROMPT, *text[:-1]]))
+    for name in ("chain", "best_first", "cost_aware"):
+        live = decode(target, drafter, PROMPT, BUILDERS[name](), max_new_tokens=16)
+        assert live.tokens == text
+        assert key(replay(drafter, PROMPT, text, BUILDERS[name](), features=features).rounds) == key(
+            live.rounds
+        )
 
 
 def test_the_rank_of_the_bonus_token_is_overheard(text: list[int]) -> None:
