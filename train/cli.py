@@ -45,6 +45,7 @@ COMMANDS = {
         "certdraft.evaluation:run_profile", "what drafting and verifying cost on this machine, for CostAware"
     ),
     "compare": Command("certdraft.evaluation.compare:compare", "runs and reports side by side on one page"),
+    "publish": Command("certdraft.evaluation.publish:publish", "a report and an export as a W&B run"),
     "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
     "reproduce": Command(
         "certdraft.train.record:reproduce", "run a run again from its own record, and compare the weights"
