@@ -40,9 +40,9 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
 def tables(report: Mapping[str, Any]) -> dict[str, Rows]:
     """report.json as tables of plain numbers: name → (columns, rows).
 
-    "coverage" has one row per drafter and m, "by_margin" one per drafter, rule and margin bucket (the histogram
-    of steps, the certified and the realised share), "lengths" one per drafter and decoder, "decoding" the same
-    timed.
+    "coverage" has one row per drafter and m; "by_margin" one per drafter, rule and margin bucket, with the
+    number of steps and the certified and realised shares; "lengths" one per drafter and decoder; "decoding"
+    the same, timed.
     """
     coverage, margins, lengths = [], [], []
     for name, entry in report["drafters"].items():
@@ -105,8 +105,8 @@ def publish(
         folder: folder of a report that `certdraft evaluate`, `certify` or `compare` wrote.
         project: W&B project.
         export: folder of the exported drafter; becomes an artifact of type "model".
-        run: folder of the training run it came from: its settings become the W&B run's, its traces are named in
-            the artifact's lineage.
+        run: folder of the training run it came from: its settings become the W&B run's, its traces are named
+            in the artifact's lineage.
         name: of the W&B run; the folder's name when not given.
 
     Raises:
