@@ -1,0 +1,88 @@
+"""SharpenedKL: its definition, its two ends, and what a top-m miss costs."""
+
+import oracles.losses as oracle
+import pytest
+import torch
+from oracles.loss_cases import full_target, head_target, target_probs
+
+from certdraft.certificates import Coverage, Head, radius
+from certdraft.losses import ForwardKL, HardCE, SharpenedKL
+
+VOCAB, K = 12, 7
+
+
+def drafter_logits(p: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return p.log() + spread * torch.randn(p.shape, generator=generator, dtype=torch.float64)
+
+
+def sharpened(p: torch.Tensor, a: float) -> torch.Tensor:
+    return p**a / (p**a).sum(-1, keepdim=True)
+
+
+def test_full_value_is_the_kl_from_the_sharpened_target() -> None:
+    p = target_probs(40, VOCAB)
+    z = drafter_logits(p)
+    for a in (1.0, 2.0, 3.5):
+        r = sharpened(p, a)
+        expected = [oracle.kl(t.tolist(), oracle.softmax(s.tolist())) for t, s in zip(r, z, strict=True)]
+        value = SharpenedKL(a)(z, full_target(p, K))
+        torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+def test_on_a_head_that_is_everything_head_and_full_agree() -> None:
+    p = target_probs(40, VOCAB)
+    z = drafter_logits(p)
+    torch.testing.assert_close(
+        SharpenedKL(2.0)(z, head_target(p, VOCAB)), SharpenedKL(2.0)(z, full_target(p, K))
+    )
+
+
+def test_the_bucket_holds_at_least_the_sharpened_tail() -> None:
+    p = target_probs(60, VOCAB)
+    for a in (1.0, 2.0, 4.0):
+        teacher = SharpenedKL(a).teacher(head_target(p, K)).exp()
+        torch.testing.assert_close(teacher.sum(-1), torch.ones(len(p), dtype=torch.float64))
+        exact = sharpened(p, a).sort(-1, descending=True).values
+        assert (teacher[:, -1] >= exact[:, K:].sum(-1) - 1e-7).all()
+        ratio = (teacher[:, :K] / exact[:, :K])[:, :1]  # the kept tokens keep their proportions
+        torch.testing.assert_close(teacher[:, :K] / exact[:, :K], ratio.expand(-1, K), rtol=1e-6, atol=1e-9)
+
+
+def test_the_ends_are_forward_kl_and_hard_cross_entropy() -> None:
+    p = target_probs(40, VOCAB)
+    z = drafter_logits(p)
+    for target in (head_target(p, K), full_target(p, K)):
+        torch.testing.assert_close(SharpenedKL(1.0)(z, target), ForwardKL()(z, target), rtol=1e-6, atol=1e-9)
+        lead = target.head.gap[:, 1] > 0.05
+        assert int(lead.sum()) > 10
+        near = SharpenedKL(1e4)(z, target)[lead], HardCE()(z, target)[lead]
+        torch.testing.assert_close(*near, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+def test_a_miss_costs_at_least_the_radius_of_the_sharper_teacher(m: int) -> None:
+    p = torch.cat([target_probs(200, VOCAB, seed) for seed in range(3)])
+    z = drafter_logits(p, 1.5)
+    greedy = p.argmax(-1)
+    missed = torch.tensor([oracle.missed(s.tolist(), int(g), m) for s, g in zip(z, greedy, strict=True)])
+    assert int(missed.sum()) > 50
+    for a in (1.0, 2.0, 4.0):
+        kappa = radius(Head.from_probs(sharpened(p, a), VOCAB), Coverage(m))
+        assert (SharpenedKL(a)(z, full_target(p, K))[missed] >= kappa[missed] - 1e-9).all()
+    wider = radius(Head.from_probs(sharpened(p, 2.0), VOCAB), Coverage(1))
+    assert (wider >= radius(Head.from_probs(p, VOCAB), Coverage(1)) - 1e-12).float().mean() > 0.5
+
+
+def test_gradient() -> None:
+    p = target_probs(6, VOCAB)
+    z = drafter_logits(p).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: SharpenedKL(2.0)(x, head_target(p, K)), z)
+    (gradient,) = torch.autograd.grad(SharpenedKL(2.0)(z, full_target(p, K)).sum(), z)
+    torch.testing.assert_close(gradient, z.softmax(-1).detach() - sharpened(p, 2.0))
+
+
+def test_refuses_exponents_below_one_and_infinity() -> None:
+    for a in (0.5, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="SharpenedKL: a="):
+            SharpenedKL(a)
