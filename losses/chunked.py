@@ -236,7 +236,7 @@ class Chunked(nn.Module):
             hidden, target = hidden[mask], target.select(mask)
             step_weight = None if step_weight is None else step_weight[mask]
         dtype = product_dtype(hidden, weight, autocast=True)
-        kernels = choose_kernels(self.backend, hidden.device)
+        kernels = choose_kernels(self.backend, hidden.device, work_dtype(dtype))
         plan = _Plan(self.loss, target, self._chunk(weight), dtype, kernels)
         like = hidden.new_empty(len(hidden), dtype=work_dtype(dtype))
         coefficient = step_coefficients(None, step_weight, self.reduction, like, denominator)
