@@ -162,7 +162,7 @@ def test_kernels_compile_for_a_device_that_is_not_here(name):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from certdraft.losses.kernels.fused import make_jitted
+    from certdraft.losses.kernels.jitted import make_jitted
 
     special = {"KP": 32, "TAIL": True, "GRAD": True, "BLOCK": 4096}
     kernel = make_jitted()[name]

@@ -1,0 +1,185 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+"""The kernels: one program per step sweeps its row of logits once or twice.
+
+| kernel | first sweep | gradient in z_j, times the step's coefficient (second sweep) |
+|---|---|---|
+| split, join | r = log Σ_{j outside the head} e^{z_j} | head: as the loss says; rest: g_rest e^{z_j − r} |
+| discounted | P = log Σ_{j≠g} w_j e^{z_j}, D = P − z_g | w_j e^{z_j − z_g − loss}; g: −σ(D); loss log(1 + e^D) |
+| forward KL | log-sum-exps of both rows | q_j − p_j; the loss Σ p (log p − log q) is added up here |
+
+Log-sum-exps are taken online, one running maximum a lane, so that no lane waits for another before the end of
+the row. The greedy token never enters the sum it is compared with: a confident drafter keeps its small loss.
+Rows of any width: the last block is masked. Logits are fp32; gradients are rounded once, to the type the
+products read. A program may write where another of its own threads has read: a barrier stands in between.
+
+Runs without a GPU by TRITON_INTERPRET=1 (tests/losses/test_losses_kernels.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Bound by `make_jitted`: kernels look names up in their module, and triton is only imported when it is used.
+tl: Any = None
+lane_update: Any = None
+lane_total: Any = None
+
+
+def make_jitted() -> dict[str, Any]:
+    """The kernels themselves, compiled at their first launch."""
+    global tl, lane_update, lane_total
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def lane_update(top, total, z):
+        """Online log-sum-exp, lane by lane: total · e^top after one more block."""
+        higher = tl.maximum(top, z)
+        return higher, total * tl.exp(top - higher) + tl.exp(z - higher)
+
+    @triton.jit
+    def lane_total(top, total):
+        """All lanes together: the maximum, and the sum relative to it."""
+        highest = tl.max(top, 0)
+        return highest, tl.maximum(tl.sum(total * tl.exp(top - highest), 0), 1.1754943508222875e-38)
+
+    @triton.jit
+    def split(
+        z, ids, coarse, rest, z_stride, coarse_stride, vocab_size, kept,
+        KP: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        z += row * z_stride
+        k = tl.arange(0, KP)
+        is_kept = k < kept
+        token = tl.load(ids + row * kept + k, mask=is_kept, other=0)
+        tl.store(coarse + row * coarse_stride + k, tl.load(z + token, mask=is_kept, other=0.0), mask=is_kept)
+        if TAIL:
+            tl.debug_barrier()  # all copies of the picked logits are read
+            tl.store(z + token, float("-inf"), mask=is_kept)
+            tl.debug_barrier()
+            lane = tl.arange(0, BLOCK)
+            top = tl.full([BLOCK], -1e30, tl.float32)
+            total = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, vocab_size, BLOCK):
+                here = start + lane
+                top, total = lane_update(
+                    top, total, tl.load(z + here, mask=here < vocab_size, other=float("-inf"))
+                )
+            highest, amount = lane_total(top, total)
+            level = highest + tl.log(amount)
+            tl.store(rest + row, level)
+            tl.store(coarse + row * coarse_stride + kept, level)
+
+    @triton.jit
+    def join(
+        z, ids, rest, grad, out, z_stride, grad_stride, out_stride, vocab_size, kept,
+        KP: tl.constexpr, TAIL: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        z += row * z_stride
+        out += row * out_stride
+        grad += row * grad_stride
+        if TAIL:
+            level = tl.load(rest + row)
+            share = tl.load(grad + kept)
+            lane = tl.arange(0, BLOCK)
+            for start in range(0, vocab_size, BLOCK):
+                here = start + lane
+                inside = here < vocab_size
+                x = tl.load(z + here, mask=inside, other=float("-inf"))
+                tl.store(out + here, (share * tl.exp(x - level)).to(out.dtype.element_ty), mask=inside)
+            tl.debug_barrier()  # the head is written last
+        k = tl.arange(0, KP)
+        is_kept = k < kept
+        token = tl.load(ids + row * kept + k, mask=is_kept, other=0)
+        head = tl.load(grad + k, mask=is_kept, other=0.0)
+        tl.store(out + token, head.to(out.dtype.element_ty), mask=is_kept)
+
+    @triton.jit
+    def discounted(
+        z, ids, weight, coefficient, value, out, z_stride, out_stride, vocab_size, kept,
+        KP: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        z += row * z_stride
+        out += row * out_stride
+        if GRAD:
+            scale = tl.load(coefficient + row)
+        k = tl.arange(0, KP)
+        is_kept = k < kept
+        token = tl.load(ids + row * kept + k, mask=is_kept, other=0)
+        greedy = tl.load(ids + row * kept)
+        z_greedy = tl.load(z + greedy)
+        picked = tl.load(z + token, mask=is_kept, other=0.0)
+        share = tl.load(weight + row * kept + k, mask=is_kept, other=1.0)
+        discount = tl.where(share > 0.0, tl.log(tl.maximum(share, 1.1754943508222875e-38)), -1e30)
+        tl.debug_barrier()  # all copies of the picked logits are read
+        tl.store(z + token, tl.where(k == 0, float("-inf"), picked + discount), mask=is_kept)
+        tl.debug_barrier()
+        lane = tl.arange(0, BLOCK)
+        top = tl.full([BLOCK], -1e30, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            here = start + lane
+            top, total = lane_update(
+                top, total, tl.load(z + here, mask=here < vocab_size, other=float("-inf"))
+            )
+        highest, amount = lane_total(top, total)
+        ahead = highest + tl.log(amount) - z_greedy  # P − z_g
+        small = tl.exp(-tl.abs(ahead))
+        # log(1 + small) with all digits of a small one
+        grown = 1.0 + small
+        log1p = tl.where(grown == 1.0, small, tl.log(grown) * (small / tl.maximum(grown - 1.0, 1e-8)))
+        loss = tl.maximum(ahead, 0.0) + log1p
+        tl.store(value + row, loss)
+        if GRAD:
+            level = z_greedy + loss
+            for start in range(0, vocab_size, BLOCK):
+                here = start + lane
+                inside = here < vocab_size
+                x = tl.load(z + here, mask=inside, other=float("-inf"))
+                tl.store(out + here, (scale * tl.exp(x - level)).to(out.dtype.element_ty), mask=inside)
+            tl.debug_barrier()  # the greedy token is written last
+            wrong = tl.where(ahead > 0.0, 1.0, small) / (1.0 + small)  # σ(P − z_g)
+            tl.store(out + greedy, (-scale * wrong).to(out.dtype.element_ty))
+
+    @triton.jit
+    def forward_kl(
+        z, t, coefficient, value, out, z_stride, t_stride, out_stride, vocab_size,
+        GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        z += row * z_stride
+        t += row * t_stride
+        out += row * out_stride
+        if GRAD:
+            scale = tl.load(coefficient + row)
+        lane = tl.arange(0, BLOCK)
+        z_top = tl.full([BLOCK], -1e30, tl.float32)
+        t_top = tl.full([BLOCK], -1e30, tl.float32)
+        z_total = tl.zeros([BLOCK], tl.float32)
+        t_total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            here = start + lane
+            inside = here < vocab_size
+            z_top, z_total = lane_update(z_top, z_total, tl.load(z + here, mask=inside, other=float("-inf")))
+            t_top, t_total = lane_update(t_top, t_total, tl.load(t + here, mask=inside, other=float("-inf")))
+        z_highest, z_amount = lane_total(z_top, z_total)
+        t_highest, t_amount = lane_total(t_top, t_total)
+        z_level = z_highest + tl.log(z_amount)
+        t_level = t_highest + tl.log(t_amount)
+        added = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            here = start + lane
+            inside = here < vocab_size
+            # log 0 counts as −1e30, so that 0 · log 0 is 0
+            logq = tl.maximum(tl.load(z + here, mask=inside, other=float("-inf")), -1e30) - z_level
+            logp = tl.maximum(tl.load(t + here, mask=inside, other=float("-inf")), -1e30) - t_level
+            p = tl.exp(logp)
+            added += p * (logp - logq)
+            if GRAD:
+                tl.store(out + here, (scale * (tl.exp(logq) - p)).to(out.dtype.element_ty), mask=inside)
+        tl.store(value + row, tl.sum(added, 0))
+
+    return {"split": split, "join": join, "discounted": discounted, "forward_kl": forward_kl}
