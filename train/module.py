@@ -27,10 +27,12 @@ from certdraft.losses import (
     TargetBatch,
     reduce,
 )
+from certdraft.train.accumulation import Accumulation
 from certdraft.train.fitting import fit_to_target
 from certdraft.train.online import Online, Said, TargetSettings, recorded
 from certdraft.train.optim import OptimizerSettings
 from certdraft.train.restricted import DraftVocabulary
+from certdraft.train.sharding import shard
 from certdraft.train.validation import ValidationSettings, ValidationSums, first_choice
 
 _ENTRIES_PER_CHUNK = 1 << 23  # of validation logits held at once
@@ -76,6 +78,7 @@ class DrafterModule(pl.LightningModule):
         self.vocabulary: DraftVocabulary | None = None
         self._layers: Sequence[int] = ()  # whose outputs the trace holds
         self._sums: ValidationSums | None = None
+        self._accumulation = Accumulation()
 
     # ---- steps
 
@@ -92,14 +95,21 @@ class DrafterModule(pl.LightningModule):
             hidden, weight = self.vocabulary.drafter(hidden, own, target)
         step_weight = self._step_weight(batch, paths, hidden, weight, target)
         total = self._mean_count(len(hidden) if step_weight is None else step_weight.sum())
+        several = self.trainer.world_size > 1
         if self.chunked is not None:
             loss = self.chunked(hidden, weight, target, step_weight=step_weight, denominator=total)
         else:
             per_step = self.loss(self._logits(hidden, weight), target[:])
             loss = reduce(per_step, weight=step_weight, denominator=total)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1)
-        return loss
+        self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1, sync_dist=several)
+        return self._accumulation.scaled(loss, total, self.trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._accumulation.settle(self.parameters(), self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        self._accumulation.forget()
 
     def on_validation_epoch_start(self) -> None:
         self._sums = ValidationSums(self.validation_settings, self.device)
@@ -167,12 +177,10 @@ class DrafterModule(pl.LightningModule):
     def _logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
         return self.drafter.head(hidden) if self.vocabulary is None else hidden @ weight.T  # type: ignore[union-attr]
 
-    def _mean_count(self, steps: int | Tensor) -> Tensor | None:
+    def _mean_count(self, steps: int | Tensor) -> Tensor:
         """Counted steps (their weight) per rank: averaged gradients weigh the global batch's steps alike."""
-        if self.trainer.world_size == 1:
-            return None
         count = torch.as_tensor(steps, dtype=torch.float32, device=self.device)
-        return self.trainer.strategy.reduce(count, reduce_op="mean")
+        return self.trainer.strategy.reduce(count, reduce_op="mean") if self.trainer.world_size > 1 else count
 
     # ---- both models at the counted steps
 
@@ -211,6 +219,11 @@ class DrafterModule(pl.LightningModule):
             self.drafter.train()  # a pretrained network arrives in eval mode, which Lightning would keep
         if self.online is not None:
             self.online.to(self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Shards the drafter under `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is not None:
+            shard(self.drafter, self.device_mesh)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state, frozen = checkpoint["state_dict"], self._frozen()

@@ -148,7 +148,13 @@ def test_online_target_and_trace_give_the_same_loss(tiny: Path) -> None:
         module.eval()
         module.log_dict = lambda values, **_: losses.append(values["train/loss_nats"].item())  # type: ignore[method-assign]
         module._trainer = type(
-            "T", (), {"world_size": 1, "optimizers": [type("O", (), {"param_groups": [{"lr": 1.0}]})]}
+            "T",
+            (),
+            {
+                "world_size": 1,
+                "accumulate_grad_batches": 1,
+                "optimizers": [type("O", (), {"param_groups": [{"lr": 1.0}]})],
+            },
         )()
         module.training_step(batch, 0)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
