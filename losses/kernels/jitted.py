@@ -4,13 +4,14 @@
 | kernel | first sweep | gradient in z_j, times the step's coefficient (second sweep) |
 |---|---|---|
 | split, join | r = log Σ_{j outside the head} e^{z_j} | head: as the loss says; rest: g_rest e^{z_j − r} |
-| discounted | P = log Σ_{j≠g} w_j e^{z_j}, D = P − z_g | w_j e^{z_j − z_g − loss}; g: −σ(D); loss log(1 + e^D) |
+| discounted | P = log Σ_{j≠g} w_j e^{z_j}; loss log(1 + e^D), D = P − z_g | w_j e^{z_j − L}; g: −σ(D) |
 | forward KL | log-sum-exps of both rows | q_j − p_j; the loss Σ p (log p − log q) is added up here |
 
-Log-sum-exps are taken online, one running maximum a lane, so that no lane waits for another before the end of
-the row. The greedy token never enters the sum it is compared with: a confident drafter keeps its small loss.
-Rows of any width: the last block is masked. Logits are fp32; gradients are rounded once, to the type the
-products read. A program may write where another of its own threads has read: a barrier stands in between.
+L is z_g + loss. Log-sum-exps are taken online, one running maximum a lane, so that no lane waits for another
+before the end of the row. The greedy token never enters the sum it is compared with: a confident drafter
+keeps its small loss. Rows of any width: the last block is masked. Logits are fp32; gradients are rounded
+once, to the type the products read. A program may write where another of its own threads has read: a barrier
+stands in between.
 
 Runs without a GPU by TRITON_INTERPRET=1 (tests/losses/test_losses_kernels.py).
 """
