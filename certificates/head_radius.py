@@ -6,7 +6,7 @@ Axis letters: *step leading axes · N steps · K entries kept.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from certdraft.certificates.head import Head, tail_mass
@@ -15,13 +15,15 @@ from certdraft.certificates.pooling import (
     Measure,
     coverage_pool,
     deletion_cost,
+    divergence,
     single_token_pool,
 )
 from certdraft.certificates.rules import HEAD_TIE, Coverage, Rule, SingleTokenRule, StrictGreedy, TopM
 
 _TAIL_SLACK = 2.0**-20  # a tail mass rebuilt from float32 logarithms may be this much too small
-_WIDTHS = (4, 12)  # most steps accept few tokens: only the others look further into the head
-_BLOCK = 16384  # steps whose work space stays in the cache of a CPU
+_NEAR = 8  # most steps accept fewer tokens: one cache line of the head settles them
+_POOL = 4  # nearly every pool has fewer accepted tokens
+_BLOCK = 65536  # steps at a time: fewer waste time on calls, more on memory
 
 
 def head_radius(head: Head, rule: Rule, measure: Measure) -> Float[Tensor, "*step"]:
@@ -59,56 +61,110 @@ def _coverage(head: Head, m: int, measure: Measure) -> Float[Tensor, " N"]:
 
 
 def _single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Tensor, " N"]:
-    """Radius of a single-token rule: two entries for most steps, more for those that accept more."""
-    theta = rule.threshold(head)
-    count = rule.num_accepted(head, theta)
-    gap, lse_gap, vocab_size = head.gap, head.lse_gap, head.vocab_size
-    if torch.compiler.is_compiling() or head.num_kept == 1:
-        return _relaxed(gap, lse_gap, vocab_size, theta, count, measure)
-    value = _coverage(head, 1, measure)
-    rows = (count > 1).nonzero().squeeze(-1)
-    lse_gap, theta, count = lse_gap[rows], theta[rows], count[rows]
-    done = 1
-    for width in (*(width for width in _WIDTHS if width < head.num_kept), head.num_kept):
-        part = ((count > done) & (count <= width)).nonzero().squeeze(-1)
-        if len(part):
-            wide = gap[:, : width + 1].index_select(0, rows[part])
-            found = _relaxed(wide, lse_gap[part], vocab_size, theta[part], count[part], measure)
-            value = value.index_put((rows[part],), found)
-        done = width
-    return value
+    """Radius of a single-token rule: most steps accept few tokens, only the others are looked at in full."""
+    if torch.compiler.is_compiling() or head.num_kept <= _NEAR:
+        return _whole(head, rule, rule.threshold(head), measure)
+    near = Head(
+        head.ids[:, :_NEAR], head.gap[:, :_NEAR].contiguous(), head.lse_gap, head.vocab_size, head.entropy
+    )
+    theta = rule.threshold(head if isinstance(rule, TopM) and rule.m > _NEAR else near)
+    count = rule.num_accepted(near, theta)
+    rejected = near.gap.gather(-1, count.clamp_max(_NEAR - 1).unsqueeze(-1)).squeeze(-1)
+    endless = torch.isinf(rejected) if measure == "reverse" else None
+    value = _pooled(near.gap, head.lse_gap, rejected, endless, measure)
+    rows = (count == _NEAR).nonzero().squeeze(-1)
+    if not len(rows):
+        return value
+    ids = head.ids[:1].expand(len(rows), -1)  # nobody asks for them, and copying them would cost the most
+    far = Head(ids, head.gap.index_select(0, rows), head.lse_gap[rows], head.vocab_size)
+    return value.index_put((rows,), _whole(far, rule, theta[rows], measure))
 
 
-def _relaxed(
-    gap: Float[Tensor, "N K"],
-    lse_gap: Float[Tensor, " N"],
-    vocab_size: int,
-    theta: Float[Tensor, " N"],
-    num_accepted: Int[Tensor, " N"],
-    measure: Measure,
+def _whole(
+    head: Head, rule: SingleTokenRule, theta: Float[Tensor, " N"], measure: Measure
 ) -> Float[Tensor, " N"]:
-    """Radius from the accepted entries of a head and the first rejected one.
+    """Radius from all that the head keeps.
 
     When every token of the head is accepted the best rejected one lies outside it. Its probability is at most
     the last one kept, the tail mass and the threshold. The radius falls as that probability grows, and grows
     with the accepted set, so pooling the virtual token with the accepted tokens kept gives a lower bound
     (docs/theory.md §7).
     """
-    k = gap.shape[-1]
-    rejected = gap.gather(-1, num_accepted.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
-    endless = theta < -HEAD_TIE  # rows of infinite radius
-    unseen = num_accepted == k
-    if k == vocab_size:
+    gap, lse_gap, k = head.gap, head.lse_gap, head.num_kept
+    count = rule.num_accepted(head, theta)
+    rejected = gap.gather(-1, count.clamp_max(k - 1).unsqueeze(-1)).squeeze(-1)
+    endless = theta < -HEAD_TIE
+    unseen = count == k
+    if k == head.vocab_size:
         endless = endless | unseen
-    elif torch.compiler.is_compiling() or bool(unseen.any()):
-        mass = torch.minimum(theta, tail_mass(gap, lse_gap, vocab_size) + _TAIL_SLACK).clamp_min(0.0)
-        rejected = torch.where(unseen, torch.maximum(-mass.log() - lse_gap, gap[..., -1]), rejected)
+    elif torch.compiler.is_compiling():
+        rejected = torch.where(unseen, _virtual(gap, lse_gap, head.vocab_size, theta), rejected)
+    elif len(rows := unseen.nonzero().squeeze(-1)):
+        made_up = _virtual(gap[rows], lse_gap[rows], head.vocab_size, theta[rows])
+        rejected = rejected.index_put((rows,), made_up)
     if measure == "reverse":  # no finite divergence lifts a token of probability zero
         endless = endless | torch.isinf(rejected)
-    rejected = torch.where(endless, 1.0, rejected)
+    return _pooled(gap, lse_gap, rejected, endless, measure)
+
+
+def _virtual(
+    gap: Float[Tensor, "N K"], lse_gap: Float[Tensor, " N"], vocab_size: int, theta: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """Gap of the most probable token there can be outside the head without being accepted."""
+    mass = torch.minimum(theta, tail_mass(gap, lse_gap, vocab_size) + _TAIL_SLACK).clamp_min(0.0)
+    return torch.maximum(-mass.log() - lse_gap, gap[..., -1])
+
+
+def _pooled(
+    gap: Float[Tensor, "N K"],
+    lse_gap: Float[Tensor, " N"],
+    rejected: Float[Tensor, " N"],
+    endless: Bool[Tensor, " N"] | None,
+    measure: Measure,
+) -> Float[Tensor, " N"]:
+    """Radius from the gap of the best rejected token; +inf on the rows named endless.
+
+    At the radius that token shares its probability with the accepted tokens above their common level. Mostly
+    this is the greedy token alone, however many are accepted; only where the next one kept lies above the
+    level of the pool so far, the pool is looked for among more of them.
+    """
+    if endless is not None:
+        rejected = rejected.masked_fill(endless, 0.0)
     x_rejected = _coordinate(rejected.unsqueeze(-1), measure)[0]
-    value, _ = single_token_pool(_coordinate(gap, measure), x_rejected, (-lse_gap.double()).exp(), measure)
-    return torch.where(endless, torch.inf, value)
+    p0 = (-lse_gap.double()).exp()
+    if torch.compiler.is_compiling():
+        value, _ = single_token_pool(_coordinate(gap, measure), x_rejected, p0, measure)
+    else:
+        value, level = _pair(rejected, x_rejected, p0, measure)
+        rows, done = None, 1
+        for width in (_POOL, gap.shape[-1]):
+            if done >= gap.shape[-1]:
+                break
+            following = gap[:, done] if rows is None else gap[rows, done]
+            more = (following < level).nonzero().squeeze(-1)
+            if not len(more):
+                break
+            rows = more if rows is None else rows[more]
+            wide = _coordinate(gap[:, :width].index_select(0, rows), measure)
+            found, x_level = single_token_pool(wide, x_rejected[rows], p0[rows], measure)
+            level = -x_level if measure == "reverse" else -x_level.log1p()
+            value = value.index_put((rows,), found)
+            done = width
+    return value if endless is None else value.masked_fill(endless, torch.inf)
+
+
+def _pair(
+    rejected: Float[Tensor, " N"], x_rejected: Float[Tensor, " N"], p0: Float[Tensor, " N"], measure: Measure
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Radius of the greedy token and a rejected one, and their level as a gap."""
+    level = 0.5 * x_rejected
+    if measure == "reverse":
+        return divergence(level.unsqueeze(0), -level, level, p0, measure), -level.detach()
+    log_level = level.log1p()
+    if measure == "tv":
+        return p0 * -level, -log_level
+    share, gap = 1 + x_rejected, rejected.double().clamp_max(-LOG_FLOOR)
+    return -(p0 * ((1 + share) * log_level + share * gap)).clamp_max(0.0), -log_level.detach()
 
 
 def _coordinate(gap: Tensor, measure: Measure) -> Tensor:
