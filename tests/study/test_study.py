@@ -158,3 +158,20 @@ def test_the_command_runs_and_resumes(
     assert set(counts["passes"]) >= {"chain-4", "4-ary", "best-first-32"}
     run.main()  # nothing is left to do
     assert len((tmp_path / "results" / "train.jsonl").read_text().splitlines()) == 4
+
+    import analyse
+
+    page = tmp_path / "losses.md"
+    page.write_text("before\n<!-- study 2-layer, large -->\n<!-- end study 2-layer, large -->\nafter\n")
+    paths = {"--results": tmp_path / "results", "--page": page, "--figure": tmp_path / "figure.png"}
+    monkeypatch.setattr(sys, "argv", ["analyse.py", *(str(x) for pair in paths.items() for x in pair)])
+    analyse.main()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    rate = sum(map(sum, counts["covered"][0])) / sum(map(sum, counts["steps"]))
+    groups = json.loads((tmp_path / "results" / "summary.json").read_text())["groups"]
+    shown = [groups[f"2-layer, {b}"]["losses"]["ce"]["coverage@1"]["rate"] for b in ("small", "large")]
+    assert shown[0]["value"] == pytest.approx(rate)
+    assert f"| ce | {shown[1]['value']:.3f} |" in text
