@@ -39,6 +39,7 @@ from certdraft.decoding.results import DecodeResult as DecodeResult
 from certdraft.decoding.results import Round as Round
 from certdraft.decoding.results import acceptance_length as acceptance_length
 from certdraft.decoding.target import TargetRunner as TargetRunner
+from certdraft.decoding.target import context_limit as context_limit
 from certdraft.decoding.target import device_name as device_name
 from certdraft.decoding.target import fingerprint as fingerprint
 from certdraft.decoding.tree import NodeStream as NodeStream

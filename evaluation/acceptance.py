@@ -29,6 +29,7 @@ from certdraft.certificates import (
     Typical,
 )
 from certdraft.evaluation.calibration import Calibration
+from certdraft.evaluation.features import TargetFeatures
 from certdraft.evaluation.reading import (
     DrafterLike,
     OnlineTarget,
@@ -170,6 +171,7 @@ def measure_acceptance(
     tie_gap: float = 1e-3,
     max_documents: int | None = None,
     tokens_per_batch: int = 2048,
+    features: TargetFeatures | None = None,
 ) -> Acceptance:
     """Measure a drafter along a trace, teacher-forced.
 
@@ -185,6 +187,7 @@ def measure_acceptance(
             counts as a numerical tie: other kernels or dtypes may resolve it otherwise.
         max_documents: read only the first so many documents.
         tokens_per_batch: tokens per drafter pass.
+        features: for a drafter that reads the target's layers; see `features_for`.
 
     Returns:
         Counts; `summary()` is the JSON form.
@@ -194,7 +197,7 @@ def measure_acceptance(
         ValueError: no counted step, vocabularies differ, or NaN logits.
     """
     rules, widths = tuple(rules), tuple(widths)
-    counts = _Counts(rules, widths, top_m, tie_gap)
+    counts = _Counts(rules, widths, top_m, tie_gap, features)
     online = None if target is None else OnlineTarget(target)
     documents = len(trace) if max_documents is None else min(max_documents, len(trace))
     for first, rows in batches(trace, documents, tokens_per_batch):
@@ -220,8 +223,16 @@ def measure_acceptance(
 class _Counts:
     """Accumulates over documents; see `Acceptance` for the shapes."""
 
-    def __init__(self, rules: tuple[Rule, ...], widths: tuple[int, ...], top_m: int, tie_gap: float) -> None:
+    def __init__(
+        self,
+        rules: tuple[Rule, ...],
+        widths: tuple[int, ...],
+        top_m: int,
+        tie_gap: float,
+        features: TargetFeatures | None,
+    ) -> None:
         self.rules, self.widths, self.top_m, self.tie_gap = rules, widths, top_m, tie_gap
+        self.features = features
         self.steps: list[ndarray] = []
         self.certified: list[ndarray] = []
         self.realised: list[ndarray] = []
@@ -242,7 +253,7 @@ class _Counts:
         steps = np.zeros(shape, dtype=np.int64)
         certified, realised = (np.zeros((*shape, len(self.rules)), dtype=np.int64) for _ in range(2))
         covered = np.zeros((*shape, len(self.widths)), dtype=np.int64)
-        for seen, where, changed in joined_steps(drafter, target, rows):
+        for seen, where, changed in joined_steps(drafter, target, rows, self.features):
             self.greedy_changed += changed
             margin = seen.margin.cpu().numpy()
             bucket = np.clip(np.searchsorted(MARGIN_EDGES, margin, "right") - 1, 0, shape[1] - 1)

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from certdraft.decoding import DecodeResult, TargetRunner, TreeBuilder, decode, device_name, greedy
-from certdraft.evaluation.lengths import Lengths, ranks_of
+from certdraft.evaluation.features import features_for
+from certdraft.evaluation.lengths import Lengths, fresh, members, ranks_of
 from certdraft.evaluation.reading import Document
 from certdraft.evaluation.statistics import compare_ratios, pooled_ratio
 
@@ -76,9 +78,13 @@ class Benchmark:
         }
 
     def _method(self, t: Timings, seed: int) -> dict[str, Any]:
-        total = sum(t.seconds)
+        total, lengths = sum(t.seconds), t.lengths.summary(seed)
         return {
-            **t.lengths.summary(seed),
+            **lengths,
+            "groups": [
+                {**row, **self._group(t, at, seed)}
+                for row, at in zip(lengths["groups"], members(t.lengths.groups).values(), strict=True)
+            ],
             "equal_texts": len(t.seconds) - len(t.differing),
             "differing": t.differing,
             "tokens_per_s": vars(pooled_ratio(t.tokens, t.seconds, seed=seed)),
@@ -94,6 +100,13 @@ class Benchmark:
                 "prefill": t.prefill_s / total,
             },
             "fallbacks": t.fallbacks,
+        }
+
+    def _group(self, t: Timings, at: Sequence[int], seed: int) -> dict[str, Any]:
+        mine, plain = ((np.array(x.tokens)[at], np.array(x.seconds)[at]) for x in (t, self.plain))
+        return {
+            "tokens_per_s": vars(pooled_ratio(*mine, seed=seed)),
+            "speedup": vars(compare_ratios(mine, plain, "ratio", seed=seed)),
         }
 
 
@@ -123,19 +136,29 @@ def benchmark(
     Returns:
         Timings, rounds and comparisons.
     """
-    runner = TargetRunner(target)
     plain = Timings()
     methods = {(d, b): Timings() for d in drafters for b in builders}
-    found = Benchmark(plain, methods, device_name(runner.device))
+    features = {name: features_for(drafter, target) for name, drafter in drafters.items()}
+    runners = {name: found.runner if found else TargetRunner(target) for name, found in features.items()}
+    alone = TargetRunner(target)
+    made = {(d, b): fresh(builders[b]) for d, b in methods}
+    found = Benchmark(plain, methods, device_name(alone.device))
     order: list[tuple[str, str] | None] = [None, *methods]
+
+    def run(key: tuple[str, str] | None, prompt: list[int], tokens: int) -> _Decoded:
+        if key is None:
+            return _run(alone, None, None, prompt, tokens)
+        return _run(runners[key[0]], drafters[key[0]], made[key], prompt, tokens)
+
     for document in documents[:warmup]:
         for key in order:
-            _run(runner, drafters, builders, key, document.prompt, min(8, len(document.text)))
+            run(key, document.prompt, min(8, len(document.text)))
+    made.update({key: fresh(builder) for key, builder in made.items()})  # the warm-up taught them something
     for index, document in enumerate(documents):
         turn = index % len(order)
-        results: dict[tuple[str, str] | None, tuple[list[int], float, DecodeResult | None]] = {}
+        results: dict[tuple[str, str] | None, _Decoded] = {}
         for key in order[turn:] + order[:turn]:
-            results[key] = _run(runner, drafters, builders, key, document.prompt, len(document.text))
+            results[key] = run(key, document.prompt, len(document.text))
             progress()
         reference, seconds, _ = results[None]
         plain.seconds.append(seconds)
@@ -153,28 +176,30 @@ def benchmark(
             timings.fallbacks += result.fallbacks
             if tokens != reference:
                 timings.differing.append(_difference(index, reference, tokens, document))
-            ranks = ranks_of(drafters[key[0]], document.prompt, result)
+            ranks = ranks_of(drafters[key[0]], document.prompt, tokens, features[key[0]])
             lead = document.lead if tokens == document.text else [float("inf")] * len(tokens)
-            timings.lengths.add(result.rounds, ranks, lead, top_m, tie_gap)
+            timings.lengths.add(result.rounds, ranks, lead, top_m, tie_gap, document.groups)
     return found
+
+
+_Decoded = tuple[list[int], float, DecodeResult | None]
 
 
 def _run(
     runner: TargetRunner,
-    drafters: Mapping[str, Any],
-    builders: Mapping[str, TreeBuilder],
-    key: tuple[str, str] | None,
+    drafter: Any,
+    builder: TreeBuilder | None,
     prompt: list[int],
     max_new_tokens: int,
-) -> tuple[list[int], float, DecodeResult | None]:
-    """Tokens, wall-clock seconds, and the rounds; `key` None is plain decoding."""
+) -> _Decoded:
+    """Tokens, wall-clock seconds, and the rounds; without a builder it is plain decoding."""
     _wait(runner)
     start = time.perf_counter()
     result = None
-    if key is None:
+    if builder is None:
         tokens = greedy(runner, prompt, max_new_tokens)
     else:
-        result = decode(runner, drafters[key[0]], prompt, builders[key[1]], max_new_tokens=max_new_tokens)
+        result = decode(runner, drafter, prompt, builder, max_new_tokens=max_new_tokens)
         tokens = result.tokens
     _wait(runner)
     return tokens, time.perf_counter() - start, result

@@ -18,6 +18,7 @@ from certdraft.certificates import Rule
 from certdraft.decoding import BestFirst, Chain, TargetRunner, TreeBuilder
 from certdraft.evaluation.acceptance import DEFAULT_RULES, Acceptance, measure_acceptance
 from certdraft.evaluation.bench import Benchmark, benchmark
+from certdraft.evaluation.features import features_for
 from certdraft.evaluation.lengths import Lengths, replay_lengths
 from certdraft.evaluation.reading import Document, TraceLike, greedy_documents
 from certdraft.evaluation.statistics import compare_ratios
@@ -104,7 +105,7 @@ def evaluate(
     *,
     builders: Sequence[TreeBuilder] | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
-    prompts: int = 32,
+    prompts: int | None = 32,
     replay_documents: int | None = 256,
     max_documents: int | None = None,
     max_new_tokens: int | None = None,
@@ -119,10 +120,10 @@ def evaluate(
     Args:
         drafters: name → drafter in eval mode; the first is the baseline of the comparisons.
         trace: the target's, held out from training.
-        target: the target itself; None skips real decoding.
+        target: the target itself; None skips real decoding, and refuses drafters that read its layers.
         builders: draft trees; None is a chain of 4 and a best-first tree of 16 nodes.
         rules: acceptance rules to certify and apply.
-        prompts: prompts decoded for real, spread over the trace.
+        prompts: prompts decoded for real, spread over the trace; None = all.
         replay_documents: documents replayed for τ, spread over the trace; None = all.
         max_documents: documents read for acceptance, from the first; None = all.
         max_new_tokens: cut continuations to this length.
@@ -147,6 +148,7 @@ def evaluate(
             "exact_kl recomputes the target's distributions, so it needs the target; give one or drop it"
         )
     trees = default_builders() if builders is None else labelled(builders)
+    features = {name: features_for(drafter, target) for name, drafter in drafters.items()}
     texts = greedy_documents(trace, replay_documents, max_new_tokens)
     acceptance: dict[str, Acceptance] = {}
     lengths: dict[str, dict[str, Lengths]] = {}
@@ -161,10 +163,13 @@ def evaluate(
             top_m=top_m,
             tie_gap=tie_gap,
             max_documents=max_documents,
+            features=features[name],
         )
     tick = _ticker("replay", len(drafters) * len(texts), progress)
     for name, drafter in drafters.items():
-        lengths[name] = replay_lengths(drafter, texts, trees, top_m=top_m, tie_gap=tie_gap, progress=tick)
+        lengths[name] = replay_lengths(
+            drafter, texts, trees, top_m=top_m, tie_gap=tie_gap, features=features[name], progress=tick
+        )
     bench = None
     if target is not None:
         decoded = greedy_documents(trace, prompts, max_new_tokens)
@@ -203,6 +208,7 @@ def _data(
             "documents": len(trace),
             "replayed": len(texts),
             **{n: getattr(meta, n) for n in names if getattr(meta, n, None) is not None},
+            **_left_out(trace),
         },
         "drafters": {
             name: {
@@ -259,6 +265,12 @@ def _compare(
             row["ratio"] = vars(compare_ratios(a, b, "ratio", seed=seed))
         rows.append(row)
     return rows
+
+
+def _left_out(trace: TraceLike) -> dict[str, Any]:
+    """Prompts that a prompts file holds and the report does not, by reason."""
+    skipped = getattr(getattr(trace, "accounting", None), "skipped", None)
+    return {"left_out": {reason: skip.count for reason, skip in skipped.items()}} if skipped else {}
 
 
 def _parameters(drafter: Any) -> int | None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from certdraft.data import load_tokenizer, tokenizer_fingerprint
 from certdraft.drafters import CausalDrafter, Drafter, load_drafter, read_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Vocabulary(Protocol):
@@ -66,7 +69,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load_checked(path: str, vocabulary: Vocabulary, device: torch.device, dtype: str) -> Drafter:
+def load_checked(
+    path: str,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    dtype: str,
+    target: PreTrainedModel | None = None,
+) -> Drafter:
     """A drafter on its device, once its tokenizer is known to be the target's.
 
     Args:
@@ -74,6 +83,7 @@ def load_checked(path: str, vocabulary: Vocabulary, device: torch.device, dtype:
         vocabulary: what its token ids must mean.
         device: where its weights go.
         dtype: of its weights.
+        target: the target on that device; drafters that read its layers and embeddings need it.
 
     Raises:
         FileNotFoundError: no such drafter.
@@ -85,10 +95,9 @@ def load_checked(path: str, vocabulary: Vocabulary, device: torch.device, dtype:
     vocabulary.check_tokenizer(fingerprint, f"that of the drafter {path},")
     wanted: Any = None if dtype == "float16" else dtype
     if exported:
-        drafter = load_drafter(path, dtype=wanted)
-    else:
-        drafter = CausalDrafter(pretrained=path, dtype=wanted)
-        drafter.build(vocabulary.vocab_size)
+        return load_drafter(path, target=target, dtype=wanted).to(device).eval()
+    drafter = CausalDrafter(pretrained=path, dtype=wanted)
+    drafter.build(vocabulary.vocab_size)
     return drafter.to(device).eval()
 
 

@@ -66,7 +66,7 @@ def run_profile(
     model = load_target(target, revision=revision, dtype=getattr(torch, dtype), device=where)
     fingerprint = tokenizer_fingerprint(load_tokenizer(target, revision=revision))
     vocabulary = TargetVocabulary(target, model.get_output_embeddings().weight.shape[0], fingerprint)
-    loaded = load_checked(drafter, vocabulary, where, dtype)
+    loaded = load_checked(drafter, vocabulary, where, dtype, model)
     runner = TargetRunner(model, loaded.taps)
     cost = profile(runner, loaded, contexts, nodes, repeats=repeats, seed=seed, progress=show_progress)
     cost.save(path)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from certdraft.certificates import Head
 from certdraft.data import LogitHead
+from certdraft.evaluation.features import TargetFeatures
 from certdraft.evaluation.views import JoinedSteps
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ class DrafterLike(Protocol):
         input_ids: Int[Tensor, "R T"],
         position_ids: Int[Tensor, "R T"],
         document_ids: Int[Tensor, "R T"],
+        features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T H"]:
-        """Last hidden states; tokens attend within equal document ids, -1 is padding."""
+        """Last hidden states; tokens attend within equal document ids, -1 is padding. Drafters that read
+        nothing but tokens need not take features."""
         ...
 
     def head(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
@@ -104,9 +107,18 @@ class OnlineTarget:
 
 
 def joined_steps(
-    drafter: DrafterLike, target: OnlineTarget | None, rows: list[TraceRowLike]
+    drafter: DrafterLike,
+    target: OnlineTarget | None,
+    rows: list[TraceRowLike],
+    features: TargetFeatures | None = None,
 ) -> Iterator[tuple[JoinedSteps, Int[Tensor, "N 2"], int]]:
     """Both models at the counted steps of some documents, in chunks of bounded memory.
+
+    Args:
+        drafter: reads whole documents.
+        target: recomputes the target's distributions; None uses the recorded heads.
+        rows: the documents.
+        features: what a drafter that reads the target's layers is given.
 
     Yields:
         The steps, their (row, position), and at how many the recomputed greedy token is not the recorded one.
@@ -121,7 +133,8 @@ def joined_steps(
     device = _device_of(drafter)
     ids, document = ids.to(device), document.to(device)
     position = torch.arange(length, device=device).expand_as(ids).contiguous()
-    ours = drafter.hidden(ids, position, document)
+    given = () if features is None else (features.padded(rows, length).to(device),)
+    ours = drafter.hidden(ids, position, document, *given)
     theirs = None if target is None else target.hidden(ids, document >= 0)
     recorded = concatenate([r.head[torch.as_tensor(r.loss_mask, dtype=torch.bool)] for r in rows]).to(device)
     where = mask.nonzero()  # [N, 2]: row, position
@@ -212,11 +225,13 @@ class Document:
         prompt: token ids, at least one.
         text: the continuation, at least one token.
         lead: nats between the target's greedy token and its runner-up, at each token of `text`.
+        groups: what else its numbers are pooled by: prompts file, category.
     """
 
     prompt: list[int]
     text: list[int]
     lead: list[float]
+    groups: tuple[str, ...] = ()
 
 
 def greedy_documents(
@@ -246,7 +261,8 @@ def greedy_documents(
         lead = (
             row.head.gap[start:stop, 1].tolist() if row.head.num_kept > 1 else [float("inf")] * (stop - start)
         )
-        found.append(Document(ids[: start + 1], ids[start + 1 : stop + 1], lead))
+        groups = getattr(row, "groups", ())
+        found.append(Document(ids[: start + 1], ids[start + 1 : stop + 1], lead, groups))
     if not found:
         raise ValueError(
             f"none of {len(trace)} documents holds a greedy continuation of the target, so no acceptance "

@@ -1,6 +1,6 @@
 """The joined view: certified steps are accepted, counts are those of a plain loop, rounds by hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -273,8 +273,14 @@ def test_depths_and_causes_by_hand() -> None:
     assert found.reached == [4, 1, 1]
     assert found.accepted == [2, 1, 0]
     assert found.rejections == {
-        "rounds": 4, "rejected": 3, "numerical_tie": 1, "not_in_tree": 1, "not_in_top_m": 1
+        "rounds": 4, "rejected": 3, "numerical_tie": 1, "not_in_tree": 1, "not_in_top_m": 1, "unknown": 0
     }  # fmt: skip
+    blind = Lengths()
+    blind.add(rounds, [], lead, top_m=4, tie_gap=1e-3)  # a drafter whose ranks nobody knows
+    assert (blind.rejections["rejected"], blind.rejections["unknown"]) == (3, 2)
+    knows = [replace(r, bonus_rank=rank) for r, rank in zip(rounds, (9, 0, 0, None), strict=True)]
+    blind.add(knows, [], lead, top_m=4, tie_gap=1e-3)
+    assert (blind.rejections["unknown"], blind.rejections["not_in_top_m"]) == (2, 1)
     summary = found.summary()
     assert summary["tau"]["value"] == pytest.approx(7 / 4)
     assert summary["nodes_per_pass"] == pytest.approx(10 / 4)

@@ -163,9 +163,10 @@ def test_the_report_keeps_its_schema(report: EvaluationReport) -> None:
     assert list(entry["acceptance"]) == (
         "documents steps greedy_changed violations kl rules coverage calibration rejections".split()
     )
-    assert list(entry["lengths"]["chain(depth=3)"]) == (
-        "prompts tokens target_passes tau per_request_mean nodes_per_pass depths rejections".split()
+    keys = (
+        "prompts tokens target_passes tau per_request_mean nodes_per_pass depths rejections promises groups"
     )
+    assert list(entry["lengths"]["chain(depth=3)"]) == keys.split()
     assert list(entry["lengths"]["chain(depth=3)"]["tau"]) == (
         "value low high confidence method prompts".split()
     )
@@ -197,7 +198,8 @@ def test_the_page_is_self_contained_and_shows_the_numbers(report: EvaluationRepo
     assert f"{tau['value']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}]" in text
     assert "not lossless" not in text
     assert {p.name for p in tmp_path.glob("*.png")} == {
-        "acceptance-length.png", "certified-realised.png", "coverage.png", "depth.png", "calibration.png"
+        "acceptance-length.png", "certified-realised.png", "coverage.png", "depth.png", "calibration.png",
+        "promises.png", "time.png"
     }  # fmt: skip
     table = headline_table(report.data)
     assert [row[0] for row in table.rows] == ["random", "noisy", "perfect"]
