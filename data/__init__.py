@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         embedded_target_path,
         load_target,
         load_tokenizer,
+        target_config,
         tokenizer_fingerprint,
     )
     from certdraft.data.tasks import Problem, load_problems, split_problems
@@ -58,7 +59,13 @@ _LATE = {
     "server": ("Server", "ServerError"),
     "shards": ("RecordingError",),
     "stdlib": ("Document", "standard_library"),
-    "targets": ("embedded_target_path", "load_target", "load_tokenizer", "tokenizer_fingerprint"),
+    "targets": (
+        "embedded_target_path",
+        "load_target",
+        "load_tokenizer",
+        "target_config",
+        "tokenizer_fingerprint",
+    ),
     "tasks": ("Problem", "load_problems", "split_problems"),
     "tasks_arithmetic": ("arithmetic",),
     "tasks_module": ("ArithmeticDataModule", "ProblemBatch", "ProblemDataModule"),
@@ -117,6 +124,7 @@ __all__ = [
     "run_python",
     "split_problems",
     "standard_library",
+    "target_config",
     "tokenizer_fingerprint",
     "verify",
     "verify_all",

@@ -47,6 +47,9 @@ COMMANDS = {
     "compare": Command("certdraft.evaluation.compare:compare", "runs and reports side by side on one page"),
     "publish": Command("certdraft.evaluation.publish:publish", "a report and an export as a W&B run"),
     "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
+    "lint": Command(
+        "certdraft.train.export:lint", "check an exported folder before an engine reads it wrongly"
+    ),
     "reproduce": Command(
         "certdraft.train.record:reproduce", "run a run again from its own record, and compare the weights"
     ),

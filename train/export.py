@@ -7,17 +7,18 @@ from typing import Any, Literal
 
 import torch
 import yaml
+from torch import Tensor
 
-from certdraft.data import load_tokenizer
-from certdraft.drafters import CardFacts, CausalDrafter, export
+from certdraft.data import load_target, load_tokenizer, target_config
+from certdraft.drafters import BlockDrafter, CardFacts, CausalDrafter, EagleDrafter, export, lint_export
 from certdraft.train.module import DrafterModule
 
 
 def export_run(
     run: str,
     out: str,
-    format: str = "transformers",
-    draft_length: int = 4,
+    format: str | None = None,
+    draft_length: int | None = None,
     name: str | None = None,
     license: str | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
@@ -31,8 +32,10 @@ def export_run(
     Args:
         run: run folder (its best checkpoint, or its last), or a checkpoint file.
         out: folder to create.
-        format: "transformers".
-        draft_length: draft tokens per round, written where engines read it.
+        format: "transformers" (causal and block drafters), "eagle3", "dflash" or "speculators" (EAGLE heads
+            and block drafters); the one that most engines read when not given.
+        draft_length: draft tokens per round, written where engines read it; when not given 4, or a whole
+            block.
         name: what to call the drafter; the folder's name when not given.
         license: SPDX identifier of the drafter's weights.
         dtype: of the weights in the file; the drafter's when not given.
@@ -48,13 +51,37 @@ def export_run(
     """
     checkpoint = find(run)
     module, content = load_module(checkpoint)
-    card = card_facts(module, content, name, license)
+    card, drafter = card_facts(module, content, name, license), module.drafter
+    if draft_length is None:
+        draft_length = drafter.config.block_size - 1 if isinstance(drafter, BlockDrafter) else 4
     folder = export(
-        module.drafter, out, format, tokenizer=load_tokenizer(card.target), draft_length=draft_length,
+        drafter, out, format, tokenizer=load_tokenizer(card.target), draft_length=draft_length,
         card=card, dtype=dtype, adapter=adapter, overwrite=overwrite,
     )  # fmt: skip
     print(f"exported {checkpoint} to {folder}")
+    for finding in lint_export(folder):
+        print(f"  {finding}")
     return folder
+
+
+def lint(path: str, target: str | None = None) -> None:
+    """Check the files of an exported drafter against every rule that engines rely on.
+
+    Args:
+        path: folder with config.json and safetensors: a causal LM, an EAGLE-3 head or a DFlash drafter, in
+            any layout, whoever wrote it.
+        target: folder of the target, or its config.json; checks the pair too.
+
+    Raises:
+        FileNotFoundError: no such folder, or files missing.
+        ValueError: an engine would refuse the folder, or draft badly with it.
+    """
+    findings = lint_export(path, target)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    said = "\n".join(f"  {finding}" for finding in findings)
+    if errors:
+        raise ValueError(f"{path} breaks {len(errors)} rule{'s' * (len(errors) > 1)}:\n{said}")
+    print(f"{path}: no error" + (f"\n{said}" if said else ""))
 
 
 def find(run: str | Path) -> Path:
@@ -96,12 +123,26 @@ def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
     module = instantiate(yaml.safe_load(facts["config"])["model"])
     if not isinstance(module, DrafterModule):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, not a drafter")
-    if isinstance(module.drafter, CausalDrafter):
-        module.drafter.init_from_target = False  # the trained weights follow
-        module.drafter.build(facts["target"]["vocab_size"])
+    _build(module, facts["target"], content["state_dict"])
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     return module.eval(), content
+
+
+def _build(module: DrafterModule, target: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """The network that the checkpoint's weights fit; they follow."""
+    drafter, vocab_size, name = module.drafter, target["vocab_size"], target["target"]
+    if isinstance(drafter, CausalDrafter):
+        drafter.init_from_target = False
+        drafter.build(vocab_size)
+    elif isinstance(drafter, EagleDrafter | BlockDrafter):
+        model = load_target(name, revision=target["target_revision"])
+        if isinstance(drafter, EagleDrafter):
+            member = state.get("drafter.t2d")  # as counts, it chooses the same draft vocabulary again
+            drafter.build(vocab_size, model, None if member is None else member.long())
+        else:
+            spare = max(load_tokenizer(name).get_vocab().values()) + 1  # as training chose it
+            drafter.build(vocab_size, model, spare if spare < vocab_size else None)
 
 
 def instantiate(settings: dict[str, Any]) -> Any:
@@ -132,8 +173,12 @@ def card_facts(
         "batch": f"{data['batch_size']} rows of {data['seq_len']} tokens per device",
         "learned tokens in the trace": target["num_counted"],
     }
+    architectures = None
+    if isinstance(module.drafter, EagleDrafter | BlockDrafter):
+        architectures = target_config(target["target"], revision=target["target_revision"]).architectures
     return CardFacts(
         target=target["target"],
+        target_architecture=architectures[0] if architectures else None,
         target_vocab_size=target["vocab_size"],
         tokenizer_fingerprint=target["tokenizer_fingerprint"],
         target_revision=target["target_revision"],
