@@ -231,6 +231,8 @@ class DrafterModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         frozen = self._frozen()
+        if "state_dict" not in checkpoint:  # sharded: the strategy reads each device's part itself
+            return
         if missing := self.state_dict().keys() - frozen - checkpoint["state_dict"].keys():
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} of the drafter's trained weights, {min(missing)} for "

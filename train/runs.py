@@ -75,14 +75,9 @@ def run_folder(checkpoint: str | os.PathLike[str]) -> Path | None:
 
 def saved_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """The resolved settings a checkpoint was trained with; empty when nobody wrote them down."""
-    import torch
-
     if folder := run_folder(checkpoint):
         return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if Path(checkpoint).is_file():
-        content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-        return yaml.safe_load(content.get("certdraft", {}).get("config", "")) or {}
-    return {}
+    return yaml.safe_load(_content(checkpoint).get("certdraft", {}).get("config", "")) or {}
 
 
 def differences(
@@ -109,12 +104,17 @@ def differences(
 
 
 def step_of(checkpoint: str | os.PathLike[str]) -> int:
-    """Optimiser steps a checkpoint has behind it; 0 for a sharded one, which does not say."""
+    """Optimiser steps a checkpoint has behind it."""
+    return int(_content(checkpoint).get("global_step", 0))
+
+
+def _content(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a checkpoint holds, weights aside where it is sharded; empty where nothing is."""
     import torch
 
-    if not Path(checkpoint).is_file():
-        return 0
-    return int(torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["global_step"])
+    path = Path(checkpoint)
+    file = path / "meta.pt" if path.is_dir() else path  # FSDP2 writes a folder
+    return torch.load(file, weights_only=True, map_location="cpu", mmap=True) if file.is_file() else {}
 
 
 def refuse_changed(

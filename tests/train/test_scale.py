@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,3 +67,45 @@ def test_accumulation_over_processes(plain: dict[str, Any], write: Write) -> Non
     losses(plain, write, "parts", **several)
     for name, value in weights(plain, "whole").items():
         torch.testing.assert_close(weights(plain, "parts")[name], value, atol=2e-6, rtol=1e-4)
+
+
+def run_as_command(
+    settings: dict[str, Any], write: Write, name: str, *more: str, returncode: int = 0
+) -> Path:
+    """The run's folder; other processes are started by Lightning, from the command line."""
+    folder = Path(settings["runs_dir"]) / name
+    config = write({**settings, "runs_dir": str(folder)}, f"{name}.yaml")
+    command = [Path(sys.executable).with_name("certdraft"), "fit", "--config", config, *more]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == returncode, done.stderr
+    return next(folder.rglob("metrics.csv")).parent
+
+
+def logged(run: Path) -> list[float]:
+    rows = csv.DictReader((run / "metrics.csv").read_text().splitlines())
+    return [float(row["train/loss_nats"]) for row in rows if row["train/loss_nats"]]
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_like_one_process(plain: dict[str, Any], write: Write) -> None:
+    """Two processes with half of the weights each; and it goes on from its sharded checkpoint."""
+    alone = losses(plain, write, "alone")
+    plain["data"]["batch_size"] //= 2
+    strategy = {
+        "class_path": "pytorch_lightning.strategies.ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},
+    }
+    plain["trainer"] |= {"devices": 2, "strategy": strategy}
+    fault = {"class_path": "faults.Signal", "init_args": {"number": 9, "step": 5}}
+    killed = {
+        **plain,
+        "trainer": plain["trainer"] | {"callbacks": [fault]},
+        "checkpoint": {"every_n_train_steps": 3},
+    }
+    run_as_command(killed, write, "both", returncode=-9)
+    run = run_as_command(
+        {**plain, "checkpoint": {"every_n_train_steps": 3}}, write, "both", "--ckpt_path", "last"
+    )
+    assert (run / "checkpoints" / "last.ckpt").is_dir()
+    assert logged(run) == pytest.approx(alone, abs=1e-5)
