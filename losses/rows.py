@@ -32,6 +32,8 @@ from certdraft.losses.target import TargetBatch
 
 Gradient = tuple[Tensor, Tensor | None]
 
+_TILE = 1 << 17  # entries of a few rows that stay in a CPU's cache from one operation to the next
+
 
 def forward_kl_(
     logits: Float[Tensor, "C V"],
@@ -47,13 +49,18 @@ def forward_kl_(
         coefficient: what each step's loss is multiplied with; None when no gradient is wanted.
         dtype: of the gradient.
     """
-    logq = torch.log_softmax(logits, -1, out=logits)
-    logp = torch.log_softmax(target_logits, -1, out=target_logits)
-    p = logp.exp()
-    value = torch.linalg.vecdot(p, logp.sub_(logq))
-    if coefficient is None:
-        return value, None
-    return value, logq.exp_().sub_(p).mul_(coefficient[:, None]).to(dtype)
+    value = logits.new_empty(len(logits))
+    size = max(1, _TILE // logits.shape[-1]) if logits.device.type == "cpu" else max(len(logits), 1)
+    p = logits.new_empty(min(size, len(logits)), logits.shape[-1])
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
+        logq = torch.log_softmax(logits[rows], -1, out=logits[rows])
+        logp = torch.log_softmax(target_logits[rows], -1, out=target_logits[rows])
+        torch.exp(logp, out=p[: len(logp)])
+        value[rows] = torch.linalg.vecdot(p[: len(logp)], logp.sub_(logq))
+        if coefficient is not None:
+            logq.exp_().sub_(p[: len(logp)]).mul_(coefficient[rows, None])
+    return value, None if coefficient is None else logits.to(dtype)
 
 
 def joined_(
@@ -111,7 +118,7 @@ def row_work(
     """
     view = loss.view(rows.target)
     if view == "full" and type(loss) is ForwardKL and rows.target.has_full:
-        result = kernels.forward_kl_(logits, rows.logits(), coefficient, dtype)
+        result = kernels.forward_kl_(logits, rows.logits().to(logits.dtype), coefficient, dtype)
         rows.used()
         return result
     if view == "full" and isinstance(loss, Mixture):

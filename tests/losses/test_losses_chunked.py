@@ -206,7 +206,7 @@ def test_chunk_rule():
     assert L.auto_chunk_tokens(151_936, "cuda") == 1024
     assert L.auto_chunk_tokens(32_000, "cuda") == 2048
     assert L.auto_chunk_tokens(10_000_000, "cuda") == 512
-    assert L.auto_chunk_tokens(32_000, "cpu") == 262
+    assert L.auto_chunk_tokens(32_000, "cpu") == 196
     assert L.auto_chunk_tokens(10_000_000, "cpu") == 32
 
 
