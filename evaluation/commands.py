@@ -32,8 +32,8 @@ def run_evaluate(
     out: str,
     drafters: dict[str, str],
     trace: str | None = None,
-    prompts_files: list[str] | None = None,
     target: str | None = None,
+    prompts_files: list[str] | None = None,
     revision: str | None = None,
     builders: list[TreeBuilder] | None = None,
     prompts: int = 32,
@@ -57,8 +57,8 @@ def run_evaluate(
         out: new folder for report.html, report.json, tables.md and figures.
         drafters: name → exported folder or hub name; the first is the baseline of the comparisons.
         trace: folder of a trace that no drafter was trained on.
-        prompts_files: jsonl files of questions, instead of a trace; they need the target.
         target: "embedded", a local folder or a hub name; decoded for real. Without it nothing is timed.
+        prompts_files: jsonl files of questions, instead of a trace; they need the target.
         revision: hub revision of the target.
         builders: draft trees; a chain of 4 and a best-first tree of 16 nodes when not given.
         prompts: prompts decoded for real, spread evenly; of each file when there are prompts files.

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 import certdraft
 from certdraft.data import Recording, load_target, load_tokenizer, open_trace, record_trace
-from certdraft.evaluation import EvaluationReport, run_evaluate
+from certdraft.decoding import BestFirst, Chain, CostAware
+from certdraft.evaluation import EvaluationReport, run_evaluate, run_profile
 from certdraft.train import lightning_cli, runs
 from certdraft.train.export import export_run
 
@@ -28,14 +29,15 @@ def demo(
     out: str = "runs/demo",
     recipe: str | None = None,
     test_rows: int = 48,
-    prompts: int = 12,
+    prompts: int = 10,
     draft_length: int = 4,
 ) -> Path:
     """Record a target, train two drafters on it, certify, decode, export: all of certdraft in minutes.
 
     The embedded target's greedy text is recorded, a drafter is trained with hard cross-entropy and one with
     the certificate-derived default (same steps, same seed, same start), both are exported, loaded again, and
-    compared on text that neither has seen. What an earlier demo finished is used again.
+    compared on text that neither has seen, by chain, by best-first tree and by a tree whose size is what pays
+    on this machine. What an earlier demo finished is used again.
 
     Args:
         out: folder for traces, runs, exports and reports.
@@ -61,7 +63,15 @@ def demo(
         with console.status("exporting"):
             export_run(str(run), str(exports[name]), draft_length=draft_length, name=name, overwrite=True)
 
-    _say(console, 3, "record the test text, and compare both drafters on it")
+    _say(console, 3, "measure what drafting and verifying cost on this machine")
+    cost = folder / "cost.json"
+    target = _recording(runs.run_folder(run) or folder).target
+    run_profile(
+        str(exports["margin-discounted"]), target, str(cost), contexts=[32, 96],
+        nodes=[0, 1, 2, 4, 8, 16, 32], repeats=12, device="cpu", overwrite=True,
+    )  # fmt: skip
+
+    _say(console, 4, "record the test text, and compare both drafters on it")
     recording = _recording(runs.run_folder(run) or folder)
     test = folder / "traces" / "test"
     _record_test(test, recording, test_rows)
@@ -69,14 +79,16 @@ def demo(
     page = run_evaluate(
         str(report), {name: str(path) for name, path in exports.items()}, str(test), recording.target,
         prompts=prompts, replay_documents=2 * prompts, device="cpu", title="certdraft demo",
+        builders=[Chain(4), BestFirst(16, max_depth=8), CostAware(cost, budget=32)],
     )  # fmt: skip
     data = json.loads((report / "report.json").read_text(encoding="utf-8"))
 
-    _say(console, 4, "draft for transformers' own generate() with the exported folder")
+    _say(console, 5, "draft for transformers' own generate() with the exported folder")
     same = assisted_equals_greedy(recording.target, exports["margin-discounted"], test)
 
     out_console = Console(highlight=False)
     out_console.print(table(data))
+    out_console.print(decoders(data))
     out_console.print(_difference(data))
     out_console.print(_verdict(data, same))
     out_console.print(f"report    {page}\nexported  {exports['margin-discounted']}")
@@ -85,23 +97,30 @@ def demo(
 
 
 def table(data: dict[str, Any]) -> Table:
-    """Both drafters side by side: coverage, low-margin coverage, acceptance length, speed-up."""
+    """Both drafters side by side: coverage, low-margin coverage."""
     report = EvaluationReport(data)
     shown = Table(title="held-out text of the embedded target")
-    chain = next(iter(next(iter(data["drafters"].values()))["lengths"]))
-    columns = {
-        "coverage@4": "coverage@4",
-        "coverage@4, margin < 0.1": "low_margin_coverage@4",
-        f"τ {chain}": f"tau/{chain}",
-    }
+    columns = {"coverage@4": "coverage@4", "coverage@4, margin < 0.1": "low_margin_coverage@4"}
     shown.add_column("loss", no_wrap=True)
-    for title in (*columns, "speed-up"):
+    for title in columns:
         shown.add_column(title, justify="right")
     for name in data["drafters"]:
         metrics = report.metrics(name)
-        cells = [f"{metrics[key]:.3f}" if key in metrics else "–" for key in columns.values()]
-        speed = metrics.get(f"speedup/{chain}")
-        shown.add_row(name, *cells, "–" if speed is None else f"{speed:.2f}×")
+        shown.add_row(name, *(f"{metrics[key]:.3f}" if key in metrics else "–" for key in columns.values()))
+    return shown
+
+
+def decoders(data: dict[str, Any]) -> Table:
+    """Chain, tree and cost-aware tree side by side: acceptance length, draft tokens, speed."""
+    bench = data["bench"]
+    shown = Table(title=f"decoding {bench['prompts']} of its prompts, plainly: 1.00×")
+    for title in ("loss", "decoder"):
+        shown.add_column(title, no_wrap=True)
+    for title in ("τ", "draft tokens a pass", "speed-up"):
+        shown.add_column(title, justify="right")
+    for row in bench["methods"]:
+        numbers = [f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}"]
+        shown.add_row(row["drafter"], row["builder"], *numbers, f"{row['speedup']['value']:.2f}×")
     return shown
 
 
@@ -196,4 +215,4 @@ def _verdict(data: dict[str, Any], same: bool) -> str:
 
 
 def _say(console: Console, number: int, text: str) -> None:
-    console.print(f"\n[bold]{number}/4 {text}[/bold]")
+    console.print(f"\n[bold]{number}/5 {text}[/bold]")
