@@ -23,7 +23,7 @@ from certdraft.data.tasks import Problem
 Split = Literal["train", "validation", "test"]
 OPERATORS = ("+", "*")
 IGNORED = -100  # label of a token that is not learned
-_PART = 3  # characters of a part, of its answer and of the mark that follows it: every answer lies equally far
+_PART = 3  # characters of a part, and of its answer with the mark behind it
 
 
 def arithmetic(split: Split, count: int, seed: int = 0, parts: int = 3) -> list[Problem]:
