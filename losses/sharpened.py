@@ -32,7 +32,7 @@ class SharpenedKL(Divergence):
     *When to use.* Where the target's near-ties carry information that hard labels lack (little data, a small
     drafter) and decoding is greedy.
 
-    On a head, the tail's sharpened mass is bounded from above: Σ_tail p^a ≤ p_tail · p_K^(a−1).
+    On a head, the tail's sharpened mass is bounded from above: Σ_tail p^a ≤ p_tail · min(p_tail, p_K)^(a−1).
 
     Args:
         a: exponent, ≥ 1; 1 is `ForwardKL`.

@@ -100,7 +100,7 @@ def accepted_by_rank(ranks: Sequence[int], widths: Sequence[int]) -> Int[ndarray
     alive, accepted = np.ones(len(ranks), bool), np.zeros(len(ranks), np.int64)
     for depth, width in enumerate(widths):
         inside = np.zeros(len(ranks), bool)
-        inside[: len(ranks) - depth] = ranks[depth:] < width
+        inside[: max(len(ranks) - depth, 0)] = ranks[depth:] < width
         alive &= inside
         accepted += alive
     return accepted

@@ -45,6 +45,9 @@ def test_the_bucket_holds_at_least_the_sharpened_tail() -> None:
         torch.testing.assert_close(teacher.sum(-1), torch.ones(len(p), dtype=torch.float64))
         exact = sharpened(p, a).sort(-1, descending=True).values
         assert (teacher[:, -1] >= exact[:, K:].sum(-1) - 1e-7).all()
+        ranked = p.sort(-1, descending=True).values
+        allowed = ranked[:, K:].sum(-1) / ranked[:, 0] * (ranked[:, K - 1] / ranked[:, 0]) ** (a - 1)
+        assert (teacher[:, -1] / teacher[:, 0] <= allowed + 1e-7).all()
         ratio = (teacher[:, :K] / exact[:, :K])[:, :1]  # the kept tokens keep their proportions
         torch.testing.assert_close(teacher[:, :K] / exact[:, :K], ratio.expand(-1, K), rtol=1e-6, atol=1e-9)
 

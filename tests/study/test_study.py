@@ -79,6 +79,9 @@ def test_counting_finds_the_rounds_of_replay(study: ModuleType, sharpness: float
     for widths in cells.STATIC.values():
         rounds = replay(drafter, prompt, text, StaticTree(widths)).rounds
         assert trees.target_passes(trees.accepted_by_rank(ranks, widths)) == len(rounds)
+        short = replay(drafter, prompt, text[:2], StaticTree(widths)).rounds
+        assert trees.target_passes(trees.accepted_by_rank(ranks[:2], widths)) == len(short)
+    assert (trees.pop_orders(drafter, prompt, text[:1]) == 64).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning under a newer torch
