@@ -18,9 +18,9 @@ logits, drafter logits, and the gradients of the drafter's hidden states and out
 | liger kl | online | liger-kernel's `LigerFusedLinearJSDLoss(beta=0)`, if it is installed |
 
 Times: the pieces take turns within a round, and a ratio is that of one round; reported are the median over
-the rounds, the least and the largest. Process time on a CPU, which may be shared; CUDA events on a GPU. Memory:
-growth of the largest resident size of a process of its own on a CPU, of allocated memory on a GPU. Gradient
-error: against float64 from the same bf16 inputs, at an overlap Σ min(p, q) of 0.95.
+the rounds, the least and the largest. Process time on a CPU, which may be shared; CUDA events on a GPU.
+Memory: growth of the largest resident size of a process of its own on a CPU, of allocated memory on a GPU.
+Gradient error: against float64 from the same bf16 inputs, at an overlap Σ min(p, q) of 0.95.
 """
 
 from __future__ import annotations
