@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from certdraft.data.rows import RecordedRow
     from certdraft.data.sandbox import Outcome, run_python
     from certdraft.data.server import Server, ServerError
-    from certdraft.data.shards import RecordingError
+    from certdraft.data.shards import RecordingError, bytes_per_token
     from certdraft.data.stdlib import Document, standard_library
     from certdraft.data.targets import (
         embedded_target_path,
@@ -57,7 +57,7 @@ _LATE = {
     "rows": ("RecordedRow",),
     "sandbox": ("Outcome", "run_python"),
     "server": ("Server", "ServerError"),
-    "shards": ("RecordingError",),
+    "shards": ("RecordingError", "bytes_per_token"),
     "stdlib": ("Document", "standard_library"),
     "targets": (
         "embedded_target_path",
@@ -108,6 +108,7 @@ __all__ = [
     "arithmetic",
     "assemble",
     "build_prompts",
+    "bytes_per_token",
     "embedded_target_path",
     "eos_ids_of",
     "last_number",

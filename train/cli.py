@@ -56,6 +56,7 @@ COMMANDS = {
     "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what stands in the way"),
     "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
     "completion": Command("certdraft.train.completion:completion", "completion script of your shell"),
+    "plan": Command("certdraft.train.plan:plan", "memory, disk and time of a run, before it is started"),
     "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
 }
 

@@ -109,3 +109,26 @@ def test_fsdp2_trains_like_one_process(plain: dict[str, Any], write: Write) -> N
     )
     assert (run / "checkpoints" / "last.ckpt").is_dir()
     assert logged(run) == pytest.approx(alone, abs=1e-5)
+
+
+def test_checkpointed_activations_change_nothing(plain: dict[str, Any], write: Write) -> None:
+    whole = losses(plain, write, "whole", max_steps=3)
+    plain["model"]["drafter"]["init_args"]["gradient_checkpointing"] = True
+    assert losses(plain, write, "recomputed", max_steps=3) == pytest.approx(whole, abs=1e-6)
+
+
+def test_bf16_mixed_stays_close(plain: dict[str, Any], write: Write) -> None:
+    whole = losses(plain, write, "whole", max_steps=3)
+    mixed = losses(plain, write, "mixed", max_steps=3, precision="bf16-mixed")
+    assert mixed != whole
+    assert mixed == pytest.approx(whole, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from torch.compile itself
+def test_compiled_layers_train_alike(plain: dict[str, Any], write: Write) -> None:
+    whole = losses(plain, write, "whole", max_steps=3)
+    compiled = {"class_path": "certdraft.train.compiling.CompileLayers"}
+    assert losses(plain, write, "compiled", max_steps=3, callbacks=[compiled]) == pytest.approx(
+        whole, abs=1e-4
+    )
