@@ -114,7 +114,7 @@ def _sparse_chunk(
 ) -> Tensor:
     """The same for a loss of a few logits: rows of the output layer are gathered, nothing is multiplied."""
     assert isinstance(plan.loss, SparseLoss)
-    seen = target.batch(full=False, keep=False)
+    seen = target.batch(full=False)
     plan.loss.check(logits, seen)
     ids = plan.loss.pick(logits, seen)
     value, dz = differentiate(plan.loss.on_picked, logits.gather(-1, ids), seen, coefficient, logits.dtype)

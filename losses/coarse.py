@@ -23,11 +23,17 @@ from torch.autograd.function import once_differentiable
 
 # Stands in for log 0: far below any logit, and 0 · NEVER is still 0.
 NEVER = -1e30
+_TILE = 1 << 17  # entries
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision losses compute in: fp32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def tile_rows(x: Float[Tensor, "N V"]) -> int:
+    """How many rows a CPU keeps in its cache from one operation to the next; all of them on a GPU."""
+    return max(1, _TILE // x.shape[-1]) if x.device.type == "cpu" else max(1, len(x))
 
 
 def split_(

@@ -29,26 +29,31 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a @ b with an fp32 (float64) result."""
     if a.dtype == work_dtype(a.dtype):
         return torch.mm(a, b, out=out)
-    result = torch.mm(a, b, out_dtype=torch.float32)
-    return result if out is None else out.copy_(result)
+    if out is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    if _writes_fp32(a.dtype, str(a.device)):
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out.copy_(torch.mm(a, b, out_dtype=torch.float32))
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total += a @ b, where total is fp32 whatever a and b are."""
     if a.dtype == total.dtype:
         return total.addmm_(a, b)
-    if _adds_in_place(a.dtype, str(a.device)):
+    if _writes_fp32(a.dtype, str(a.device)):
         return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    return total.add_(product(a, b))
+    return total.add_(torch.mm(a, b, out_dtype=torch.float32))
 
 
 @functools.cache
-def _adds_in_place(dtype: torch.dtype, device: str) -> bool:
-    """Whether this torch adds a low-precision product to an fp32 matrix without a copy of it."""
-    a, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+def _writes_fp32(dtype: torch.dtype, device: str) -> bool:
+    """Whether this torch writes and adds low-precision products into an fp32 matrix without a copy."""
+    ones = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.full((16, 16), torch.nan, device=device)
     try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        torch.mm(ones, ones, out_dtype=torch.float32, out=total)
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError) as error:
-        _log.warning("weight gradients need one more copy: this torch refuses a fused product (%s)", error)
+        _log.warning("chunked losses need more memory: this torch copies fp32 products (%s)", error)
         return False
-    return bool((total == 17).all())
+    return bool((total == 32).all())

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.losses.base import Loss, classes
-from certdraft.losses.coarse import join_, split_
+from certdraft.losses.coarse import join_, split_, tile_rows
 from certdraft.losses.discounted import DiscountedCE
 from certdraft.losses.imitation import ForwardKL
 from certdraft.losses.mixture import Mixture
@@ -31,8 +31,6 @@ from certdraft.losses.seen import TargetRows
 from certdraft.losses.target import TargetBatch
 
 Gradient = tuple[Tensor, Tensor | None]
-
-_TILE = 1 << 17  # entries of a few rows that stay in a CPU's cache from one operation to the next
 
 
 def forward_kl_(
@@ -50,7 +48,7 @@ def forward_kl_(
         dtype: of the gradient.
     """
     value = logits.new_empty(len(logits))
-    size = max(1, _TILE // logits.shape[-1]) if logits.device.type == "cpu" else max(len(logits), 1)
+    size = tile_rows(logits)
     p = logits.new_empty(min(size, len(logits)), logits.shape[-1])
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
@@ -103,7 +101,6 @@ def row_work(
     coefficient: Float[Tensor, " C"] | None,
     kernels: Kernels,
     dtype: torch.dtype,
-    keep: bool = False,
 ) -> Gradient:
     """Per-step loss [C] and, given coefficients, coefficient · gradient in the logits [C, V].
 
@@ -114,7 +111,6 @@ def row_work(
         coefficient: what each step's loss is multiplied with; None when no gradient is wanted.
         kernels: the implementation.
         dtype: of the gradient.
-        keep: other losses will look at the same target logits.
     """
     view = loss.view(rows.target)
     if view == "full" and type(loss) is ForwardKL and rows.target.has_full:
@@ -123,7 +119,7 @@ def row_work(
         return result
     if view == "full" and isinstance(loss, Mixture):
         return _parts(loss, logits, rows, coefficient, kernels, dtype)
-    target = rows.batch(full=view == "full", keep=keep)
+    target = rows.batch(full=view == "full")
     loss.check(logits, target)
     if view not in ("head", "token"):
         return differentiate(loss, logits, target, coefficient, dtype)
@@ -153,7 +149,7 @@ def _parts(
         last = place == len(terms) - 1
         given = None if coefficient is None else weight * coefficient
         own = logits if last else logits.clone()
-        value, gradient = row_work(part, own, rows, given, kernels, logits.dtype, keep=not last)
+        value, gradient = row_work(part, own, rows, given, kernels, logits.dtype)
         values.append(weight * value)
         if gradient is not None:
             gradients = [gradients[0].add_(gradient)] if gradients else [gradient]

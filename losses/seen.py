@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.certificates import Head, largest
-from certdraft.losses.coarse import NEVER, work_dtype
+from certdraft.losses.coarse import NEVER, tile_rows, work_dtype
 from certdraft.losses.products import product, product_dtype
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
@@ -29,7 +29,7 @@ class TargetRows:
         self._rows = slice(0, 0)
         self._fresh = False  # the buffer holds the logits of these rows
         self._head: Head | None = None
-        self._buffer = self._spare = torch.empty(0)
+        self._buffer = torch.empty(0)
         if isinstance(target, OnlineTarget):
             dtype = product_dtype(target.hidden, target.weight)
             self._weight = target.weight.to(dtype).t()
@@ -54,37 +54,28 @@ class TargetRows:
         """The caller has overwritten `logits`."""
         self._fresh = False
 
-    def batch(self, full: bool, keep: bool) -> TargetBatch:
-        """The steps as a TargetBatch.
-
-        Args:
-            full: with the full distribution, if the target has it.
-            keep: `logits` of these steps will still be asked for.
-        """
+    def batch(self, full: bool) -> TargetBatch:
+        """The steps as a TargetBatch, with the full distribution if it is wanted and there is one."""
         target = self.target
         if isinstance(target, TargetBatch):
             return target[self._rows]
-        full = full and target.full
         if self._head is None:
-            self._head = self._cut(keep or full)
-        logp = self.logits().log_softmax(-1) if full else None
+            self._head = self._cut(target.k)
+        logp = self.logits().log_softmax(-1) if full and target.full else None
         next_ids = None if target.next_ids is None else target.next_ids[self._rows]
         return TargetBatch(self._head, logp, next_ids)
 
-    def _cut(self, keep: bool) -> Head:
-        """The head of the current logits: like `Head.from_logits`, but in place and without entropy."""
+    def _cut(self, k: int) -> Head:
+        """The head of the current logits, as `Head.from_logits` makes it, but for the entropy."""
         logits = self.logits()
-        top, ids = largest(logits, min(self.target.k, self.target.vocab_size))  # type: ignore[union-attr]
-        others = logits
-        if keep:
-            if self._spare.shape != self._buffer.shape:
-                self._spare = torch.empty_like(self._buffer)
-            others = self._spare[: len(logits)]
-        else:
-            self.used()
-        torch.sub(logits, top[:, :1], out=others).exp_()
-        # the greedy token is left out of the sum, so that a confident step keeps its small tail
-        lse_gap = others.scatter_(-1, ids[:, :1], 0.0).sum(-1).log1p()
+        top, ids = largest(logits, min(k, logits.shape[-1]))
+        lse_gap = logits.new_empty(len(logits))
+        size = tile_rows(logits)
+        for start in range(0, len(logits), size):
+            rows = slice(start, start + size)
+            others = (logits[rows] - top[rows, :1]).exp_()
+            # the greedy token is left out of the sum, so that a confident step keeps its small tail
+            lse_gap[rows] = others.scatter_(-1, ids[rows, :1], 0.0).sum(-1).log1p()
         if lse_gap.device.type == "cpu" and not bool(lse_gap.isfinite().all()):
             row = self._rows.start + int((~lse_gap.isfinite()).nonzero()[0])
             raise ValueError(f"the target's logits hold NaN or infinity at step {row} of the batch")

@@ -154,9 +154,9 @@ def test_the_head_of_a_chunk_is_the_head_of_its_logits():
     scores = 8 * t_hidden @ t_weight.t()
     expected = Head.from_logits(scores, K)
     rows = TargetRows(L.OnlineTarget(8 * t_hidden, t_weight, K), 8)
-    for keep in (False, True):
+    for full in (False, True):
         rows.move_to(slice(8, 16))
-        head = rows.batch(full=False, keep=keep).head
+        head = rows.batch(full=full).head
         assert (head.ids == expected.ids[8:16]).all()
         torch.testing.assert_close(head.gap, expected.gap[8:16])
         torch.testing.assert_close(head.lse_gap, expected.lse_gap[8:16])
@@ -166,7 +166,7 @@ def test_the_head_of_a_chunk_is_the_head_of_its_logits():
     rows = TargetRows(L.OnlineTarget(broken, t_weight, K), 8)
     rows.move_to(slice(8, 16))
     with pytest.raises(ValueError, match="NaN or infinity at step 12"):
-        rows.batch(full=False, keep=False)
+        rows.batch(full=False)
 
 
 @pytest.mark.parametrize("vocab", [151_936, 151_669, 131_101])
