@@ -86,7 +86,8 @@ class BlockDrafter(FeatureDrafter):
         config: sizes, block, target layers; for `pretrained` its own are used.
         pretrained: folder or hub id of a published DFlash drafter to start from.
         num_anchors: blocks trained per row of a batch, at random places that count.
-        init_from_target: start with the target's final norm.
+        init_from_target: start with the target's final norm, for targets whose head is not their embeddings
+            (with tied ones a fresh block would draft its own mask token, confidently).
         dtype: of the parameters.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
 
@@ -104,7 +105,7 @@ class BlockDrafter(FeatureDrafter):
         pretrained: str | None = None,
         *,
         num_anchors: int = 512,
-        init_from_target: bool = True,
+        init_from_target: bool = False,
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:

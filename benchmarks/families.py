@@ -1,0 +1,199 @@
+"""The three drafter families at equal training time and equal trainable parameters, on the embedded target.
+
+    OMP_NUM_THREADS=1 python benchmarks/families.py --seconds 120          # about 12 minutes of one core
+
+One trace of standard-library text with target features is recorded once (under runs/families/). Each family
+then trains for the same CPU seconds of one thread on the same batches with the same loss, its learning rate
+falling along the time; the trace is read, the target is not run. Then each drafts, live, for the target's
+greedy text of held-out prompts: τ is the mean of tokens committed per target pass.
+
+Time is process time, because the machine may be shared. Learning rates were chosen on seed 0 among 1e-3,
+2e-3 and 4e-3 by the loss of shorter runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from certdraft.data import (
+    Corpus,
+    Generation,
+    Prompts,
+    Recording,
+    TraceDataModule,
+    load_target,
+    load_tokenizer,
+    open_trace,
+)
+from certdraft.decoding import BestFirst, Chain, TargetRunner, acceptance_length, decode, greedy
+from certdraft.drafters import BlockConfig, BlockDrafter, CausalDrafter, Drafter, EagleConfig, EagleDrafter
+from certdraft.losses import Chunked, DepthWeights, MarginDiscountedCE, TargetBatch
+
+FOLDER = Path("runs/families")
+LAYERS = (1, 3, 4, 5)
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One contender: how it is made, and what it learns with."""
+
+    drafter: Drafter
+    lr: float
+    gamma: float
+
+
+def families(target: PreTrainedModel, seed: int) -> dict[str, Family]:
+    """About 541,000 trainable parameters each; the target's embeddings and head are in none of the counts
+    where they are frozen, in the causal drafter's and the EAGLE head's where they are trained."""
+    vocab = int(target.config.vocab_size)
+    spare = max(load_tokenizer("embedded").get_vocab().values()) + 1
+    torch.manual_seed(seed)
+    config = {**SIZES, "intermediate_size": 600, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    causal = CausalDrafter(config=config | {"max_position_embeddings": 2048}, init_from_target=True)
+    eagle = EagleDrafter(EagleConfig(target_layer_ids=(1, 3, 5)), unroll=4)
+    block = BlockDrafter(
+        BlockConfig(num_hidden_layers=2, intermediate_size=576, block_size=8, target_layer_ids=(1, 5)),
+        num_anchors=32,
+    )
+    return {
+        "causal": Family(causal.build(vocab, target), 3e-3, 7.0),
+        "eagle": Family(eagle.build(vocab, target), 2e-3, 4.48),
+        "block": Family(block.build(vocab, target, spare), 2e-3, 4.0),
+    }
+
+
+def train(family: Family, data: TraceDataModule, seconds: float, seed: int) -> dict[str, Any]:
+    """Trains for some CPU seconds; what came of it."""
+    drafter = family.drafter.train()
+    chunked, weights = Chunked(MarginDiscountedCE()), DepthWeights(family.gamma)
+    optimizer = torch.optim.AdamW(drafter.parameters(), family.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    index = [LAYERS.index(tap) for tap in drafter.taps]
+    batches, losses, tokens, drafts = iter(()), [], 0, 0
+    torch.manual_seed(seed)
+    start = time.process_time()
+    while (spent := time.process_time() - start) < seconds:
+        batch = next(batches, None)
+        if batch is None:
+            batches = iter(data.train_dataloader())
+            batch = next(batches)
+        warm = min(1.0, (len(losses) + 1) / 20)
+        for group in optimizer.param_groups:
+            group["lr"] = family.lr * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, spent / seconds)))
+        features = batch.features[:, :, index] if index else None
+        paths = drafter.paths(
+            batch.input_ids, batch.position_ids, batch.document_ids, batch.loss_mask, features
+        )
+        steps = paths.steps[paths.mask]
+        num = batch.input_ids.shape[1]
+        said = TargetBatch(batch.head[steps // num, steps % num])
+        weight = weights.on_paths(paths.hidden.new_zeros(paths.mask.shape), paths.mask)[paths.mask]
+        loss = chunked(paths.hidden[paths.mask], drafter.head_weight, said, step_weight=weight)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        tokens += batch.num_tokens
+        drafts += len(steps)
+    took = time.process_time() - start
+    drafter.eval()
+    tail = max(1, len(losses) // 10)
+    return {
+        "parameters": sum(p.numel() for p in drafter.parameters() if p.requires_grad),
+        "optimizer_steps": len(losses),
+        "text_tokens_per_s": tokens / took,
+        "drafts_per_s": drafts / took,
+        "first_loss_nats": sum(losses[:tail]) / tail,
+        "last_loss_nats": sum(losses[-tail:]) / tail,
+    }
+
+
+def measure(family: Family, target: PreTrainedModel, prompts: list[list[int]], new: int) -> dict[str, float]:
+    """τ by builder; every text is checked to be the target's own."""
+    runner = TargetRunner(target, family.drafter.taps)
+    builders = {
+        "chain_4": Chain(4), "chain_7": Chain(7),
+        "best_first_16": BestFirst(16, max_depth=7), "best_first_32": BestFirst(32, max_depth=7),
+    }  # fmt: skip
+    texts = [greedy(runner, prompt, new) for prompt in prompts]
+    found = {}
+    for name, builder in builders.items():
+        results = [decode(runner, family.drafter, p, builder, max_new_tokens=new) for p in prompts]
+        assert [r.tokens for r in results] == texts, "a drafter changed the text"
+        found[name] = round(acceptance_length(results), 4)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=120.0, help="of CPU time each family trains")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=32, help="held-out prompts decoded")
+    parser.add_argument("--new", type=int, default=48, help="tokens decoded per prompt")
+    parser.add_argument("--out", default="benchmarks/results/families.json")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    recording = Recording(
+        target="embedded", corpus=Corpus(), prompts=Prompts(prompts_per_document=1, prompt_tokens=176),
+        generation=Generation(max_new_tokens=48, corpus_positions=True),
+        num_kept=16, feature_layers=LAYERS, batch_size=256,
+    )  # fmt: skip
+    data = TraceDataModule(
+        str(FOLDER / "train"), str(FOLDER / "validation"), seq_len=256, batch_size=16,
+        record=recording, validation_rows=48,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    target = load_target("embedded")
+    held_out = open_trace(FOLDER / "validation")
+    prompts = [held_out.columns(i).input_ids[:64].tolist() for i in range(min(args.prompts, len(held_out)))]
+    runs: list[dict[str, Any]] = []
+    for seed in range(args.seeds):
+        for name, family in families(target, seed).items():
+            result = {"family": name, "seed": seed, **train(family, data, args.seconds, seed)}
+            result["tau"] = measure(family, target, prompts, args.new)
+            print(json.dumps(result), flush=True)
+            runs.append(result)
+    report = {
+        "command": f"python benchmarks/families.py --seconds {args.seconds:g} --seeds {args.seeds} "
+        f"--prompts {args.prompts} --new {args.new}",
+        "date": str(date.today()), "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "cores": os.cpu_count(),
+        "train_tokens": data.train_packing.num_tokens, "runs": runs, "summary": summary(runs),
+    }  # fmt: skip
+    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ratios within a seed, their mean and range over seeds."""
+    by = {(run["family"], run["seed"]): run["tau"] for run in runs}
+    seeds = sorted({run["seed"] for run in runs})
+    ratios = {
+        "eagle/causal chain_4": [by["eagle", s]["chain_4"] / by["causal", s]["chain_4"] for s in seeds],
+        "block/causal chain_4": [by["block", s]["chain_4"] / by["causal", s]["chain_4"] for s in seeds],
+        "block best_first_32/chain_7": [
+            by["block", s]["best_first_32"] / by["block", s]["chain_7"] for s in seeds
+        ],
+    }
+    return {name: {"mean": sum(v) / len(v), "least": min(v), "most": max(v)} for name, v in ratios.items()}
+
+
+if __name__ == "__main__":
+    main()
