@@ -57,7 +57,10 @@ class CertifyProtocol:
         typical: (ε, δ) pairs of the typical rule; the paper's first, then the Medusa code's.
         coverage: widths m of the tree certificate.
         run_budgets: KL budgets ε of the run-length tables, nats.
-        run_cap: longest run counted from one position, steps.
+        run_cap: longest run counted from one position, steps, ≥ 1.
+
+    Raises:
+        ValueError: a size, rank or rule constant out of its range, or a budget below 0.
     """
 
     mass: tuple[int, ...] = (1, 3, 5, 10, 25)
@@ -69,6 +72,17 @@ class CertifyProtocol:
     coverage: tuple[int, ...] = (2, 4, 8)
     run_budgets: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.69)
     run_cap: int = 100
+
+    def __post_init__(self) -> None:
+        self.rules()  # each rule checks its own constants
+        if self.run_cap < 1 or min(self.mass, default=1) < 1:
+            raise ValueError(
+                f"protocol: run_cap={self.run_cap} and every size of mass={list(self.mass)} must be 1 or more"
+            )
+        if not all(0 <= budget < math.inf for budget in self.run_budgets):
+            raise ValueError(
+                f"protocol: run_budgets={list(self.run_budgets)} are KL budgets in nats: 0 or more, finite"
+            )
 
     def rules(self) -> list[Rule]:
         """Every rule that is tabulated or drawn, strict greedy first."""

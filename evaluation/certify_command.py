@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -92,6 +93,11 @@ def run_certify(
             "certify needs either --trace (a recorded trace) or --target (a model whose continuations are "
             f"recorded first), and not both; got {'both' if trace else 'neither'}"
         )
+    _check_counts(max_documents=max_documents, top_m=top_m, replay_documents=replay_documents)
+    if not 0 <= tie_gap < math.inf:
+        raise ValueError(f"tie_gap={tie_gap} is a lead in nats: 0 or more, and finite")
+    if drafter is not None and drafter.startswith(("/", "./", "../", "~")) and not Path(drafter).is_dir():
+        raise FileNotFoundError(f"drafter {drafter}: no such folder; give one written by `certdraft export`")
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(out) if out else Path("runs") / "certify" / now
     source = folder / "trace" if trace is None else Path(trace)
@@ -141,3 +147,10 @@ def run_certify(
     page = write_certify(report, folder, {"trace": str(source), **provenance(files)}, title)
     print(f"report: {page}", file=sys.stderr)
     return page
+
+
+def _check_counts(**counts: int | None) -> None:
+    """Refuses a count below 1, before anything is recorded."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more; leave it out for its default")

@@ -204,6 +204,22 @@ def test_the_default_protocol_is_the_published_one() -> None:
     assert set(protocol.run_budgets) <= set(protocol.budgets())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"run_cap": 0}, "run_cap=0"),
+        ({"mass": (1, 0)}, r"mass=\[1, 0\]"),
+        ({"run_budgets": (0.1, -0.5)}, "KL budgets in nats"),
+        ({"run_budgets": (math.inf,)}, "KL budgets in nats"),
+        ({"additive": (1.5,)}, "t=1.5 must be a number"),
+        ({"coverage": (0,)}, "m=0 must be a whole number"),
+    ],
+)
+def test_a_protocol_out_of_range_is_refused_when_it_is_made(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CertifyProtocol(**wrong)
+
+
 def test_documents_are_selected_by_the_length_of_their_prompt() -> None:
     made = Rows(
         Row(torch.arange(20) >= prompt - 1, Head.from_logits(torch.randn(20, 40), 9))

@@ -162,3 +162,36 @@ def test_a_drafter_of_another_tokenizer_is_refused_before_anything_is_written(
     with pytest.raises((FileNotFoundError, OSError), match="nowhere"):
         run_certify(str(tmp_path / "out"), trace=str(certified / "trace"), drafter=str(tmp_path / "nowhere"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"top_m": 0}, "top_m=0 must be 1 or more"),
+        ({"max_documents": 0}, "max_documents=0 must be 1 or more"),
+        ({"replay_documents": 0}, "replay_documents=0 must be 1 or more"),
+        ({"tie_gap": -1.0}, "tie_gap=-1.0 is a lead in nats"),
+        ({"drafter": "./no such folder"}, "drafter ./no such folder: no such folder; .*certdraft export"),
+    ],
+)
+def test_wrong_numbers_are_refused_before_anything_is_recorded(
+    wrong: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_certify(str(tmp_path / "out"), target="embedded", **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_is_not_the_targets_own_has_no_rounds_to_replay(drafter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="greedy continuation"):
+        run_certify(
+            str(tmp_path / "out"),
+            target="embedded",
+            corpus=Corpus(split="test", max_rows=2),
+            prompts=Prompts(prompt_tokens=16),
+            generation=Generation(max_new_tokens=0),
+            accelerator="cpu",
+            drafter=str(drafter),
+            device="cpu",
+        )
+    assert not (tmp_path / "out" / "certify.json").exists()
