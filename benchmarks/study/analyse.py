@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy import ndarray
 from plan import BAR, LARGE, LOSSES, SMALL
 
-from certdraft.evaluation.statistics import Interval, compare_ratios, pooled_ratio
+from certdraft.evaluation.statistics import compare_ratios, pooled_ratio
 
 HERE = Path(__file__).parent
 Counts = dict[str, Any]
@@ -55,110 +55,115 @@ def read(results: Path, stage: str) -> list[dict[str, Any]]:
     return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
 
 
-def table(lines: list[dict[str, Any]]) -> dict[str, dict[str, Pair]]:
-    """loss → metric → counts [S, U], over the seeds that every loss has; losses in the plan's order."""
-    by_loss: dict[str, dict[int, Counts]] = {}
-    for line in lines:
-        by_loss.setdefault(line["loss"], {})[line["seed"]] = line["counts"]
-    if not by_loss:
-        return {}
-    seeds = sorted(set.intersection(*(set(found) for found in by_loss.values())))
-    if not seeds:  # a study cut within its first seed
-        seeds = [min(min(found) for found in by_loss.values())]
-        by_loss = {loss: found for loss, found in by_loss.items() if seeds[0] in found}
-    made = {}
-    for loss in (name for name in LOSSES if name in by_loss):
-        counts = [by_loss[loss][seed] for seed in seeds]
-        made[loss] = {
-            metric: tuple(np.array([np.asarray(of(c)[i], float) for c in counts]) for i in (0, 1))
-            for metric, of in METRICS.items()
-        }
-    return made
+Found = dict[int, Counts]  # one loss: its counts by seed
 
 
-def rate(pair: Pair) -> float:
+def table(lines: list[dict[str, Any]]) -> dict[str, Found]:
+    """Counts by loss and seed, losses in the plan's order."""
+    return {
+        loss: found
+        for loss in LOSSES
+        if (found := {line["seed"]: line["counts"] for line in lines if line["loss"] == loss})
+    }
+
+
+def pair(found: Found, metric: str, seeds: Iterable[int]) -> Pair:
+    """Numerator and denominator of a metric, [S, U] each."""
+    made = [METRICS[metric](found[seed]) for seed in sorted(seeds)]
+    first, second = (np.array([np.asarray(m[i], float) for m in made]) for i in (0, 1))
+    return first, second
+
+
+def rate(found: Found, metric: str, seeds: Iterable[int] | None = None) -> float:
     """The ratio, averaged over seeds."""
-    return float(np.mean(pair[0].sum(-1) / pair[1].sum(-1)))
+    first, second = pair(found, metric, found if seeds is None else seeds)
+    return float(np.mean(first.sum(-1) / second.sum(-1)))
 
 
-def best_baseline(found: dict[str, dict[str, Pair]], metric: str) -> str:
-    """Which baseline of the bar is best at a metric."""
+def best_baseline(found: dict[str, Found], metric: str, seeds: Iterable[int]) -> str | None:
+    """Which baseline of the bar is best at a metric, each on those of the seeds that it has."""
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    return max((b for b in BAR if b in found), key=lambda b: sign * rate(found[b][metric]))
+    there = {b: set(found[b]) & set(seeds) for b in BAR if b in found}
+    there = {b: common for b, common in there.items() if common}
+    return max(there, key=lambda b: sign * rate(found[b], metric, there[b])) if there else None
 
 
-def versus(first: Pair, second: Pair) -> dict[str, Any] | None:
+def versus(first: Found, second: Found, metric: str) -> dict[str, Any] | None:
     """first ÷ second − 1, paired over files and seeds; None when the second is 0 in a seed."""
-    if not np.all(second[0].sum(-1) > 0):
+    seeds = set(first) & set(second)
+    if not seeds or not np.all(pair(second, metric, seeds)[0].sum(-1) > 0):
         return None
-    ratio = compare_ratios(first, second, "ratio", n_resamples=4000)
+    ratio = compare_ratios(pair(first, metric, seeds), pair(second, metric, seeds), "ratio", n_resamples=4000)
     ends = {"value": ratio.value - 1, "low": ratio.low - 1, "high": ratio.high - 1}
-    return vars(ratio) | ends
+    return vars(ratio) | ends | {"seeds": len(seeds)}
 
 
-def difference(first: Pair, second: Pair) -> Interval:
+def difference(first: Found, second: Found, metric: str) -> dict[str, Any]:
     """first − second, paired over files and seeds."""
-    return compare_ratios(first, second, "difference", n_resamples=4000)
+    seeds = set(first) & set(second)
+    both = (pair(found, metric, seeds) for found in (first, second))
+    return vars(compare_ratios(*both, "difference", n_resamples=4000)) | {"seeds": len(seeds)}
 
 
 def summarise(results: Path) -> dict[str, Any]:
     """Everything the docs say, as JSON."""
-    cells: dict[str, Any] = {}
     train = read(results, "train")
-    timing = json.loads((results / "timing.json").read_text()) if (results / "timing.json").exists() else None
+    file = results / "timing.json"
+    timing = json.loads(file.read_text()) if file.exists() else None
     groups = {
         f"{size}, {budget}": [x for x in train if (x["size"], x["budget"]) == (size, budget)]
         for size in ("1-layer", "2-layer")
         for budget in ("small", "large")
     } | {"2-layer, fine-tuned": read(results, "fine-tune")}
     tables = {name: made for name, lines in groups.items() if (made := table(lines))}
-    for name, found in tables.items():
-        first = next(iter(next(iter(found.values())).values()))[0]
-        cells[name] = {"seeds": len(first), "files": first.shape[1], "losses": {}}
-        bars = {metric: best_baseline(found, metric) for metric in METRICS if set(BAR) & set(found)}
-        cells[name]["best_baseline"] = bars
-        for loss, metrics in found.items():
-            rows: dict[str, Any] = {}
-            for metric, pair in metrics.items():
-                rows[metric] = {"rate": vars(pooled_ratio(*pair))}
-                if bars and loss != bars[metric]:
-                    rows[metric]["vs_best"] = versus(pair, found[bars[metric]][metric])
-                if "ce" in found and loss != "ce":
-                    rows[metric]["vs_ce"] = versus(pair, found["ce"][metric])
-            if bars and loss not in BAR:
-                top = best_baseline(found, "low-margin misses@4")
-                rows["coverage@1"]["minus_best"] = vars(
-                    difference(metrics["coverage@1"], found[top]["coverage@1"])
-                )
-            cells[name]["losses"][loss] = rows
-    return {"groups": cells, "equal_time": equal_time(tables, timing), "tuning": tuning(results)}
+    return {
+        "groups": {name: group(found) for name, found in tables.items()},
+        "equal_time": equal_time(tables, timing),
+        "tuning": tuning(results),
+    }
+
+
+def group(found: dict[str, Found]) -> dict[str, Any]:
+    """Rates and comparisons of all losses in one setting."""
+    losses: dict[str, Any] = {}
+    for loss, counts in found.items():
+        rows: dict[str, Any] = {}
+        for metric in METRICS:
+            row: dict[str, Any] = {"rate": vars(pooled_ratio(*pair(counts, metric, counts)))}
+            best = best_baseline(found, metric, counts)
+            if best is not None and loss != best:
+                row |= {"best": best, "vs_best": versus(counts, found[best], metric)}
+            if "ce" in found and loss != "ce":
+                row["vs_ce"] = versus(counts, found["ce"], metric)
+            rows[metric] = row
+        fewest = best_baseline(found, "low-margin misses@4", counts)
+        if fewest is not None and loss != fewest:  # what the fewest misses among the baselines cost in top-1
+            rows["coverage@1"]["minus_best"] = difference(counts, found[fewest], "coverage@1")
+        losses[loss] = {"seeds": sorted(counts), "metrics": rows}
+    files = max(len(counts["tokens"]) for by_seed in found.values() for counts in by_seed.values())
+    return {"files": files, "losses": losses}
 
 
 def equal_time(tables: dict[str, Any], timing: dict[str, Any] | None) -> dict[str, Any]:
     """Relative difference to the best baseline in the time that its large budget takes."""
     made: dict[str, Any] = {}
-    if timing is None:
-        return made
-    for size, cost in timing["sizes"].items():
-        small, large = (tables.get(f"{size}, {budget}") for budget in ("small", "large"))
-        if not small or not large:
-            continue
+    for size, cost in (timing or {"sizes": {}})["sizes"].items():
+        small, large = (tables.get(f"{size}, {budget}", {}) for budget in ("small", "large"))
         for metric in ("low-margin misses@4", "tau best-first-32", "tau chain-4", "tau 4-ary"):
-            base = best_baseline(large, metric)
-            for loss in (x for x in large if x in small and x != base):
-                steps = LARGE * cost[base]["median_ms"] / cost[loss]["median_ms"]
-                at = [rate(found[loss][metric]) for found in (small, large)]
-                moved = at[1] + (at[1] - at[0]) * math.log(steps / LARGE) / math.log(LARGE / SMALL)
-                whole = versus(large[loss][metric], large[base][metric])
+            for loss in (x for x in large if x in small):
+                base = best_baseline(large, metric, large[loss])
+                whole = None if base in (None, loss) else versus(large[loss], large[base], metric)
                 if whole is None:
                     continue
+                steps = LARGE * cost[base]["median_ms"] / cost[loss]["median_ms"]
+                seeds = set(large[loss]) & set(small[loss])
+                at = [rate(found[loss], metric, seeds) for found in (small, large)]
+                moved = at[1] + (at[1] - at[0]) * math.log(steps / LARGE) / math.log(LARGE / SMALL)
                 shift = moved / at[1]
                 made.setdefault(size, {}).setdefault(metric, {})[loss] = {
                     "baseline": base,
                     "steps": round(steps),
-                    "value": (1 + whole["value"]) * shift - 1,
-                    "low": (1 + whole["low"]) * shift - 1,
-                    "high": (1 + whole["high"]) * shift - 1,
+                    **{end: (1 + whole[end]) * shift - 1 for end in ("value", "low", "high")},
                 }
     return made
 
@@ -189,11 +194,12 @@ def percent(interval: dict[str, Any] | None) -> str:
 def result_table(group: dict[str, Any]) -> str:
     """One row a loss: rates, and differences from the best baseline."""
     rows = [
-        "| loss | top-1 | coverage@4 | certified@4 | τ chain 4 | τ 4-ary | τ best-first 32 "
+        "| loss | seeds | top-1 | coverage@4 | certified@4 | τ chain 4 | τ 4-ary | τ best-first 32 "
         "| low-margin top-4 misses, Δ % | τ best-first 32, Δ % |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for loss, metrics in group["losses"].items():
+    for loss, row in group["losses"].items():
+        metrics = row["metrics"]
         rates = [
             f"{metrics[m]['rate']['value']:.3f}"
             for m in (
@@ -206,7 +212,7 @@ def result_table(group: dict[str, Any]) -> str:
             )
         ]
         deltas = [percent(metrics[m].get("vs_best")) for m in ("low-margin misses@4", "tau best-first-32")]
-        rows.append(f"| {loss} | {' | '.join([*rates, *deltas])} |")
+        rows.append(f"| {loss} | {len(row['seeds'])} | {' | '.join([*rates, *deltas])} |")
     return "\n".join(rows)
 
 
@@ -235,10 +241,9 @@ def tuning_table(tuned: dict[str, Any], size: str) -> str:
 def write_docs(summary: dict[str, Any], page: Path) -> None:
     """Puts the tables between the page's markers; prose around them is written by hand."""
     text = page.read_text(encoding="utf-8")
-    blocks = {
-        f"study {name}": f"{result_table(group)}\n\nSeeds: {group['seeds']}; source files: {group['files']}."
-        for name, group in summary["groups"].items()
-    } | {f"study tuning {size}": tuning_table(summary["tuning"], size) for size in summary["tuning"]}
+    blocks = {f"study {name}": result_table(group) for name, group in summary["groups"].items()} | {
+        f"study tuning {size}": tuning_table(summary["tuning"], size) for size in summary["tuning"]
+    }
     for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         if begin in text and end in text:
@@ -268,7 +273,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
             ax.axvline(0, color="#000000", lw=1)
             for i, (name, group) in enumerate(groups.items()):
                 found = [
-                    (k, group["losses"][x][metric]["vs_ce"])
+                    (k, group["losses"][x]["metrics"][metric]["vs_ce"])
                     for k, x in enumerate(losses)
                     if x in group["losses"]
                 ]
@@ -301,7 +306,7 @@ def main() -> None:
         write_docs(summary, given.page)
     figure(summary, given.figure)
     for name, group in summary["groups"].items():
-        print(f"\n{name}: {group['seeds']} seeds\n{result_table(group)}")
+        print(f"\n{name}\n{result_table(group)}")
     for size in summary["tuning"]:
         print(f"\ntuning, {size}\n{tuning_table(summary['tuning'], size)}")
 

@@ -37,6 +37,9 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "tv+ce": lambda: Mixture([TotalVariation(), HardCE()], [0.9, 0.1]),
     "margin+kl": lambda: Mixture([MarginDiscountedCE(), ForwardKL()], [0.5, 0.5]),
     "margin+sharp-2": lambda: Mixture([MarginDiscountedCE(), SharpenedKL(2.0)], [0.5, 0.5]),
+    "pool-4+kl": lambda: Mixture([PoolDiscountedCE(), ForwardKL()], [0.5, 0.5]),
+    "runner-up-4+kl": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.5, 0.5]),
+    "pool-4+sharp-2": lambda: Mixture([PoolDiscountedCE(), SharpenedKL(2.0)], [0.5, 0.5]),
     "pool-4": PoolDiscountedCE,
     "budget-ce": HardCE,  # with the step weights below
     "kl": ForwardKL,

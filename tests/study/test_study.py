@@ -175,6 +175,8 @@ def test_the_command_runs_and_resumes(
     assert text.endswith("after\n")
     rate = sum(map(sum, counts["covered"][0])) / sum(map(sum, counts["steps"]))
     groups = json.loads((tmp_path / "results" / "summary.json").read_text())["groups"]
-    shown = [groups[f"2-layer, {b}"]["losses"]["ce"]["coverage@1"]["rate"] for b in ("small", "large")]
+    shown = [
+        groups[f"2-layer, {b}"]["losses"]["ce"]["metrics"]["coverage@1"]["rate"] for b in ("small", "large")
+    ]
     assert shown[0]["value"] == pytest.approx(rate)
-    assert f"| ce | {shown[1]['value']:.3f} |" in text
+    assert f"| ce | 1 | {shown[1]['value']:.3f} |" in text
