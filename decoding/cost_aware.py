@@ -7,6 +7,7 @@ treatment of autoregressive drafters are ours; see `docs/decoding.md`.
 from __future__ import annotations
 
 import math
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -24,7 +25,8 @@ from certdraft.decoding.target import device_name, fingerprint
 from certdraft.decoding.tree import Node, Tree
 
 _WARM_UP = 8  # drafted rounds before "drafting does not pay" may be concluded
-_LEARNING_RATE = 0.05  # of the log temperature, per relative error of one round
+_LEARNING_RATE = 0.05  # of the log temperature, per relative error of one round; ten times that at first
+_TRIAL = 4  # draft tokens of a trial
 
 
 class Throughput:
@@ -60,6 +62,10 @@ class CostAware(TreeBuilder):
     decision of its own: the unread nodes of the current cut are read, best first, as long as their expected
     best child (mass times the mean top probability seen this round) raises the rule's objective by more than
     the pass and the extra nodes cost. That estimate is a heuristic; the cut of what is known is exact.
+
+    Trials: a drafter so modest that by its own word no token is worth verifying would never be found to be
+    right. So while the temperature is learned, a drafted round in which nothing pays verifies the best few
+    tokens all the same: each time after one that was right, ever more rarely after ones that were not.
 
     Plain rounds: when the drafted rounds of late earned fewer tokens per second than plain decoding would,
     rounds go undrafted, and one in `probe` drafts again to see whether that has changed.
@@ -114,7 +120,12 @@ class CostAware(TreeBuilder):
     def reset(self) -> None:
         """Forgets throughput and temperature."""
         self._all, self._drafted = Throughput(self.decay), Throughput(0.9)
-        self._learned = 1.0  # temperature
+        self._learned, self._lessons = 1.0, 0  # temperature, and the rounds it was learned from
+        self._idle, self._patience, self._trying = (
+            0,
+            1,
+            False,
+        )  # drafted rounds without a node, before a trial
         self._waited = 0  # rounds since the last drafted one
         self._spent: float | None = None  # seconds of drafting in the round under way
 
@@ -141,6 +152,9 @@ class CostAware(TreeBuilder):
             while batch := self._worth_reading(growth, nodes, context, verify):
                 growth.read(batch)
                 nodes = self._cut(growth, context, verify)
+        self._trying = not nodes and self.temperature is None and self._idle >= self._patience
+        if self._trying:
+            nodes = list(islice(growth.stream(), min(_TRIAL, self.budget)))
         self._spent = self._draft_s(growth, context)
         return growth.tree(nodes)
 
@@ -153,8 +167,20 @@ class CostAware(TreeBuilder):
         else:
             self._drafted.add(committed, seconds)
             self._waited = 0
-            error = (committed - 1 - tree.expected_accepted) / (1 + tree.expected_accepted)
-            self._learned = min(max(self._learned * math.exp(-_LEARNING_RATE * error), 0.25), 4.0)
+            self._learn(tree, committed - 1)
+
+    def _learn(self, tree: Tree, accepted: int) -> None:
+        """Moves the temperature to where the expected length would have been the accepted one."""
+        if not tree.num_nodes:
+            self._idle += 1
+            return
+        error = (accepted - tree.expected_accepted) / (1 + tree.expected_accepted)
+        speed = max(_LEARNING_RATE, 10 * _LEARNING_RATE / (1 + self._lessons))
+        step = speed * min(max(error, -1.0), 1.0) if speed > _LEARNING_RATE else speed * error
+        self._learned = min(max(self._learned * math.exp(-step), 0.05), 4.0)
+        self._lessons, self._idle = self._lessons + 1, 0
+        if self._trying:
+            self._patience = 0 if accepted else min(max(1, 2 * self._patience), self.probe)
 
     def _drafting_pays(self, plain_s: float) -> bool:
         if self.stop == "fixed" or self._drafted.rounds < _WARM_UP or self._drafted.rate * plain_s >= 1.0:

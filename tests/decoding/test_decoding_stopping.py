@@ -310,3 +310,37 @@ def test_reset_forgets() -> None:
 def test_impossible_options_are_refused(options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CostAware(affine(0.1), **options)
+
+
+# trials: a drafter too modest to be used by its own word
+
+
+def flattened(distribution, temperature: float):
+    def flat(prefix):
+        logits = torch.tensor(distribution(prefix)).log() / temperature
+        return logits.softmax(-1).tolist()
+
+    return flat
+
+
+@pytest.mark.parametrize("stop", ["lambda", "ratio", "safe"])
+def test_a_modest_drafter_is_found_to_be_right(stop: str) -> None:
+    """Right at every step, and never sure of it: by its own word no draft token pays."""
+    sharp = random_distribution(32, 4, 6.0)
+    target, drafter = TableTarget(sharp, 32), TableDrafter(flattened(sharp, 30.0), 32)
+    cost = CostModel.table([1 + 0.1 * n for n in range(33)], 0.1)  # a token is worth a tenth of a plain step
+    strictly = CostAware(cost, stop, max_depth=4, temperature=1.0)
+    assert decode(target, drafter, [1], strictly, max_new_tokens=40).acceptance_length == 1
+    builder = CostAware(cost, stop, max_depth=4)
+    late = decode(target, drafter, [1], builder, max_new_tokens=160).rounds[20:]
+    assert sum(r.committed for r in late) / len(late) > 1.8
+
+
+def test_trials_of_a_useless_drafter_become_rare() -> None:
+    target = TableTarget(random_distribution(64, 4, 6.0), 64)
+    drafter = TableDrafter(flattened(random_distribution(64, 5, 6.0), 12.0), 64)
+    builder = CostAware(CostModel.table([1 + 0.1 * n for n in range(33)], 0.1), max_depth=4, probe=16)
+    rounds = decode(target, drafter, [1], builder, max_new_tokens=600).rounds
+    tried = [index for index, r in enumerate(rounds) if r.nodes]
+    assert 2 <= len(tried) < len(rounds) / 20
+    assert sum(r.nodes for r in rounds) < 0.2 * len(rounds)
