@@ -77,7 +77,7 @@ def certify_tables(report: CertifyReport) -> list[Table]:
             [
                 [
                     name,
-                    *_cells(r),
+                    *_cells(r, p5_digits=4),
                     number(r["mean_capped"]),
                     percent(r["unbounded"]),
                     percent(r["short_head"], 2),
@@ -95,9 +95,9 @@ def certify_tables(report: CertifyReport) -> list[Table]:
             "Table 3. 5th percentile of the certificate by slack (nats)",
             ["additive t", "5th pct.", "multiplicative α", "5th pct. "],
             _side_by_side(
-                [[f"{r['t']:g}", number(r["p5"])] for r in rules.values() if _family(r) == "additive"],
+                [[f"{r['t']:g}", number(r["p5"], 4)] for r in rules.values() if _family(r) == "additive"],
                 [
-                    [f"{r['alpha']:g}", number(r["p5"])]
+                    [f"{r['alpha']:g}", number(r["p5"], 4)]
                     for r in rules.values()
                     if _family(r) == "multiplicative"
                 ],
@@ -335,8 +335,8 @@ def _families(data: Mapping[str, Any]) -> dict[str, list[Row]]:
     return {n: [r for r in data["certificates"] if _family(r) == n] for n in names}
 
 
-def _cells(row: Row) -> list[str]:
-    return [number(row[k]) for k in _QUARTET]
+def _cells(row: Row, p5_digits: int = 3) -> list[str]:
+    return [number(row[k], p5_digits if k == "p5" else 3) for k in _QUARTET]
 
 
 def _side_by_side(left: list[list[str]], right: list[list[str]]) -> list[list[str]]:
