@@ -180,18 +180,3 @@ def test_wrong_numbers_are_refused_before_anything_is_recorded(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_certify(str(tmp_path / "out"), target="embedded", **wrong)
     assert not list(tmp_path.iterdir())
-
-
-def test_text_that_is_not_the_targets_own_has_no_rounds_to_replay(drafter: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="greedy continuation"):
-        run_certify(
-            str(tmp_path / "out"),
-            target="embedded",
-            corpus=Corpus(split="test", max_rows=2),
-            prompts=Prompts(prompt_tokens=16),
-            generation=Generation(max_new_tokens=0),
-            accelerator="cpu",
-            drafter=str(drafter),
-            device="cpu",
-        )
-    assert not (tmp_path / "out" / "certify.json").exists()
