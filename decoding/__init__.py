@@ -8,6 +8,8 @@ from certdraft.decoding.acceptors import Verdict as Verdict
 from certdraft.decoding.acceptors import as_acceptor as as_acceptor
 from certdraft.decoding.arbiter import Arbiter as Arbiter
 from certdraft.decoding.arbiter import Decision as Decision
+from certdraft.decoding.arbiter_branches import Branches as Branches
+from certdraft.decoding.arbiter_branches import TooManyBranches as TooManyBranches
 from certdraft.decoding.arbiter_features import FEATURES as FEATURES
 from certdraft.decoding.arbiter_policy import ArbiterPolicy as ArbiterPolicy
 from certdraft.decoding.arbiter_policy import LogRatio as LogRatio

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from certdraft.decoding.arbiter import log_odds
+from certdraft.decoding.arbiter_branches import Branches
 from certdraft.decoding.arbiter_features import FEATURES, static_features, with_history
 from certdraft.decoding.arbiter_policy import Policy
 
@@ -141,6 +142,7 @@ def simulate(
     override_budget: int | None = None,
     look_ahead: bool = False,
     forced: Int[Tensor, "R K"] | None = None,
+    branches: Branches | None = None,
 ) -> Rollouts:
     """Arbitrated texts, as `decode(…, Chain(depth), Arbiter(policy, …))` would write them.
 
@@ -159,6 +161,7 @@ def simulate(
         look_ahead: as in `Arbiter`.
         forced: decisions that are not the policy's: entry [r, k] is the k-th of text r, 1 to take the draft
             token, 0 not to, `ASK` and beyond K for the policy.
+        branches: a table of the same two models, length and end tokens, which is read instead of them.
 
     Raises:
         ValueError: no prompt, an empty one, or a count below 1.
@@ -169,8 +172,12 @@ def simulate(
         raise ValueError(f"{depth=}, {max_new_tokens=} and {copies=} count things and must be at least 1")
     bound = None if threshold is None else log_odds(threshold)
     num = len(prompts) * copies
-    target_logits, drafter_logits = target.start(prompts, copies), drafter.start(prompts, copies)
-    device = target_logits.device
+    ground: _Running | _Written = (
+        _Running(target, drafter, prompts, copies)
+        if branches is None
+        else _Written(branches, prompts, copies)
+    )
+    device = ground.greedy.device
     stops = torch.tensor(sorted(eos), dtype=torch.long, device=device)
     active = torch.arange(num, device=device)  # texts that the models still carry, finished ones among them
     alive = torch.ones(num, dtype=torch.bool, device=device)
@@ -182,7 +189,7 @@ def simulate(
         first = (place == 0) & alive
         passes += first
         window[first] = min(depth, max_new_tokens - length - 1)
-        y, x = target_logits.argmax(-1), drafter_logits.to(device).argmax(-1)
+        y, x = ground.greedy, ground.draft
         asked = (x != y) & alive[active]
         if not look_ahead:
             asked &= place[active] < window[active]
@@ -190,11 +197,8 @@ def simulate(
         if bool(asked.any()):
             where = asked.nonzero()[:, 0]
             rows = active[where]
-            static = static_features(
-                target_logits[where], drafter_logits[where].to(device), x[where], y[where]
-            )
             committed = torch.full_like(rows, length)
-            features = with_history(static, place[rows], overrides[rows], committed)
+            features = with_history(ground.static(where), place[rows], overrides[rows], committed)
             odds = policy(features)
             if bound is None:
                 taken = torch.rand(len(odds), device=device) < odds.sigmoid()
@@ -216,11 +220,63 @@ def simulate(
             break
         if int(carried.sum()) * 2 <= len(active):
             kept = carried.nonzero()[:, 0]
-            target.keep(kept)
-            drafter.keep(kept)
+            ground.keep(kept)
             active, chosen = active[kept], chosen[kept]
-        target_logits, drafter_logits = target.step(chosen), drafter.step(chosen)
+        ground.step(chosen)
     return _rollouts(tokens, passes, overrides, mismatches, log)
+
+
+class _Running:
+    """Both models, run token by token."""
+
+    def __init__(
+        self, target: Stepper, drafter: Stepper, prompts: Sequence[Sequence[int]], copies: int
+    ) -> None:
+        self._models = target, drafter
+        self._look([model.start(prompts, copies) for model in self._models])
+
+    def static(self, where: Int[Tensor, " N"]) -> Float[Tensor, "N S"]:
+        """Features of some texts."""
+        return static_features(
+            self._logits[0][where], self._logits[1][where], self.draft[where], self.greedy[where]
+        )
+
+    def step(self, tokens: Int[Tensor, " R"]) -> None:
+        """One more token of each text."""
+        self._look([model.step(tokens) for model in self._models])
+
+    def keep(self, rows: Int[Tensor, " R"]) -> None:
+        """Goes on with these texts only."""
+        for model in self._models:
+            model.keep(rows)
+
+    def _look(self, logits: list[Tensor]) -> None:
+        self._logits = logits[0], logits[1].to(logits[0].device)
+        self.greedy, self.draft = (each.argmax(-1) for each in self._logits)
+
+
+class _Written:
+    """A walk over a table of branches."""
+
+    def __init__(self, branches: Branches, prompts: Sequence[Sequence[int]], copies: int) -> None:
+        self._branches = branches
+        self._look(branches.roots(prompts).repeat_interleave(copies))
+
+    def static(self, where: Int[Tensor, " N"]) -> Float[Tensor, "N S"]:
+        """See `_Running`."""
+        return self._branches.static[self._nodes[where]]
+
+    def step(self, tokens: Int[Tensor, " R"]) -> None:
+        """See `_Running`; texts that have ended stay where they are."""
+        self._look(self._branches.following(self._nodes, tokens).clamp_min(0))
+
+    def keep(self, rows: Int[Tensor, " R"]) -> None:
+        """See `_Running`."""
+        self._nodes = self._nodes[rows]
+
+    def _look(self, nodes: Tensor) -> None:
+        self._nodes = nodes
+        self.greedy, self.draft = self._branches.greedy[nodes], self._branches.draft[nodes]
 
 
 def _with_forced(

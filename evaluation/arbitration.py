@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from certdraft.data import Problem, Sandbox, verify_all
-from certdraft.decoding import ASK, Policy, Rollouts, Stepper, simulate
+from certdraft.decoding import ASK, Branches, Policy, Rollouts, Stepper, simulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +33,8 @@ class ArbitrationSettings:
         look_ahead: also arbitrate the bonus token; see `Arbiter`.
         override_budget: most draft tokens taken at mismatches of one text; None is no limit.
         texts_at_once: texts that share a pass.
+        branches: for short answers: most branches per problem to explore once, after which texts of that
+            problem cost no model pass; 0 runs the models every time.
     """
 
     depth: int = 4
@@ -40,6 +42,7 @@ class ArbitrationSettings:
     look_ahead: bool = False
     override_budget: int | None = None
     texts_at_once: int = 1024
+    branches: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Court:
         self.target, self.drafter, self.tokenizer = target, drafter, tokenizer
         self.settings, self.sandbox = settings, sandbox
         self.eos = tuple(eos) if eos is not None else (int(tokenizer.eos_token_id),)
+        self._branches = None
+        if settings.branches:
+            self._branches = Branches(
+                target, drafter, max_new_tokens=settings.max_new_tokens, eos=self.eos, most=settings.branches
+            )
 
     @torch.no_grad()
     def write(
@@ -202,6 +210,7 @@ class Court:
             override_budget=settings.override_budget,
             look_ahead=settings.look_ahead,
             forced=orders,
+            branches=self._branches,
         )
 
 

@@ -25,6 +25,7 @@ from certdraft.decoding import (
     Arbiter,
     ArbiterPolicy,
     BestFirst,
+    Branches,
     Chain,
     Lockstep,
     LogRatio,
@@ -32,6 +33,7 @@ from certdraft.decoding import (
     StaticTree,
     Strict,
     TargetRunner,
+    TooManyBranches,
     TypicalAcceptance,
     decode,
     greedy,
@@ -231,6 +233,24 @@ def test_simulator_repeats_recorded_actions(pair) -> None:
             TargetRunner(pair[0]), NetworkDrafter(pair[1]), PROMPTS[row // 3], Chain(4), arbiter, 20
         )
         assert windowed.tokens == free.tokens[row]
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_a_table_of_branches_says_what_the_models_say(pair, look_ahead: bool) -> None:
+    models = Lockstep(pair[0]), Lockstep(pair[1])
+    settings = dict(depth=3, max_new_tokens=7, eos={4, 13}, copies=2, look_ahead=look_ahead)
+    branches = Branches(*models, max_new_tokens=7, eos={4, 13})
+    for seed in range(3):
+        run = simulate(*models, PROMPTS, Moody(seed), **settings)
+        read = simulate(*models, PROMPTS, Moody(seed), **settings, branches=branches)
+        assert read.tokens == run.tokens
+        assert read.passes.tolist() == run.passes.tolist()
+        assert torch.equal(read.taken, run.taken)
+        torch.testing.assert_close(read.features, run.features, atol=2e-4, rtol=1e-4)
+        num = len(branches)
+    assert len(branches) == num > 20
+    with pytest.raises(TooManyBranches, match=r"texts\.branches"):
+        Branches(*models, max_new_tokens=20, eos=(), most=3).roots(PROMPTS)
 
 
 def test_simulator_refuses_nonsense(pair) -> None:
