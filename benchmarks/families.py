@@ -151,13 +151,13 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     recording = Recording(
-        target="embedded", corpus=Corpus(), prompts=Prompts(prompts_per_document=1, prompt_tokens=176),
-        generation=Generation(max_new_tokens=48, corpus_positions=True),
+        target="embedded", corpus=Corpus(), prompts=Prompts(prompts_per_document=1, prompt_tokens=240, max_prompt_tokens=240),
+        generation=Generation(max_new_tokens=0),
         num_kept=16, feature_layers=LAYERS, batch_size=256,
     )  # fmt: skip
     data = TraceDataModule(
         str(FOLDER / "train"), str(FOLDER / "validation"), seq_len=256, batch_size=16,
-        record=recording, validation_rows=48,
+        record=recording, validation_rows=40,
     )  # fmt: skip
     data.prepare_data()
     data.setup()

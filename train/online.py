@@ -27,6 +27,8 @@ class TargetSettings:
         dtype: dtype of its weights; logits are fp32 whatever it is.
         num_kept: head entries per step.
         full: also hand the loss the full distribution.
+        logits: false takes only the features from the running target, for drafters that read them; what it
+            says is then read from the trace, and its output layer is not run.
     """
 
     name: str = "embedded"
@@ -34,6 +36,7 @@ class TargetSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     num_kept: int = 32
     full: bool = True
+    logits: bool = True
 
 
 class Online:
@@ -83,6 +86,8 @@ class Online:
             for handle in handles:
                 handle.remove()
         features = torch.stack([outputs[tap] for tap in taps], 2) if taps else None
+        if not self.settings.logits:
+            return Said(batch, features)
         hidden = output.last_hidden_state.flatten(0, 1)
         weight: Any = self.model.get_output_embeddings()
         target = OnlineTarget(hidden, weight.weight, self.settings.num_kept, self.settings.full)
