@@ -26,7 +26,7 @@ IGNORED = -100  # label of a token that is not learned
 _PART = 3  # characters of a part, and of its answer with the mark behind it
 
 
-def arithmetic(split: Split, count: int, seed: int = 0, parts: int = 3) -> list[Problem]:
+def arithmetic(split: Split, count: int, seed: int = 0, parts: int = 2) -> list[Problem]:
     """Problems of random parts; families "sums", "products" and "mixed".
 
     Args:

@@ -56,7 +56,7 @@ class ProblemDataModule(pl.LightningDataModule):
         held_out: float = 0.1,
         train_problems: int = 2000,
         validation_problems: int = 200,
-        parts: int = 3,
+        parts: int = 2,
         batch_size: int = 32,
         seed: int = 0,
     ) -> None:
@@ -143,7 +143,7 @@ class ArithmeticDataModule(pl.LightningDataModule):
         tokenizer_dir: str,
         sums: float = 1.0,
         products: float = 1.0,
-        parts: int = 3,
+        parts: int = 2,
         rows: int = 20_000,
         batch_size: int = 64,
         seed: int = 0,

@@ -11,6 +11,7 @@ from certdraft.data import (
     Problem,
     Sandbox,
     arithmetic,
+    eos_ids_of,
     load_problems,
     load_target,
     load_tokenizer,
@@ -110,7 +111,8 @@ def open_court(
     kind = getattr(torch, dtype)
     models = load_target(target, dtype=kind, device=device), load_causal_lm(drafter, dtype=kind)
     models[1].to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
-    return Court(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox)
+    eos = sorted(eos_ids_of(models[0], tokenizer))
+    return Court(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
 
 
 def write_arbitration(

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from certdraft.data import ProblemBatch, Sandbox, load_tokenizer
+from certdraft.data import ProblemBatch, Sandbox, eos_ids_of, load_tokenizer
 from certdraft.decoding import ArbiterPolicy, Lockstep
 from certdraft.drafters import CausalDrafter
 from certdraft.evaluation import ArbitrationSettings, Court, Judged, always, branch_labels, never
@@ -215,13 +215,9 @@ class ArbiterModule(pl.LightningModule):
         if self._court is None:
             frozen = self._frozen
             tokenizer = load_tokenizer(frozen.target.settings.name)
-            self._court = Court(
-                Lockstep(frozen.target.model),
-                Lockstep(frozen.drafter.model),
-                tokenizer,
-                self.texts,
-                self.sandbox,
-            )
+            models = Lockstep(frozen.target.model), Lockstep(frozen.drafter.model)
+            eos = sorted(eos_ids_of(frozen.target.model, tokenizer))
+            self._court = Court(*models, tokenizer, self.texts, self.sandbox, eos)
         return self._court
 
 

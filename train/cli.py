@@ -46,6 +46,9 @@ COMMANDS = {
     ),
     "compare": Command("certdraft.evaluation.compare:compare", "runs and reports side by side on one page"),
     "publish": Command("certdraft.evaluation.publish:publish", "a report and an export as a W&B run"),
+    "arbitrate": Command(
+        "certdraft.evaluation:run_arbitrate", "a policy that lets the drafter speak where it knows better"
+    ),
     "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
     "lint": Command(
         "certdraft.train.export:lint", "check an exported folder before an engine reads it wrongly"

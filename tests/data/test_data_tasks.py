@@ -261,7 +261,7 @@ def test_modules_hand_out_what_they_promise(tmp_path: Path, write) -> None:
     rows = ArithmeticDataModule(str(tmp_path / "tokenizer"), sums=1.0, products=0.0, rows=64, batch_size=8)
     rows.prepare_data()
     ids, labels = next(iter(rows.train_dataloader()))
-    assert ids.shape == labels.shape == (8, 10 + 8 + 1)
+    assert ids.shape == labels.shape == (8, 7 + 5 + 1)
     assert (labels == ids).logical_or(labels == IGNORED).all()
     module = ProblemDataModule(write(*[{"prompt": f"{i}", "answer": f"{i}"} for i in range(200)]))
     module.setup()
