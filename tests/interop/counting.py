@@ -1,7 +1,7 @@
-"""What an engine must report: our loop's text and counts, under that engine's habits at both ends of a text.
+"""What an engine must report: our loop's counts, cut as that engine cuts them at the end of a text.
 
-Engines differ in two harmless ways. Some let the target say the first token plainly and draft from the second
-on; some draft past the wanted length and cut the text afterwards.
+Every engine here lets the target say the first token plainly. Some draft past the wanted length and cut the
+text afterwards, others shorten the last drafts.
 """
 
 from collections.abc import Sequence
@@ -13,26 +13,8 @@ from transformers import PreTrainedModel
 from certdraft.decoding import Chain, TargetRunner, decode, greedy
 from certdraft.drafters import Drafter
 
-
-@dataclass(frozen=True)
-class Habits:
-    """How an engine treats the ends of a text.
-
-    Attributes:
-        first_plain: the target says the first token without a draft.
-        past_end: drafts keep their length up to the last round, whatever is still wanted.
-    """
-
-    first_plain: bool
-    past_end: bool
-
-
-HABITS = {
-    "vLLM": Habits(first_plain=True, past_end=True),
-    "llama.cpp": Habits(first_plain=True, past_end=False),
-    "OpenVINO GenAI": Habits(first_plain=True, past_end=False),
-    "transformers": Habits(first_plain=False, past_end=False),
-}
+# Whether drafts keep their length up to the last round, whatever is still wanted.
+PAST_END = {"vLLM": True, "llama.cpp": False, "OpenVINO GenAI": True}
 
 
 @dataclass(frozen=True)
@@ -40,12 +22,14 @@ class Counts:
     """Drafts of one or more texts.
 
     Attributes:
-        drafts: rounds with a draft.
+        passes: of the target, after the one that said the first token.
+        drafts: those with a draft.
         drafted: draft tokens verified.
         accepted: of these.
         accepted_by_position: rounds whose draft was accepted up to this position at least.
     """
 
+    passes: int
     drafts: int
     drafted: int
     accepted: int
@@ -62,24 +46,34 @@ def counts(
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     max_new_tokens: int,
-    habits: Habits,
-) -> Counts:
-    """Our loop's counts for chains of `num_tokens`, greedy, as an engine of these habits would count them."""
-    runner, rounds = TargetRunner(target, drafter.taps), []
+) -> dict[str, Counts]:
+    """Our loop's counts for chains of `num_tokens`, greedy, from the second token of each text on, by engine.
+
+    One text serves all engines: what is drafted does not depend on where the text is cut, only how much of it
+    is verified.
+    """
+    runner = TargetRunner(target, drafter.taps)
+    found: dict[str, list[tuple[int, int]]] = {engine: [] for engine in PAST_END}
     for prompt in prompts:
-        start, wanted = list(prompt), max_new_tokens
-        if habits.first_plain:
-            start, wanted = [*start, *greedy(target, start, 1)], max_new_tokens - 1
-        room = num_tokens + 1 if habits.past_end else 0
-        done = 0
-        for turn in decode(runner, drafter, start, Chain(num_tokens), max_new_tokens=wanted + room).rounds:
-            if done < wanted:
-                rounds.append(turn)
-            done += turn.committed
-    drafts = [turn for turn in rounds if turn.nodes]
+        start, wanted = [*prompt, *greedy(target, prompt, 1)], max_new_tokens - 1
+        for turn in decode(
+            runner, drafter, start, Chain(num_tokens), max_new_tokens=wanted + num_tokens + 1
+        ).rounds:
+            if wanted <= 0:
+                break
+            for engine, past_end in PAST_END.items():
+                drafted = turn.nodes if past_end else min(turn.nodes, wanted - 1)
+                found[engine].append((drafted, min(turn.accepted, drafted)))
+            wanted -= turn.committed
+    return {engine: _sums(rounds, num_tokens) for engine, rounds in found.items()}
+
+
+def _sums(rounds: list[tuple[int, int]], num_tokens: int) -> Counts:
+    drafts = [turn for turn in rounds if turn[0]]
     return Counts(
-        len(drafts),
-        sum(turn.nodes for turn in drafts),
-        sum(turn.accepted for turn in drafts),
-        [sum(turn.accepted > position for turn in drafts) for position in range(num_tokens)],
+        passes=len(rounds),
+        drafts=len(drafts),
+        drafted=sum(drafted for drafted, _ in drafts),
+        accepted=sum(accepted for _, accepted in drafts),
+        accepted_by_position=[sum(n > position for _, n in drafts) for position in range(num_tokens)],
     )

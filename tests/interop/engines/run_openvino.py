@@ -1,8 +1,9 @@
-"""Jobs in OpenVINO GenAI: `run_openvino.py JOBS.json RESULTS.json`, run by the environment that has optimum-intel.
+"""Jobs in OpenVINO GenAI: `run_openvino.py JOBS.json RESULTS.json`, run where optimum-intel is installed.
 
 A job: name, family, target and drafter (folders of Hugging Face; no drafter: plain decoding), num_tokens,
 max_new_tokens, prompts (token ids), taps (layers of an EAGLE-3 head, 0-based), and `work`, a folder for the
-converted models. A result: tokens of every prompt, drafts and accepted draft tokens.
+converted models. A result: tokens of every prompt, passes of the target after the first, and accepted draft
+tokens (not all of the last round's are counted).
 """
 
 import json
@@ -56,19 +57,25 @@ def run(job):
     tokens, drafts, accepted = [], 0, 0
     for prompt in job["prompts"]:
         ids = openvino.Tensor(numpy.array([prompt], dtype=numpy.int64))
-        answer = pipeline.generate(openvino_genai.TokenizedInputs(ids, openvino.Tensor(numpy.ones_like(ids.data))), config)
+        answer = pipeline.generate(
+            openvino_genai.TokenizedInputs(ids, openvino.Tensor(numpy.ones_like(ids.data))), config
+        )
         tokens.append(list(answer.tokens[0]))
         if job.get("drafter"):
             metrics = answer.extended_perf_metrics
             accepted += metrics.get_num_accepted_tokens()
             drafts += len(metrics.main_model_metrics.raw_metrics.m_durations) - 1
-    return {"tokens": tokens, "drafts": drafts, "accepted": accepted}
+    return {"tokens": tokens, "passes": drafts, "accepted": accepted}
 
 
 def main():
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
-    results = {"engine": "OpenVINO GenAI", "version": f"openvino-genai {openvino_genai.__version__}", "runs": {}}
+    results = {
+        "engine": "OpenVINO GenAI",
+        "version": f"openvino-genai {openvino_genai.__version__}",
+        "runs": {},
+    }
     for job in jobs:
         try:
             results["runs"][job["name"]] = run(job)

