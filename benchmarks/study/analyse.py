@@ -155,7 +155,7 @@ def equal_time(tables: dict[str, Any], timing: dict[str, Any] | None) -> dict[st
                 whole = None if base in (None, loss) else versus(large[loss], large[base], metric)
                 if whole is None:
                     continue
-                steps = LARGE * cost[base]["median_ms"] / cost[loss]["median_ms"]
+                steps = LARGE * cost[base]["least_ms"] / cost[loss]["least_ms"]
                 seeds = set(large[loss]) & set(small[loss])
                 at = [rate(found[loss], metric, seeds) for found in (small, large)]
                 moved = at[1] + (at[1] - at[0]) * math.log(steps / LARGE) / math.log(LARGE / SMALL)

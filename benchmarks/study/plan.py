@@ -39,6 +39,9 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "margin+sharp-2": lambda: Mixture([MarginDiscountedCE(), SharpenedKL(2.0)], [0.5, 0.5]),
     "pool-4+kl": lambda: Mixture([PoolDiscountedCE(), ForwardKL()], [0.5, 0.5]),
     "runner-up-4+kl": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.5, 0.5]),
+    "runner-up-4+sharp-2": lambda: Mixture([RunnerUpForgivingCE(), SharpenedKL(2.0)], [0.5, 0.5]),
+    "runner-up-8+kl": lambda: Mixture([RunnerUpForgivingCE(8), ForwardKL()], [0.5, 0.5]),
+    "0.7 runner-up-4+kl": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.7, 0.3]),
     "pool-4+sharp-2": lambda: Mixture([PoolDiscountedCE(), SharpenedKL(2.0)], [0.5, 0.5]),
     "pool-4": PoolDiscountedCE,
     "budget-ce": HardCE,  # with the step weights below
@@ -58,7 +61,8 @@ SIZES = {"1-layer": 1, "2-layer": 2}
 TARGET_LAYERS = {"2-layer": (0, 7)}  # layers that the drafter starts from; the other starts fresh
 
 SEEDS = (0, 1, 2)
-GRID = {"1-layer": (4e-3, 8e-3, 2e-3), "2-layer": (2e-3, 4e-3, 1e-3)}  # learning rates, the likeliest first
+# Learning rates, the likeliest first.
+GRID = {"1-layer": (2e-3, 4e-3, 1e-3, 8e-3), "2-layer": (2e-3, 4e-3, 1e-3)}
 CLOSE = 0.03  # coverage@4 by which a loss may trail the best one at the first rate and still be tuned further
 
 SMALL, LARGE, DECAY = 150, 450, 0.2  # optimiser steps; the last fifth of each is the decay
@@ -72,7 +76,8 @@ class Cell:
     """One training run.
 
     Attributes:
-        stage: "tune" (small budget, validation split), "train" (both budgets, test split) or "fine-tune".
+        stage: "tune" (small budget, validation split), "train" (both budgets, test split; "pick" looks at its
+            large one on the validation split) or "fine-tune".
         size: key of `SIZES`.
         loss: key of `LOSSES`.
         lr: peak learning rate.

@@ -133,6 +133,17 @@ class Study:
         run.train(data.since(run.step), self.large, self.large)
         self.finish("train", cell, "large", run)
 
+    def pick(self, cell: Cell) -> None:
+        """The large budget, judged on the validation split: what decides between our own losses."""
+        key = f"{cell.key}/large"
+        if key in self.done("pick"):
+            return
+        self.train(cell)
+        drafter = cells.fresh_drafter(cell.size, cell.seed, self.vocab_size, self.target)
+        drafter.load_state_dict(torch.load(self.weights(key)))
+        found = cells.summary(cells.evaluate(drafter, self.split("validation"), certify=False))
+        self.write("pick", key, cell, seconds=0.0, summary=found)
+
     def fine_tune(self, cell: Cell) -> None:
         """From the drafter that hard cross-entropy trained with the large budget and the same seed."""
         if f"{cell.key}/fine" in self.done("fine-tune"):
@@ -233,7 +244,8 @@ _SHOWN = (
 def main() -> None:
     """Runs the stages that are asked for, cell by cell."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stages", nargs="+", default=["tune", "train", "fine-tune"])
+    stages = ["tune", "pick", "train", "fine-tune"]
+    parser.add_argument("--stages", nargs="+", default=["tune", "train", "fine-tune"], choices=stages)
     parser.add_argument("--losses", nargs="+", help="only these")
     parser.add_argument("--sizes", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")
@@ -256,6 +268,10 @@ def main() -> None:
             for lr in rates[1:]:
                 for loss in given.losses or study.worth_tuning(size):
                     study.tune(Cell("tune", size, loss, lr, 0))
+    if "pick" in given.stages:
+        for size in sizes:
+            for loss in given.losses or tiny or study.finalists():
+                study.pick(Cell("train", size, loss, study.best_lr(size, loss), 0))
     for seed in seeds:
         losses = given.losses or tiny or study.finalists()
         if "train" in given.stages:
