@@ -1,6 +1,6 @@
 # certdraft: every target does its own set-up in .venv, once. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow types docs format check clean
+.PHONY: help demo test test-slow interop types docs format check clean
 
 FOLDERS := certificates configs data decoding drafters evaluation losses train
 VENV := .venv
@@ -22,13 +22,19 @@ demo: $(READY)  ## the whole promise on the embedded target: traces, two drafter
 	$(BIN)/certdraft demo
 
 test: $(READY)  ## every test that takes seconds (about 6 minutes on 2 cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -q -m "not slow and not gpu" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -q -m "not slow and not gpu and not interop" $(PYTEST_FLAGS)
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_FLAGS)
 
 docs: $(READY) .cache/types/certdraft  ## the documentation as a site, in .cache/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
+# One environment per engine under .cache/interop, made once; one that cannot be made is said and skipped.
+interop: $(READY)  ## exports in real engines: llama.cpp, vLLM, OpenVINO, speculators (6 GB, minutes)
+	$(BIN)/python tests/interop/environments.py
+	OMP_NUM_THREADS=1 CERTDRAFT_INTEROP_LOG=benchmarks/results/interop.json \
+		$(BIN)/python -m pytest -q -rs -m interop tests/interop $(PYTEST_FLAGS)
 
 # Type checkers cannot run the editable finder: show them the same tree as one folder of links.
 types: $(READY) .cache/types/certdraft  ## mypy, strict
