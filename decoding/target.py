@@ -123,4 +123,5 @@ def device_name(device: torch.device | str = "cpu") -> str:
             )
     except OSError:
         pass
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"

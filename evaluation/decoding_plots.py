@@ -19,7 +19,7 @@ def promises(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
     builders = list(dict.fromkeys(row["builder"] for row in rows))
-    with _canvas(path, size=(6.4, 4.4)) as axes:
+    with _canvas(path, size=(6.4, 4.2 + 0.1 * len(rows))) as axes:
         ax = axes[0, 0]
         for row in rows:
             d, b = drafters.index(row["drafter"]), builders.index(row["builder"])
@@ -44,7 +44,7 @@ def promises(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
             xlabel="expected accepted draft tokens (drafter's own probabilities)",
         )
         ax.set_ylabel("accepted draft tokens of a round")
-        ax.legend(loc="upper left")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, handlelength=2.4)
     return path
 
 

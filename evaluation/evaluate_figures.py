@@ -42,7 +42,7 @@ def draw(data: Data, out: Path) -> dict[str, Figure]:
     if data["bench"]:
         found["time"] = Figure(
             time_split(out / "time.png", _times(data["bench"])),
-            "Where a token's time goes.",
+            "Where a token's time goes. Plain decoding: its prefill is part of the bar.",
             "Stacked bars of milliseconds per token",
             wide=True,
         )

@@ -76,7 +76,7 @@ def length_table(data: Data) -> Table:
 def bench_table(bench: Data) -> Table:
     """Speed of every drafter and tree against plain decoding."""
     plain = bench["plain_tokens_per_s"]
-    rows = [["plain decoding", "–", "1", interval(plain, 0), "1", "–", "–"]]
+    rows = [["plain decoding", "–", "1", interval(plain, 1), "1", "–", "–"]]
     for m in bench["methods"]:
         share = m["share"]
         rows.append(
@@ -84,7 +84,7 @@ def bench_table(bench: Data) -> Table:
                 m["drafter"],
                 short(m["builder"]),
                 number(m["tau"]["value"], 2),
-                interval(m["tokens_per_s"], 0),
+                interval(m["tokens_per_s"], 1),
                 interval(m["speedup"], 2),
                 " / ".join(number(100 * share[k], 0) for k in ("draft", "verify", "host", "prefill")),
                 f"{m['equal_texts']} / {m['prompts']}",
@@ -216,13 +216,11 @@ def group_table(data: Data) -> Table | None:
         for label, row in entry["lengths"].items():
             timed = {g["group"]: g for g in bench.get((name, label), {"groups": []})["groups"]}
             for group in row["groups"]:
-                speed = timed.get(group["group"])
+                speed = timed.get(group["group"]) or {"tokens_per_s": None, "speedup": None}
+                cells = (group["tau"], 2), (speed["tokens_per_s"], 1), (speed["speedup"], 2)
                 rows.append(
-                    [group["group"], name, short(label), str(group["prompts"]), interval(group["tau"], 2)]
-                    + [
-                        interval(speed and speed[key], digits)
-                        for key, digits in (("tokens_per_s", 0), ("speedup", 2))
-                    ]
+                    [group["group"], name, short(label), str(group["prompts"])]
+                    + [_spread(found, digits) for found, digits in cells]
                 )
     if not rows:
         return None
@@ -236,6 +234,11 @@ def group_table(data: Data) -> Table | None:
         "groups",
         text_columns=3,
     )
+
+
+def _spread(found: Data | None, digits: int) -> str:
+    """With its interval, where there is more than one text to make it from."""
+    return interval(found, digits) if found and found["prompts"] > 1 else number(value_of(found), digits)
 
 
 def rejection_table(data: Data) -> Table:

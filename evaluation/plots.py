@@ -269,6 +269,21 @@ def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """95 % interval of a share, sensible at 0 and 1 and for few trials.
+
+    Examples:
+        >>> [round(end, 2) for end in wilson(2, 2)]
+        [0.34, 1.0]
+
+    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.
+    """
+    z, share = 1.96, hits / trials
+    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def depths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Acceptance at each draft depth, among the rounds that got there.
 
@@ -280,15 +295,17 @@ def depths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         ax = axes[0, 0]
         for i, row in enumerate(rows):
             x = [d["depth"] for d in row["depths"] if d["reached"]]
-            share = [d["accepted"] / d["reached"] for d in row["depths"] if d["reached"]]
+            counts = [(d["accepted"], d["reached"]) for d in row["depths"] if d["reached"]]
+            share = [accepted / reached for accepted, reached in counts]
+            ends = [wilson(*pair) for pair in counts]
             error = [
-                1.96 * math.sqrt(s * (1 - s) / d["reached"])
-                for s, d in zip(share, (d for d in row["depths"] if d["reached"]), strict=True)
+                [max(0.0, s - low) for s, (low, _) in zip(share, ends, strict=True)],
+                [max(0.0, high - s) for s, (_, high) in zip(share, ends, strict=True)],
             ]
             ax.errorbar(
                 [v + 0.05 * (i - (len(rows) - 1) / 2) for v in x],
                 [100 * s for s in share],
-                [100 * e for e in error],
+                [[100 * e for e in side] for side in error],
                 color=OKABE_ITO[i % 8],
                 marker=_MARKERS[i % 8],
                 ms=5,
