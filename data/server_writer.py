@@ -1,14 +1,17 @@
 """Recording from an inference server: the same shards, notes and refusals as with a target loaded here.
 
-Each prompt is one request; `concurrency` of them are in flight. Rows are kept until their shard is whole, so
-a killed recording loses at most the shards in progress and goes on like any other.
+Each prompt is one request; `concurrency` of them are in flight. Rows of a shard that is not whole are written
+a few at a time, so a killed recording loses little and goes on like any other.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +34,14 @@ from certdraft.data.rows import RecordedRow
 from certdraft.data.server import BadRequest, Connection, Server, ServerError
 from certdraft.data.server_protocol import Answer, Api, Completions, SGLang
 from certdraft.data.server_rows import row_of, wants_prompt_heads
-from certdraft.data.shards import Ledger, RecordingError
+from certdraft.data.shards import Ledger, RecordingError, stopped
 from certdraft.data.targets import generation_config, load_tokenizer, target_config, tokenizer_fingerprint
 from certdraft.data.trace import TRACE_FILE, TraceMeta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ROWS_A_PART = 32
 # Words, digits, code, two scripts and a marker: tokenizers that agree here are one tokenizer.
 _PROBE = "def f(x):\n    return x + 12345  # naïve café, 你好, emoji 🙂\n\nTHE END"
 
@@ -98,21 +102,55 @@ def _record(ledger: Ledger, asker: _Asker) -> None:
     shards = [shard for shard in range(ledger.num_shards) if not ledger.is_done(shard)]
     size, total = asker.recording.shard_rows, len(asker.prompts)
     missing = {shard: set(shard_prompts(shard, size, total).tolist()) for shard in shards}
-    rows: dict[int, dict[int, RecordedRow]] = {shard: {} for shard in shards}
+    rows = {shard: ledger.kept(shard) for shard in shards}  # from before a kill
+    fresh: dict[int, dict[int, RecordedRow]] = {shard: {} for shard in shards}  # not on disk yet
+    for shard in shards:
+        missing[shard] -= rows[shard].keys()
 
     def work() -> Iterator[int]:
-        for shard in shards:
-            yield from shard_prompts(shard, size, total).tolist()
+        for shard in shards:  # a shard whose rows are all there, but which is not, asks for one again
+            yield from sorted(missing[shard]) or [shard * size]
 
-    with Progress("recording", sum(map(len, missing.values())), "prompts") as progress:
-        for index, row in in_parallel(work(), asker.row, asker.server.concurrency):
-            shard = index // size
-            rows[shard][index] = row
-            missing[shard].discard(index)
-            progress.advance(1, len(row.input_ids))
-            if not missing[shard]:
-                used, accounting = account([row for _, row in sorted(rows.pop(shard).items())])
-                ledger.commit(shard, used, accounting)
+    def finish(shard: int) -> None:
+        used, accounting = account([row for _, row in sorted(rows.pop(shard).items())])
+        ledger.commit(shard, used, accounting)
+        fresh[shard].clear()
+
+    def save(shard: int) -> None:
+        if fresh[shard]:
+            ledger.keep(shard, fresh[shard])
+            fresh[shard] = {}
+
+    with Progress("recording", sum(map(len, missing.values())), "prompts") as progress, _sigterm() as asked:
+        try:
+            for index, row in in_parallel(work(), asker.row, asker.server.concurrency):
+                shard = index // size
+                rows[shard][index] = fresh[shard][index] = row
+                missing[shard].discard(index)
+                progress.advance(1, len(row.input_ids))
+                if not missing[shard]:
+                    finish(shard)
+                elif len(fresh[shard]) >= _ROWS_A_PART:
+                    save(shard)
+                if asked.is_set():
+                    raise stopped(ledger.folder)
+        finally:  # whatever ends it, no answer is lost
+            for shard in fresh:
+                save(shard)
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """Set once SIGTERM came; a handler can be installed in the main thread only."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Asker:

@@ -1,8 +1,9 @@
 """Files that appear whole or not at all, and the ledger of a recording in progress.
 
 While a trace is being recorded its folder holds `.recording/`: the settings, a lock, and one note per
-finished shard. A shard counts as written when its note exists; `trace.json` appears last. So a kill at any
-moment costs at most the shards in progress, and the same command goes on with the next unwritten one.
+finished shard, and the batches of shards that are not whole yet. A shard counts as written when its note
+exists; `trace.json` appears last. So a kill at any moment costs at most the batches in progress, and the same
+command goes on with the next one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from certdraft.data.accounting import Accounting
+from certdraft.data.parts import read_part, write_part
 from certdraft.data.rows import RecordedRow
 from certdraft.data.trace import TRACE_FILE, ShardInfo, TraceMeta, file_sha256, shard_problem, trace_schema
 
@@ -30,6 +34,12 @@ _BATCH_VALUES = 1 << 28  # list values of one Arrow batch; offsets are int32
 
 class RecordingError(ValueError):
     """A recording that cannot start, go on or finish; the message says what to do."""
+
+
+def stopped(folder: Path) -> SystemExit:
+    """What ends a recording that was asked to stop by SIGTERM, after saying how to go on."""
+    print(f"stopped: what was recorded is kept in {folder}; the same command goes on there", file=sys.stderr)
+    return SystemExit(128 + signal.SIGTERM)
 
 
 def bytes_per_token(num_kept: int, feature_values: int = 0) -> float:
@@ -130,6 +140,21 @@ class Ledger:
         """Writes a shard, then the note that says so."""
         info = write_shard(self.folder / shard_name(shard), rows, self.schema)
         write_json(self._note(shard), asdict(info) | {"accounting": accounting.to_dict()})
+        for part in self._parts(shard):
+            part.unlink()
+
+    def keep(self, shard: int, rows: Mapping[int, RecordedRow]) -> None:
+        """Writes some rows, by number of their prompt, of a shard that is not whole yet."""
+        file = self.notes / f"{shard_name(shard)}.part-{min(rows)}"
+        batch = _record_batch(list(rows.values()), self.schema)
+        write_atomically(file, lambda temporary: write_part(temporary, rows, batch))
+
+    def kept(self, shard: int) -> dict[int, RecordedRow]:
+        """What `keep` wrote of a shard."""
+        rows: dict[int, RecordedRow] = {}
+        for part in self._parts(shard):
+            rows |= read_part(part)
+        return rows
 
     def shards(self) -> tuple[ShardInfo, ...]:
         """All finished shards in order."""
@@ -164,6 +189,9 @@ class Ledger:
         if self._lock is not None:
             self._lock.release()
 
+    def _parts(self, shard: int) -> list[Path]:
+        return sorted(self.notes.glob(f"{shard_name(shard)}.part-*"))
+
     def _note(self, shard: int) -> Path:
         return self.notes / f"{shard_name(shard)}.json"
 
@@ -188,7 +216,7 @@ class Ledger:
         file = self.notes / "settings.json"
         if (self.folder / TRACE_FILE).exists():
             self._reopen()
-        elif any(self.is_done(shard) for shard in range(self.num_shards)):
+        elif any(self.is_done(shard) or self._parts(shard) for shard in range(self.num_shards)):
             self._refuse_difference(json.loads(file.read_text(encoding="utf-8")), "an unfinished recording")
         write_json(file, self.settings)
         for shard in range(self.num_shards):  # a note vouches for its file only while the file is as it was

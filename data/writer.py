@@ -42,7 +42,7 @@ from certdraft.data.recording import (
 from certdraft.data.rows import RecordedRow
 from certdraft.data.server import Server
 from certdraft.data.server_writer import record_from_server
-from certdraft.data.shards import Ledger, refuse_foreign_content
+from certdraft.data.shards import Ledger, refuse_foreign_content, stopped
 from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.data.trace import TRACE_FILE, TraceMeta
 
@@ -178,8 +178,11 @@ class _Work:
                 continue
             rows = shard_prompts(shard, self.recording.shard_rows, len(lengths))
             rows = rows[np.argsort(-lengths[rows], kind="stable")]
+            kept = self.ledger.kept(shard)
             for start in range(0, len(rows), size):
-                yield _Unit(shard, tuple(rows[start : start + size].tolist()), start + size >= len(rows))
+                unit = _Unit(shard, tuple(rows[start : start + size].tolist()), start + size >= len(rows))
+                if unit.last_of_shard or not kept.keys() >= set(unit.prompts):
+                    yield unit
 
 
 class _Recorder(pl.LightningModule):
@@ -242,12 +245,18 @@ class _ShardWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        self.rows.update(zip(batch.prompts, prediction, strict=True))
+        fresh = dict(zip(batch.prompts, prediction, strict=True))
+        self.rows |= fresh
         if batch.last_of_shard:
-            rows, accounting = account([self.rows[index] for index in sorted(self.rows)])
+            whole = self.ledger.kept(batch.shard) | self.rows  # batches from before a kill, and ours
+            rows, accounting = account([whole[index] for index in sorted(whole)])
             self.ledger.commit(batch.shard, rows, accounting)
             self.rows.clear()
+        else:
+            self.ledger.keep(batch.shard, fresh)
         self.progress.advance(len(prediction), sum(len(row.input_ids) for row in prediction))
+        if trainer.received_sigterm:
+            raise stopped(self.ledger.folder)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.progress.__exit__(None, None, None)
