@@ -1,0 +1,105 @@
+"""The shipped recipes: every one parses, and its drafter fits a shrunken copy of the real architecture."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import certdraft
+from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
+from certdraft.train.cli import main
+
+ROOT = Path(certdraft.__file__).parent
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+SHRUNKEN = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recipes", ROOT / "benchmarks" / "recipes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recipes"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_is_one_for_every_target_and_family(script: ModuleType) -> None:
+    assert {recipe.path.name for recipe in script.recipes()} == {path.name for path in RECIPES}
+    assert len(RECIPES) == 27
+
+
+def parse(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path), "--data.record.corpus.source", "p.jsonl", "--print_config"])
+    told = capsys.readouterr()
+    assert stop.value.code == 0, told.err
+    return yaml.safe_load(told.out)
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("qwen3-8b")], ids=lambda p: p.stem)
+def test_the_command_line_takes_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(path, capsys)["name"] == path.stem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_command_line_takes_every_one(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(path, capsys)["name"] == path.stem
+
+
+@pytest.mark.slow
+def test_the_files_are_what_the_script_writes() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "recipes.py"), "--check"]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B"])
+def test_its_drafter_fits_a_shrunken_target(size: str, script: ModuleType) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    keys = script.shipped_config(size)
+    small = {key: SHRUNKEN.get(key, value) for key, value in keys.items()}
+    target = AutoModelForCausalLM.from_config(AutoConfig.for_model(small.pop("model_type"), **small)).eval()
+    ids = torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(0))
+    place = torch.arange(24)[None]
+    for family in ("eagle3", "dflash"):
+        file = ROOT / "configs" / "recipes" / f"qwen3-{size.lower()}-{family}.yaml"
+        init = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["drafter"]["init_args"]
+        config = init.pop("config")
+        drafter: EagleDrafter | BlockDrafter
+        if family == "eagle3":
+            config["draft_vocab_size"] = 40
+            counts = torch.arange(64) + 1_000
+            drafter = EagleDrafter(EagleConfig(**config), **init, max_lost_coverage=1.0)
+            drafter.build(64, target, counts)
+        else:
+            config["mask_token_id"] = 63
+            drafter = BlockDrafter(BlockConfig(**config), **init).build(64, target)
+        features = torch.randn(1, 24, len(drafter.taps), 32, generator=torch.Generator().manual_seed(1))
+        mask = torch.ones(1, 24, dtype=torch.bool)
+        paths = drafter.paths(ids, place, torch.zeros_like(ids), mask, features)
+        logits = drafter.head(paths.hidden[paths.mask])
+        assert len(logits)
+        assert logits.isfinite().all()
+
+
+def test_parameters_are_those_of_the_real_sizes(script: ModuleType) -> None:
+    """DFlash for Qwen3-8B, counted by hand: five layers, the fusion of five features, three norms."""
+    _, trained = script.drafter_sizes(script.Recipe("8B", "dflash"))
+    attention = 4096 * (32 + 8 + 8) * 128 + 32 * 128 * 4096 + 2 * 128
+    layer = attention + 3 * 4096 * 12288 + 2 * 4096
+    assert trained == 5 * layer + 5 * 4096 * 4096 + 2 * 4096
