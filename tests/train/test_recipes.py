@@ -21,8 +21,8 @@ ROOT = Path(certdraft.__file__).parent
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 SHRUNKEN = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "num_experts": 4,
-    "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
 }  # fmt: skip
 
 
