@@ -41,6 +41,7 @@ class Prompts:
         prompt_tokens: length of the window cut from a `text` row to be continued.
         prompts_per_document: windows per `text` row, at places fixed by its content.
         max_prompt_tokens: longer prompts are skipped and counted; teacher-forced text is cut into pieces.
+        min_prompt_tokens: shorter prompts are skipped and counted.
     """
 
     template: Literal["auto", "chat", "none"] = "auto"
@@ -49,11 +50,17 @@ class Prompts:
     prompt_tokens: int = 64
     prompts_per_document: int = 1
     max_prompt_tokens: int = 2048
+    min_prompt_tokens: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "prompts_per_document", "max_prompt_tokens"):
+        for name in ("prompt_tokens", "prompts_per_document", "max_prompt_tokens", "min_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.min_prompt_tokens > self.max_prompt_tokens:
+            raise ValueError(
+                f"min_prompt_tokens {self.min_prompt_tokens} exceeds max_prompt_tokens "
+                f"{self.max_prompt_tokens}"
+            )
 
 
 @dataclass(frozen=True)
@@ -262,6 +269,8 @@ def _cut(
         yield f"longer than max_prompt_tokens={limit}"
     elif not len(prompt):
         yield "no tokens"
+    elif len(prompt) < settings.min_prompt_tokens:
+        yield f"shorter than min_prompt_tokens={settings.min_prompt_tokens}"
     else:
         yield Prompt(np.concatenate([prompt, completion]), len(prompt), row.where)
 

@@ -48,6 +48,8 @@ class Corpus:
         kind: what `column` holds.
         hub_config: configuration of a hub dataset that has several.
         hub_split: split of a hub dataset or of a saved `DatasetDict` to read; `split` applies on top.
+        streaming: read a hub dataset row by row, without downloading all of it first; with `max_rows` only
+            its beginning.
         validation_fraction: share of the rows in split "validation", in [0, 1).
         test_fraction: share of the rows in split "test", in [0, 1).
         max_rows: stop after this many rows that are neither duplicates nor of another split.
@@ -60,6 +62,7 @@ class Corpus:
     kind: Kind = "prompt"
     hub_config: str | None = None
     hub_split: str = "train"
+    streaming: bool = False
     validation_fraction: float = 0.05
     test_fraction: float = 0.05
     max_rows: int | None = None
@@ -158,7 +161,7 @@ def read_records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
         listed = f"{path.parent} holds {', '.join(near)}" if near else f"there is no folder {path.parent}"
         raise FileNotFoundError(f"corpus {corpus.source}: no such file or folder; {listed}")
     else:
-        yield from hub_rows(corpus.source, corpus.hub_config, corpus.hub_split)
+        yield from hub_rows(corpus.source, corpus.hub_config, corpus.hub_split, corpus.streaming)
 
 
 def _looks_like_a_path(source: str) -> bool:

@@ -11,8 +11,14 @@ from typing import Any
 _TIMEOUT_S = 5.0
 
 
-def hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, Any]]:
+def hub_rows(name: str, config: str | None, split: str, streaming: bool = False) -> Iterator[tuple[str, Any]]:
     """(where, record) of every row.
+
+    Args:
+        name: of the dataset.
+        config: its configuration, when it has several.
+        split: of the dataset.
+        streaming: fetch rows as they are read.
 
     Raises:
         FileNotFoundError: the hub cannot be reached and holds no cached copy, or has no such dataset.
@@ -24,7 +30,7 @@ def hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, A
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, config, split=split)
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # datasets raises a dozen unrelated types here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FileNotFoundError(

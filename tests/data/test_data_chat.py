@@ -191,3 +191,12 @@ def test_prompt_set_keeps_prompts_and_its_hash_notices_changes() -> None:
 def test_settings_out_of_range() -> None:
     with pytest.raises(ValueError, match="prompt_tokens is 0; give at least 1"):
         Prompts(prompt_tokens=0)
+
+
+def test_prompts_too_short_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"prompt": "add"}, {"prompt": "the quick brown fox jumps over the lazy dog"}]
+    [prompt], accounting = build(tokenizer, rows, Prompts(template="none", min_prompt_tokens=4))
+    assert len(prompt.ids) >= 4
+    assert accounting.skipped["shorter than min_prompt_tokens=4"].count == 1
+    with pytest.raises(ValueError, match="min_prompt_tokens 9 exceeds max_prompt_tokens 8"):
+        Prompts(min_prompt_tokens=9, max_prompt_tokens=8)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from certdraft.data import Accounting, Corpus, CorpusError, read_rows
-from certdraft.data.hub import hub_answers
+from certdraft.data import corpora as corpora_module
+from certdraft.data.hub import hub_answers, hub_rows
 from certdraft.data.stdlib import split_of
 
 ROWS = [
@@ -214,3 +215,22 @@ def test_ten_megabytes_in_one_row(tmp_path: Path) -> None:
 def test_settings_out_of_range(settings: dict) -> None:
     with pytest.raises(ValueError, match="less than 1|at least 1"):
         Corpus(**settings)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # datasets leaves the file to the collector
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_dataset_come_one_by_one(tmp_path: Path, streaming: bool) -> None:
+    lines = "".join(f'{{"prompt": "row {i}"}}\n' for i in range(50))
+    (tmp_path / "train.jsonl").write_text(lines)
+    rows = list(hub_rows(str(tmp_path), None, "train", streaming))
+    assert [record["prompt"] for _, record in rows] == [f"row {i}" for i in range(50)]
+    assert rows[7][0].endswith(" row 7")
+
+
+def test_streaming_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    rows = [("o/n row 0", {"prompt": "a"}), ("o/n row 1", {"prompt": "b"})]
+    monkeypatch.setattr(corpora_module, "hub_rows", lambda *given: asked.append(given) or iter(rows))
+    read = read_rows(Corpus("o/n", split="all", streaming=True, max_rows=1), Accounting("rows"))
+    assert [row.content for row in read] == ["a"]
+    assert asked == [("o/n", None, "train", True)]
