@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles import forked
 
 from certdraft.train import runs
 from certdraft.train.cli import main
@@ -144,3 +145,32 @@ def test_two_processes_train_like_one(settings: dict[str, Any], write: Write, tm
     assert both["certdraft"]["metrics"] == pytest.approx(alone["certdraft"]["metrics"], abs=0.02)
     for name, value in alone["state_dict"].items():
         torch.testing.assert_close(both["state_dict"][name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(settings: dict[str, Any], write: Write, tmp_path: Path, times: int) -> None:
+    """Each attempt goes on where the one before was killed (−9); the end is that of an undisturbed run."""
+    settings["checkpoint"]["every_n_train_steps"] = 2
+    config = write(settings)
+    alone = {**settings, "runs_dir": str(tmp_path / "straight")}
+    whole = write(alone, "straight.yaml")
+    seconds = forked.timed(lambda: main(["fit", "--config", whole]))
+    fit = ["fit", "--config", config, "--ckpt_path", "last"]
+    assert forked.kill_often(lambda: main(fit), times, seconds)
+    main(fit)
+    assert_identical(newest(settings), newest(alone))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    settings: dict[str, Any], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel refuses files as large as a checkpoint, as a full disk would."""
+    expected = straight(settings, write, tmp_path)
+    config = write(settings)
+    fault = {"class_path": "faults.Starve", "init_args": {"step": 7, "bytes": 20_000}}
+    starved = write({**settings, "trainer": {**settings["trainer"], "callbacks": [fault]}}, "starved.yaml")
+    monkeypatch.syspath_prepend(TESTS)
+    assert forked.end(forked.start(lambda: main(["fit", "--config", starved]))) == 2
+    assert newest(settings)["global_step"] == 5
+    main(["fit", "--config", config, "--ckpt_path", "last"])
+    assert_identical(newest(settings), expected)
