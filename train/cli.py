@@ -30,37 +30,27 @@ class Command:
 
 TRAINER = "certdraft.train.lightning_cli:run"
 COMMANDS = {
+    "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
+    "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what stands in the way"),
+    "plan": Command("certdraft.train.plan:plan", "memory, disk and time of a run, before it is started"),
     "trace": Command("certdraft.data:record_trace", "record what a target says along its own greedy text"),
+    "certify": Command("certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace"),
     "fit": Command(TRAINER, "train a drafter (LightningCLI)"),
     "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)"),
     "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)"),
     "predict": Command(TRAINER, "run a LightningModule over data (LightningCLI)"),
-    "certify": Command(
-        "certdraft.evaluation:run_certify", "how hard a target is to draft for; needs a trace only"
-    ),
-    "evaluate": Command(
-        "certdraft.evaluation:run_evaluate", "certified and realised acceptance of a drafter, report"
-    ),
-    "profile": Command(
-        "certdraft.evaluation:run_profile", "what drafting and verifying cost on this machine, for CostAware"
-    ),
-    "compare": Command("certdraft.evaluation.compare:compare", "runs and reports side by side on one page"),
-    "publish": Command("certdraft.evaluation.publish:publish", "a report and an export as a W&B run"),
+    "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
+    "reproduce": Command("certdraft.train.record:reproduce", "run a run again, and compare the weights"),
+    "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
+    "lint": Command("certdraft.train.export:lint", "check a folder before an engine reads it wrongly"),
+    "profile": Command("certdraft.evaluation:run_profile", "cost of drafting and verifying on this machine"),
+    "evaluate": Command("certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed"),
     "arbitrate": Command(
         "certdraft.evaluation:run_arbitrate", "a policy that lets the drafter speak where it knows better"
     ),
-    "export": Command("certdraft.train.export:export_run", "a checkpoint as a folder that engines load"),
-    "lint": Command(
-        "certdraft.train.export:lint", "check an exported folder before an engine reads it wrongly"
-    ),
-    "reproduce": Command(
-        "certdraft.train.record:reproduce", "run a run again from its own record, and compare the weights"
-    ),
-    "doctor": Command("certdraft.train.doctor:doctor", "what this machine has, and what stands in the way"),
-    "sweep": Command("certdraft.train.sweep:sweep", "run a W&B sweep file here, without W&B"),
+    "compare": Command("certdraft.evaluation.compare:compare", "runs and reports side by side on one page"),
+    "publish": Command("certdraft.evaluation.publish:publish", "a report and an export as a W&B run"),
     "completion": Command("certdraft.train.completion:completion", "completion script of your shell"),
-    "plan": Command("certdraft.train.plan:plan", "memory, disk and time of a run, before it is started"),
-    "demo": Command("certdraft.train.demo:demo", "all of it on the embedded target, in minutes"),
 }
 
 _EXAMPLE = "certdraft fit --config configs/demo.yaml"
