@@ -126,7 +126,7 @@ def matched_baselines(
     """
     makers: dict[str, tuple[Callable[[float], Policy], float, float]] = {
         "log-ratio threshold": (LogRatio, 0.0, 25.0),
-        "typical acceptance": (lambda log: TypicalAcceptance(math.exp(-log)), 0.0, 25.0),
+        "typical acceptance": (lambda log: TypicalAcceptance(math.exp(-log)), -10.0, 25.0),
         "random": (lambda share: RandomArbitration(share, seed), 0.0, 1.0),
     }
     found: dict[str, Policy] = {}
@@ -137,7 +137,7 @@ def matched_baselines(
                 low = middle
             else:
                 high = middle
-        found[name] = make((low + high) / 2)
+        found[name] = make((low + high) / 2 if rate else low)
     return found
 
 

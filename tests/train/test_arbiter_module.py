@@ -108,7 +108,7 @@ def test_policy_gradient_is_the_enumerated_one(wanted: tuple[int, int]) -> None:
     expected = mass(wanted)
     assert float(sum(mass(path).detach() for path in paths)) == pytest.approx(1.0)
     (exact,) = torch.autograd.grad(expected, policy.weight)
-    copies = 60_000
+    copies = 40_000
     drawn = court.write(problems, policy, copies=copies, threshold=None)
     assert abs(float(drawn.right.float().mean()) - float(expected.detach())) < 5e-3
     rewards = text_rewards(drawn, RewardSettings(0.0, 0.0, 0.0), 4)
@@ -223,7 +223,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("target", "drafter"):
         main([
             "fit", "--config", str(CONFIGS / f"{name}.yaml"), "--runs_dir", str(folder / "runs"),
-            "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0",
+            "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0",
             "--trainer.val_check_interval=2", "--model.init_args.warmup_steps=1", "--data.init_args.rows=200",
             f"--model.init_args.export_dir={folder / name}",
             f"--data.init_args.tokenizer_dir={folder / 'tokenizer'}",
@@ -245,7 +245,9 @@ def arguments(pair: Path, runs: Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def test_a_run_leaves_a_policy_and_no_frozen_weights(pair: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_a_policy_and_resumes(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     main(arguments(pair, tmp_path, 4))
     (run,) = (tmp_path / "policy").iterdir()
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -262,18 +264,18 @@ def test_a_run_leaves_a_policy_and_no_frozen_weights(pair: Path, tmp_path: Path)
     rows = (run / "metrics.csv").read_text()
     for name in ("val/accuracy", "val/target_accuracy", "train/override_rate", "train/reward"):
         assert name in rows
-    # the second half of a run, resumed, ends in the same weights
-    halfway = tmp_path / "halfway"
-    main(
-        [
-            *arguments(pair, halfway, 4),
-            "--trainer.limit_train_batches=1.0",
-            "--checkpoint.every_n_train_steps=2",
-        ]
-    )
-    (again,) = (halfway / "policy").iterdir()
-    other = torch.load(again / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, checkpoint["state_dict"][name]) for name, value in other.items())
+    # a run that is stopped after two steps and resumed ends in the same weights
+    halves = arguments(pair, tmp_path / "halves", 4)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    stop = {"class_path": "faults.Signal", "init_args": {"number": 15, "step": 2}}
+    with pytest.raises(SystemExit):
+        main([*halves, f"--trainer.callbacks={json.dumps([stop])}"])
+    main([*halves, "--ckpt_path=last"])
+    (run,) = (tmp_path / "halves" / "policy").iterdir()
+    resumed = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 4
+    for name, value in checkpoint["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
 
 
 def test_a_pair_that_does_not_fit_is_refused(
@@ -319,7 +321,7 @@ def planted(noisy: bool) -> tuple[Court, list[Problem]]:
                     out[row, right] = 3.0  # mostly agrees with the target
             return out
 
-    settings = ArbitrationSettings(depth=2, max_new_tokens=4, look_ahead=True)
+    settings = ArbitrationSettings(depth=2, max_new_tokens=4, look_ahead=True, branches=64)
     problems = [
         Problem(f"{a}{b}", "".join(str(1 + (b + place) % 4) for place in range(2)), family=str(a % 2))
         for a in range(1, 8)
@@ -335,19 +337,23 @@ def learn(court: Court, problems: list[Problem], steps: int = 60) -> Any:
     policy = ArbiterPolicy(8, -1.0)
     policy.standardise(court.write(problems, never).rollouts.features)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.03)
-    for _ in range(steps):
-        drawn = court.write(problems, policy, copies=8, threshold=None)
-        rewards = text_rewards(drawn, RewardSettings(), 2)
-        advantages = group_advantages(rewards.view(-1, 8)).flatten()
-        rollouts = drawn.rollouts
-        loss = reinforce_loss(policy(rollouts.features), rollouts.taken, rollouts.row, advantages, 0.003)
+    for step in range(steps):
+        if step < steps // 3:
+            features, labels = branch_labels(court, problems, policy, copies=2)
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(policy(features), labels.float())
+        else:
+            drawn = court.write(problems, policy, copies=8, threshold=None)
+            rewards = text_rewards(drawn, RewardSettings(), 2)
+            advantages = group_advantages(rewards.view(-1, 8)).flatten()
+            rollouts = drawn.rollouts
+            loss = reinforce_loss(policy(rollouts.features), rollouts.taken, rollouts.row, advantages, 0.003)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return policy
 
 
-def test_reinforcement_finds_complementary_skill() -> None:
+def test_training_finds_complementary_skill() -> None:
     court, problems = planted(noisy=False)
     policy = learn(court, problems)
     target, ours = (court.write(problems, each).right.float().mean() for each in (never, policy))
@@ -355,11 +361,11 @@ def test_reinforcement_finds_complementary_skill() -> None:
     assert ours == 1.0
 
 
-def test_reinforcement_leaves_the_target_alone_where_there_is_nothing_to_gain() -> None:
+def test_training_leaves_the_target_alone_where_there_is_nothing_to_gain() -> None:
     court, problems = planted(noisy=True)
     target = court.write(problems, never)
     judged = court.write(problems, learn(court, problems))
-    assert judged.rollouts.mismatches.sum() > 20
+    assert judged.rollouts.mismatches.sum() >= 12
     assert judged.rollouts.overrides.sum() == 0
     assert judged.right.tolist() == target.right.tolist()
 
