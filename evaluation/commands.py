@@ -110,6 +110,7 @@ def run_evaluate(
         refuse_builders(builders or [], model, loaded)
     folder = claim_directory(out)
     if trace is None:
+        assert model is not None
         limit = max_new_tokens or 128
         limits = [context_limit(model), *(getattr(d, "max_context", None) for d in loaded.values())]
         opened: Any = write_texts(

@@ -182,7 +182,7 @@ def replay_lengths(
     found = {label: Lengths() for label in builders}
     mine = {label: fresh(builder) for label, builder in builders.items()}
     for document in documents:
-        along = features and features.along([*document.prompt, *document.text[:-1]])
+        along = None if features is None else features.along([*document.prompt, *document.text[:-1]])
         ranks = ranks_of(drafter, document.prompt, document.text, features)
         for label, builder in mine.items():
             result = replay(drafter, document.prompt, document.text, builder, features=along)
@@ -206,7 +206,7 @@ def ranks_of(
     whose ranks depend on where a round starts."""
     if drafter.kind != "conditional":
         return []
-    along = features and features.along([*prompt, *tokens[:-1]])
+    along = None if features is None else features.along([*prompt, *tokens[:-1]])
     if along is not None and not hasattr(drafter, "paths"):
         return []
     return greedy_ranks(drafter, prompt, tokens, along)

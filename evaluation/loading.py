@@ -15,11 +15,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class HasSize(Protocol):
+    """Whatever knows how many tokens the target has."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
 class Vocabulary(Protocol):
     """Whatever knows the target's token ids: `certdraft.data.Trace`, or `TargetVocabulary`."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def meta(self) -> HasSize: ...
 
     def check_tokenizer(self, fingerprint: str, whose: str) -> None:
         """Refuses another tokenizer."""
@@ -37,6 +44,11 @@ class TargetVocabulary:
 
     def __init__(self, name: str, vocab_size: int, fingerprint: str) -> None:
         self.name, self.vocab_size, self.fingerprint = name, vocab_size, fingerprint
+
+    @property
+    def meta(self) -> HasSize:
+        """Itself, as a trace has its numbers under this name."""
+        return self
 
     def check_tokenizer(self, fingerprint: str, whose: str) -> None:
         """Refuses another tokenizer than the target's.
@@ -97,7 +109,7 @@ def load_checked(
     if exported:
         return load_drafter(path, target=target, dtype=wanted).to(device).eval()
     drafter = CausalDrafter(pretrained=path, dtype=wanted)
-    drafter.build(vocabulary.vocab_size)
+    drafter.build(vocabulary.meta.vocab_size)
     return drafter.to(device).eval()
 
 

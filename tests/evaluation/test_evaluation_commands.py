@@ -8,9 +8,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 import certdraft
-from certdraft.data import Corpus, Generation, Prompts, load_tokenizer, open_trace
+from certdraft.data import Corpus, Generation, Prompts, embedded_target_path, load_tokenizer, open_trace
 from certdraft.drafters import CardFacts, CausalDrafter, export
 from certdraft.evaluation import CertifyProtocol, run_certify, run_evaluate
+from certdraft.evaluation.loading import load_checked
 
 CONFIGS = sorted((Path(certdraft.__file__).parent / "configs" / "certify").glob("*.yaml"))
 
@@ -128,3 +129,10 @@ def test_evaluate_takes_drafters_and_trees_from_the_command_line() -> None:
     found = parser.instantiate(parser.parse_args(options))
     assert list(found.drafters) == ["hard CE", "default"]
     assert [repr(b) for b in found.builders] == ["chain(depth=8)", "best_first(budget=16, max_depth=8)"]
+
+
+def test_a_drafter_that_is_no_export_is_loaded_for_the_traces_vocabulary(certified: Path) -> None:
+    """The embedded target's folder as a drafter: any folder that transformers loads."""
+    trace = open_trace(certified / "trace")
+    loaded = load_checked(str(embedded_target_path()), trace, torch.device("cpu"), "float32")
+    assert loaded.vocab_size == trace.meta.vocab_size
