@@ -1,11 +1,12 @@
 """A random Qwen3 of 40 k weights with a byte-level tokenizer, and traces made without any target."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from oracles.recordings import record
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.data import RecordedRow, Trace, TraceMeta, load_target, load_tokenizer, open_trace
@@ -131,3 +132,12 @@ def fake_trace(
 ) -> tuple[Trace, list[RecordedRow]]:
     rows = write_fake_trace(tmp_path / "trace", [5, 1, 17, 8, 30, 2, 9, 64])
     return open_trace(tmp_path / "trace"), rows
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, target_dir: str) -> Iterator[tuple[Path, str]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    file = folder / "chats.jsonl"
+    file.write_text("".join(f'{{"prompt": "fox {"the " * (i % 5)}{i}"}}\n' for i in range(10)))
+    record(folder / "trace", target_dir, str(file))
+    return folder / "trace", str(file)

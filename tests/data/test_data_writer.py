@@ -8,64 +8,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
-from inspect import signature
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import jsonargparse
 import numpy as np
 import pytest
-import torch
+from oracles.recordings import SETTINGS, files_of, generation, record
 from transformers import Qwen3ForCausalLM
 
 from certdraft.data import (
     Corpus,
-    CorpusError,
-    Generation,
     LogitHead,
-    Prompts,
     Recording,
     RecordingError,
-    TargetError,
-    TraceMeta,
     load_target,
     load_tokenizer,
     open_trace,
     record_batch,
-    record_trace,
     tokenizer_fingerprint,
 )
-from certdraft.data import recording as recording_module
 from certdraft.data import shards as shards_module
 from certdraft.data.progress import Progress
 from certdraft.data.recording import read_prompts
 from certdraft.data.shards import Ledger
-
-SETTINGS = {"prompts": Prompts(max_prompt_tokens=100), "num_kept": 8, "batch_size": 3, "shard_rows": 4}
-
-
-def generation(**changes: object) -> Generation:
-    return Generation(**({"max_new_tokens": 6, "max_length": 200} | changes))
-
-
-def record(out_dir: Path, target: str, chats: str, **changes: object) -> TraceMeta:
-    settings = {"corpus": Corpus(chats, split="all"), "generation": generation()} | SETTINGS | changes
-    return record_trace(str(out_dir), target, accelerator="cpu", **settings)
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, target_dir: str) -> Iterator[tuple[Path, str]]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    file = folder / "chats.jsonl"
-    file.write_text("".join(f'{{"prompt": "fox {"the " * (i % 5)}{i}"}}\n' for i in range(10)))
-    record(folder / "trace", target_dir, str(file))
-    return folder / "trace", str(file)
 
 
 def test_trace_holds_what_each_prompt_alone_gives(undisturbed: tuple[Path, str], target_dir: str) -> None:
@@ -215,21 +180,6 @@ def test_only_the_damaged_shard_is_recorded_again(
     assert (folder / "shard-00000.arrow").stat().st_mtime_ns == untouched
 
 
-def test_other_settings_are_refused_with_the_difference(
-    undisturbed: tuple[Path, str], target_dir: str
-) -> None:
-    folder, chats = undisturbed
-    with pytest.raises(
-        RecordingError, match=r"holds a trace with other settings \(num_kept: 8 there, 9 now\)"
-    ):
-        record(folder, target_dir, chats, num_kept=9)
-    other = generation(max_new_tokens=7)
-    with pytest.raises(RecordingError, match=r"generation\.max_new_tokens: 6 there, 7 now"):
-        record(folder, target_dir, chats, generation=other)
-    assert not (folder / ".recording").exists()
-    open_trace(folder, verify="full")
-
-
 def test_changed_corpus_is_noticed_on_resume(tmp_path: Path, target_dir: str, chats: str) -> None:
     with pytest.raises(ZeroDivisionError):
         record_until(tmp_path / "t", target_dir, chats, shard=1)
@@ -250,86 +200,6 @@ def record_until(folder: Path, target_dir: str, chats: str, shard: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "commit", failing)
         record(folder, target_dir, chats)
-
-
-def test_second_writer_is_refused(tmp_path: Path, target_dir: str, chats: str) -> None:
-    ledger = Ledger(tmp_path / "t", {}, 1)
-    with pytest.raises(RecordingError, match="is being written by another process"):
-        record(tmp_path / "t", target_dir, chats)
-    ledger.release()
-
-
-def test_folder_in_use_is_refused(tmp_path: Path, target_dir: str, chats: str) -> None:
-    with pytest.raises(RecordingError, match=r"already holds chats\.jsonl; give a folder that is empty"):
-        record(tmp_path, target_dir, chats)
-    with pytest.raises(RecordingError, match=r"chats\.jsonl is a file"):
-        record(Path(chats), target_dir, chats)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["chats.jsonl"]
-
-
-def test_size_is_estimated_and_a_small_disk_refused(
-    tmp_path: Path,
-    target_dir: str,
-    chats: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    meta = record(tmp_path / "fits", target_dir, chats)
-    [shown] = re.findall(
-        r"12 prompts, at most ([\d,]+) tokens of 60 bytes: up to ([\d.]+) kB", capsys.readouterr().err
-    )
-    assert meta.num_tokens <= int(shown[0]) <= 2 * meta.num_tokens
-    with monkeypatch.context() as patch:
-        patch.setattr(recording_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        with pytest.raises(RecordingError, match=r"may not hold this trace .*up to [\d.]+ kB; 1 kB free"):
-            record(tmp_path / "small", target_dir, chats)
-    assert not list((tmp_path / "small").glob("shard*"))
-    record(tmp_path / "small", target_dir, chats, num_kept=4)  # with nothing written, settings may change
-
-
-def test_bad_target_leaves_nothing(
-    tmp_path: Path, make_target: Callable[..., Qwen3ForCausalLM], target_dir: str, chats: str
-) -> None:
-    broken = make_target()
-    fox = load_tokenizer(target_dir)("lazy")["input_ids"][0]
-    with torch.no_grad():
-        broken.model.embed_tokens.weight[fox] = torch.nan
-    broken.save_pretrained(tmp_path / "broken")
-    with pytest.raises(TargetError, match=r"chats\.jsonl:4: the target's logits after token \d+ .* hold NaN"):
-        record(tmp_path / "t", str(tmp_path / "broken"), chats, tokenizer=target_dir)
-    assert not list((tmp_path / "t").glob("shard*"))
-    make_target(vocab_size=200).save_pretrained(tmp_path / "small")
-    with pytest.raises(TargetError, match=r"the tokenizer gives id \d+, but .*small has 200 embeddings"):
-        record(tmp_path / "u", str(tmp_path / "small"), chats, tokenizer=target_dir)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_kept": 305}, "num_kept=305 exceeds the vocabulary of 304"),
-        ({"num_kept": 0}, "num_kept is 0; give at least 1"),
-        ({"generation": Generation(600, 1000)}, "documents may reach 6.. tokens, but .* knows 512 positions"),
-        ({"prompts": Prompts(max_prompt_tokens=200)}, "leaves no room for a continuation"),
-        (
-            {"prompts": Prompts(max_prompt_tokens=3)},
-            "no row can be used.\n12 rows read = 0 used \\+ 12 skipped",
-        ),
-    ],
-)
-def test_settings_that_cannot_work(
-    tmp_path: Path, target_dir: str, chats: str, changes: dict, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        record(tmp_path / "t", target_dir, chats, **changes)
-
-
-def test_no_such_target_or_corpus(tmp_path: Path, target_dir: str, chats: str) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
-        record(tmp_path / "t", str(tmp_path / "nowhere"), chats)
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(CorpusError, match="is empty"):
-        record(tmp_path / "t", target_dir, str(tmp_path / "empty.jsonl"))
-    assert not (tmp_path / "t").exists()
 
 
 def test_loops_are_counted_and_left_out(
@@ -362,27 +232,6 @@ def test_teacher_forced_text(tmp_path: Path, target_dir: str) -> None:
     whole = load_tokenizer(target_dir)(text)["input_ids"]
     assert np.concatenate([trace.columns(i).input_ids for i in range(len(trace))]).tolist() == whole
     assert meta.num_counted == len(whole) - len(trace)
-
-
-def test_signature_is_the_recording() -> None:
-    arguments = signature(record_trace).parameters
-    for field in fields(Recording):
-        default = field.default if field.default is not MISSING else None
-        assert arguments[field.name].default == default, field.name
-        assert arguments[field.name].annotation == field.type, field.name
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse announces its fifth version
-def test_command_line_reads_all_settings() -> None:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(record_trace, as_positional=False)
-    args = ["--out_dir=t", "--corpus.source=x.jsonl", "--prompts.thinking=true", "--generation.loops=mask"]
-    parsed = parser.instantiate_classes(parser.parse_args(args))
-    assert parsed.corpus == Corpus("x.jsonl")
-    assert parsed.prompts == Prompts(thinking=True)
-    assert parsed.generation == Generation(loops="mask")
-    help_text = " ".join(parser.format_help().split())
-    assert "a killed recording loses at most the shard in progress" in help_text
 
 
 def test_progress_without_a_terminal_prints_lines(capsys: pytest.CaptureFixture) -> None:
