@@ -223,7 +223,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("target", "drafter"):
         main([
             "fit", "--config", str(CONFIGS / f"{name}.yaml"), "--runs_dir", str(folder / "runs"),
-            "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1", "--trainer.num_sanity_val_steps=0",
+            "--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1",
             "--trainer.val_check_interval=2", "--model.init_args.warmup_steps=1", "--data.init_args.rows=200",
             f"--model.init_args.export_dir={folder / name}",
             f"--data.init_args.tokenizer_dir={folder / 'tokenizer'}",
