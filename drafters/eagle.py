@@ -90,7 +90,7 @@ class EagleDrafter(FeatureDrafter):
         config: sizes, target layers, draft vocabulary; for `pretrained` its own are used.
         pretrained: folder or hub id of a published EAGLE-3 head to start from.
         unroll: draft steps trained, each on the drafter's own output of the step before.
-        init_from_target: start a fresh head as the target's, cut to the draft vocabulary, with its norm.
+        init_from_target: start the output layer of a fresh head as the target's, cut to the draft vocabulary.
         max_lost_coverage: refuse a draft vocabulary that misses more of the target's greedy tokens.
         dtype: of the parameters.
         gradient_checkpointing: recompute each unroll step in the backward pass, for memory.
@@ -228,8 +228,6 @@ class EagleDrafter(FeatureDrafter):
     def _copy_head(self) -> None:
         ends, ids = self._ends, self.draft_ids
         self.lm_head.weight.copy_(ends.head if ids is None else ends.head[ids])
-        if ends.norm is not None:
-            self.norm.weight.copy_(ends.norm)
 
     @property
     def draft_ids(self) -> Int[Tensor, " D"] | None:

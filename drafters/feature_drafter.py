@@ -170,11 +170,11 @@ def complete_sizes(sizes: LayerSizes, target: PreTrainedModel) -> dict[str, Any]
     return found
 
 
-def initialise(module: nn.Module, std: float = 0.02) -> None:
-    """Fresh weights: matrices normal, norms one."""
+def initialise(module: nn.Module) -> None:
+    """Fresh weights: matrices normal with variance one over their inputs, norms one."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=std)
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
         elif isinstance(part, RMSNorm):
             nn.init.ones_(part.weight)
 
