@@ -152,7 +152,8 @@ def equal_time(tables: dict[str, Any], timing: dict[str, Any] | None) -> dict[st
         for metric in ("low-margin misses@4", "tau best-first-32", "tau chain-4", "tau 4-ary"):
             for loss in (x for x in large if x in small):
                 base = best_baseline(large, metric, large[loss])
-                whole = None if base in (None, loss) else versus(large[loss], large[base], metric)
+                timed = base in cost and loss in cost
+                whole = None if base == loss or not timed else versus(large[loss], large[base], metric)
                 if whole is None:
                     continue
                 steps = LARGE * cost[base]["least_ms"] / cost[loss]["least_ms"]

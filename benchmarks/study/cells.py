@@ -149,9 +149,10 @@ class Run:
         hidden = hidden.flatten(0, 1)[steps]
         assert batch.head is not None
         target = TargetBatch(batch.head[batch.loss_mask])
-        weight = None
+        weight = nll = None
         if self.weights is not None:
-            nll = Chunked(HardCE(), "none")(hidden.detach(), self.drafter.head_weight.detach(), target)
+            if self.weights.needs_nll:
+                nll = Chunked(HardCE(), "none")(hidden.detach(), self.drafter.head_weight.detach(), target)
             weight = self.weights(target, batch.loss_mask, batch.document_ids, nll)
         chunked(hidden, self.drafter.head_weight, target, step_weight=weight).backward()
         torch.nn.utils.clip_grad_norm_(self.drafter.parameters(), CLIP)

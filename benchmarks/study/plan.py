@@ -18,6 +18,7 @@ from certdraft.losses import (
     ForwardKL,
     HardCE,
     Loss,
+    LowMarginWeights,
     MarginDiscountedCE,
     Mixture,
     PoolDiscountedCE,
@@ -41,6 +42,11 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "runner-up-4+kl": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.5, 0.5]),
     "runner-up-4+sharp-2": lambda: Mixture([RunnerUpForgivingCE(), SharpenedKL(2.0)], [0.5, 0.5]),
     "runner-up-8+kl": lambda: Mixture([RunnerUpForgivingCE(8), ForwardKL()], [0.5, 0.5]),
+    "runner-up-16+kl": lambda: Mixture([RunnerUpForgivingCE(16), ForwardKL()], [0.5, 0.5]),
+    # With the step weights below:
+    "ce+kl, low": lambda: Mixture([HardCE(), ForwardKL()], [0.5, 0.5]),
+    "runner-up-4+kl, low": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.5, 0.5]),
+    "runner-up-8+kl, low": lambda: Mixture([RunnerUpForgivingCE(8), ForwardKL()], [0.5, 0.5]),
     "0.7 runner-up-4+kl": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.7, 0.3]),
     "pool-4+sharp-2": lambda: Mixture([PoolDiscountedCE(), SharpenedKL(2.0)], [0.5, 0.5]),
     "pool-4": PoolDiscountedCE,
@@ -54,7 +60,13 @@ LOSSES: dict[str, Callable[[], Loss]] = {
 }
 BASELINES = ("ce", "ce+kl", "lk", "tv+ce", "kl", "soft-top-10")
 OURS = tuple(name for name in LOSSES if name not in BASELINES)
-WEIGHTS: dict[str, Callable[[], StepWeights]] = {"budget-ce": BudgetWeights, "budget-margin": BudgetWeights}
+WEIGHTS: dict[str, Callable[[], StepWeights]] = {
+    "budget-ce": BudgetWeights,
+    "budget-margin": BudgetWeights,
+    "ce+kl, low": LowMarginWeights,
+    "runner-up-4+kl, low": LowMarginWeights,
+    "runner-up-8+kl, low": LowMarginWeights,
+}
 BAR = ("ce", "ce+kl", "lk", "tv+ce")  # the baselines a claim has to beat
 
 SIZES = {"1-layer": 1, "2-layer": 2}

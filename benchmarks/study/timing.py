@@ -30,16 +30,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trace", type=Path, default=Path(__file__).parents[2] / "runs/study/traces/train")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), help="only these, and ce")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "timing.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    names = ["ce", *(loss for loss in given.losses if loss != "ce")]
     batch, target = next(cells.train_batches(given.trace, 0)), load_target("embedded")
     found: dict[str, dict[str, dict[str, float]]] = {}
     for size in SIZES:
         runs = {
-            loss: cells.Run.start(cells.fresh_drafter(size, 0, 2048, target), loss, 1e-3) for loss in LOSSES
+            loss: cells.Run.start(cells.fresh_drafter(size, 0, 2048, target), loss, 1e-3) for loss in names
         }
-        seconds: dict[str, list[float]] = {loss: [] for loss in LOSSES}
+        seconds: dict[str, list[float]] = {loss: [] for loss in names}
         for repeat in range(given.repeats + 1):
             for loss, run in runs.items():
                 begin = time.process_time()
