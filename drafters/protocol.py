@@ -187,5 +187,6 @@ class Drafter(nn.Module, ABC):
             state: from `start`; modified.
             path: nodes of this round, root first. Empty: forget the round.
             features: the tapped target layers at all tokens the round committed, for drafters that read them:
-                at the path's nodes, then at accepted tokens not fed yet.
+                at the root and the path's nodes below it, then at accepted tokens not fed yet. Nodes in front
+                of the root were committed, with their features, by earlier rounds.
         """
