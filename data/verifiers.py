@@ -92,9 +92,9 @@ def verify_all(
     distinct = list(dict.fromkeys(pairs))
     if any(problem.check in ("expression", "tests") for problem, _ in distinct):
         with ThreadPoolExecutor(sandbox.workers) as pool:
-            verdicts = list(pool.map(lambda pair: verify(*pair, sandbox), distinct))
+            verdicts = list(pool.map(lambda pair: verify(pair[0], pair[1], sandbox), distinct))
     else:
-        verdicts = [verify(*pair, sandbox) for pair in distinct]
+        verdicts = [verify(problem, response, sandbox) for problem, response in distinct]
     right = dict(zip(distinct, verdicts, strict=True))
     return [right[pair] for pair in pairs]
 

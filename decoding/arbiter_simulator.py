@@ -184,7 +184,7 @@ def simulate(
     place, window = (torch.zeros(num, dtype=torch.long, device=device) for _ in range(2))
     passes, overrides, mismatches = (torch.zeros(num, dtype=torch.long, device=device) for _ in range(3))
     tokens = torch.full((num, max_new_tokens), -1, device=device)
-    log: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    log: list[tuple[Tensor, ...]] = []
     for length in range(max_new_tokens):
         first = (place == 0) & alive
         passes += first
@@ -260,6 +260,7 @@ class _Written:
 
     def __init__(self, branches: Branches, prompts: Sequence[Sequence[int]], copies: int) -> None:
         self._branches = branches
+        self._nodes: Tensor
         self._look(branches.roots(prompts).repeat_interleave(copies))
 
     def static(self, where: Int[Tensor, " N"]) -> Float[Tensor, "N S"]:

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from certdraft.data import ProblemBatch, Sandbox, eos_ids_of, load_tokenizer
-from certdraft.decoding import ArbiterPolicy, Lockstep
+from certdraft.decoding import ArbiterPolicy, Lockstep, Policy
 from certdraft.drafters import CausalDrafter
 from certdraft.evaluation import ArbitrationSettings, Court, Judged, always, branch_labels, never
 from certdraft.train.fitting import fit_to_target
@@ -147,10 +147,10 @@ class ArbiterModule(pl.LightningModule):
 
     def validation_step(self, batch: ProblemBatch, batch_idx: int) -> None:
         court = self._ready()
-        arms = {"": self.policy, "target_": never, "drafter_": always}
+        arms: dict[str, Policy] = {"": self.policy, "target_": never, "drafter_": always}
         for name, policy in arms.items():
             judged = court.write(batch.problems, policy)
-            counts = {
+            counts: dict[str, int | Tensor] = {
                 "texts": len(judged.right), "right": judged.right.sum(),
                 "tokens": judged.num_tokens.sum(), "passes": judged.rollouts.passes.sum(),
                 "overrides": judged.rollouts.overrides.sum(),
