@@ -1,0 +1,222 @@
+"""What the framework costs beside the arithmetic: writing traces, loading batches, Lightning.
+
+    python benchmarks/training.py            # about 2 minutes on one core
+
+Three ratios, each from one process and CPU seconds, best of `--repeats` interleaved runs:
+
+- tokens/s of recording teacher-forced text, over bare batched forwards of the same target on the same tokens;
+- tokens/s of training from a trace, over the same steps on batches that lie ready in memory;
+- Lightning's time a step, as a share of a step of 100 ms: Trainer.fit minus a bare loop of the same module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+
+from certdraft.data import (
+    Corpus,
+    Generation,
+    LogitHead,
+    Prompt,
+    Prompts,
+    TraceDataModule,
+    load_target,
+    record_batch,
+    record_trace,
+)
+from certdraft.decoding import device_name
+from certdraft.drafters import CausalDrafter
+from certdraft.train.callbacks import StepRNG
+from certdraft.train.module import DrafterModule
+from certdraft.train.optim import OptimizerSettings
+
+SIZES = {
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def cpu_seconds(*acts: Callable[[], object], repeats: int) -> list[float]:
+    """Least CPU seconds of each, run in turns."""
+    best = [float("inf")] * len(acts)
+    for _ in range(repeats):
+        for number, act in enumerate(acts):
+            start = time.process_time()
+            act()
+            best[number] = min(best[number], time.process_time() - start)
+    return best
+
+
+def writing(repeats: int, rows: int = 8, length: int = 512) -> dict[str, float]:
+    """Prefill only: every token of the text is given."""
+    target = load_target()
+    head, vocabulary = LogitHead(target), target.config.vocab_size
+    draw = np.random.default_rng(0)
+    prompts = [Prompt(draw.integers(0, vocabulary, length).astype(np.int32), 1, "x") for _ in range(rows)]
+    ids = torch.from_numpy(np.stack([prompt.ids for prompt in prompts]).astype(np.int64))
+    settings = Generation(max_new_tokens=0, max_length=length)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            target(input_ids=ids, use_cache=False)
+
+    def ours() -> None:
+        record_batch(target, head, prompts, settings, num_kept=32, eos_ids=frozenset())
+
+    bare_s, ours_s = cpu_seconds(bare, ours, repeats=repeats)
+    tokens = rows * length
+    return {
+        "bare_tokens_per_cpu_second": round(tokens / bare_s),
+        "recorded_tokens_per_cpu_second": round(tokens / ours_s),
+        "ratio": round(bare_s / ours_s, 3),
+    }
+
+
+class Batches:
+    """A list that Lightning takes for one loader."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class Ready(pl.LightningDataModule):
+    """Batches that lie ready; the facts of the trace they come from."""
+
+    def __init__(self, source: TraceDataModule, batches: list[Any]) -> None:
+        super().__init__()
+        self.meta, self.batches = source.meta, Batches(batches)
+
+    def train_dataloader(self) -> Batches:
+        return self.batches
+
+
+def trainer(steps: int) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, num_sanity_val_steps=0,
+        callbacks=[StepRNG(0)],
+    )  # fmt: skip
+
+
+def module(vocab_size: int) -> DrafterModule:
+    torch.manual_seed(0)
+    drafter = CausalDrafter(config=SIZES, vocab_size=vocab_size)
+    return DrafterModule(drafter, optimizer=OptimizerSettings(warmup_steps=2))
+
+
+def training(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
+    def data() -> TraceDataModule:
+        return TraceDataModule(str(folder), validation_fraction=0.2, seq_len=256, batch_size=8)
+
+    source = data()
+    source.setup()
+    vocab_size = source.meta.vocab_size
+    batches: list[Any] = []
+    loader = source.train_dataloader()
+    while len(batches) < steps:
+        batches.extend(loader)
+    batches = batches[:steps]
+
+    def from_trace() -> None:
+        loaded = data()
+        loaded.setup()
+        trainer(steps).fit(module(vocab_size), datamodule=loaded)
+
+    def from_memory() -> None:
+        trainer(steps).fit(module(vocab_size), datamodule=Ready(source, batches))
+
+    def setting_up() -> None:
+        data().setup()
+
+    def bare(ready: list[Any]) -> None:
+        own = module(vocab_size)
+        own.trainer = type("T", (), {"max_steps": 1000, "world_size": 1, "accumulate_grad_batches": 1,
+                                     "optimizers": None})()  # fmt: skip
+        own.log_dict = lambda *args, **kwargs: None
+        made = own.optimizer_settings.build(own, 1000)
+        optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+        own.trainer.optimizers = [optimizer]
+        own.train()
+        for index, batch in enumerate(ready):
+            torch.manual_seed(index)
+            own.training_step(batch, index).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+    def fit(ready: list[Any]) -> None:
+        trainer(len(ready)).fit(module(vocab_size), datamodule=Ready(source, ready))
+
+    loaded_s, memory_s, setup_s = cpu_seconds(from_trace, from_memory, setting_up, repeats=repeats)
+    tokens = sum(batch.num_tokens for batch in batches)
+    # Lightning: short steps, few and many of them, so that the Trainer's set-up drops out
+    source.batch_size, source.seq_len = 1, 256
+    small = next(iter(source.train_dataloader()))
+    few, many = [small] * 10, [small] * 70
+    times = cpu_seconds(
+        lambda: fit(few), lambda: fit(many), lambda: bare(few), lambda: bare(many), repeats=repeats
+    )
+    fit_ms, bare_ms = (1000 * (times[i + 1] - times[i]) / 60 for i in (0, 2))
+    return {
+        "steps": steps,
+        "tokens_per_cpu_second": {
+            "from the trace": round(tokens / (loaded_s - setup_s)),
+            "batches ready in memory": round(tokens / memory_s),
+        },
+        "loading ratio": round(memory_s / (loaded_s - setup_s), 3),
+        "one-row step, bare loop, ms": round(bare_ms, 2),
+        "one-row step, Trainer, ms": round(fit_ms, 2),
+        "Lightning ms a step": round(fit_ms - bare_ms, 2),
+        "share of a step of 100 ms": round((fit_ms - bare_ms) / 100, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    steps, repeats = arguments.steps, arguments.repeats
+    result: dict[str, Any] = {"command": f"python benchmarks/training.py --steps {steps} --repeats {repeats}"}
+    with tempfile.TemporaryDirectory() as temporary:
+        record_trace(
+            temporary + "/trace", corpus=Corpus(max_rows=6), prompts=Prompts(max_prompt_tokens=256),
+            generation=Generation(max_new_tokens=0, max_length=256),
+        )  # fmt: skip
+        result["trace writing, prefill"] = writing(repeats)
+        result["training"] = training(Path(temporary, "trace"), steps, repeats)
+    result |= {
+        "target": "embedded, fp32", "drafter": f"one layer of {SIZES['hidden_size']}, 8 rows of 256 tokens",
+        "seed": 0, "date": date.today().isoformat(),
+        "machine": f"{device_name()}, other work running beside it",
+        "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "transformers")},
+    }  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
