@@ -34,7 +34,7 @@ _FIXED: Mapping[str, Any] = {
     "partial_rotary_factor": 1.0,
     "use_sliding_window": False,
     "tie_word_embeddings": False,
-    "is_causal": None,
+    "is_causal": False,
 }
 # Keys that change nothing: what text means, how weights were drawn, who wrote the file.
 _IDLE = frozenset(

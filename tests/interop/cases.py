@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Counts, counts
+from interop.counting import Counts, counts
+from interop.training import fresh, train
 from safetensors.torch import load_file, save_file
-from training import fresh, train
 from transformers import PreTrainedModel
 
 from certdraft.data import load_target, load_tokenizer, standard_library, tokenizer_fingerprint

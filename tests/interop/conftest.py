@@ -21,8 +21,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def workspace() -> Any:
     """Target, drafters and exports."""
-    from cases import Workspace
-    from environments import ENVIRONMENTS
+    from interop.cases import Workspace
+    from interop.environments import ENVIRONMENTS
 
     return Workspace(ENVIRONMENTS / "work")
 
@@ -30,8 +30,8 @@ def workspace() -> Any:
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., dict[str, Any]]:
     """Runs jobs in an engine, or skips where it is not installed."""
-    from engines_run import run
-    from environments import ready
+    from interop.engines_run import run
+    from interop.environments import ready
 
     def answers(name: str, jobs: list[dict[str, Any]], *options: str) -> dict[str, Any]:
         if not ready(name):

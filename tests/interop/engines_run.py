@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from environments import CONVERTER, ENVIRONMENTS
+from interop.environments import CONVERTER, ENVIRONMENTS
 
 SCRIPTS = Path(__file__).parent / "engines"
 

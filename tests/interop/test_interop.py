@@ -6,7 +6,7 @@ The text alone proves nothing: a drafter that is read wrongly costs acceptance, 
 from typing import Any
 
 import pytest
-from cases import CASES, DEFECTS, Case
+from interop.cases import CASES, DEFECTS, Case
 
 SPECULATORS = [case for case in CASES if case.format == "speculators"]
 # What each engine reads, and which of our numbers it reports.
@@ -91,10 +91,8 @@ def test_what_files_cannot_show_the_counts_do(workspace: Any, engine: Any, log: 
         assert "error" not in run, run["error"]
         assert run["tokens"] == workspace.texts, name
         ours = workspace.counts(whose[name], "llama.cpp")
-        theirs = {"drafted": run["drafted"], "accepted": run["accepted"]}
-        log.append(
-            {"engine": answer["engine"], "version": answer["version"],
-             "drafter": f"{whose[name].name}, broken: {name}", "ours": {"drafted": ours.drafted, "accepted": ours.accepted},
-             "theirs": theirs}
-        )  # fmt: skip
+        row = {"engine": answer["engine"], "version": answer["version"]}
+        row["drafter"] = f"{whose[name].name}, broken: {name}"
+        keys = COMPARED[answer["engine"]]
+        log.append(row | {"ours": {k: vars(ours)[k] for k in keys}, "theirs": {k: run[k] for k in keys}})
         assert (run["drafted"], run["accepted"]) != (ours.drafted, ours.accepted), name
