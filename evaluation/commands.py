@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +23,16 @@ from certdraft.evaluation.evaluate_report import write_evaluation
 from certdraft.evaluation.loading import TargetVocabulary, load_checked, pick_device, show_progress
 from certdraft.evaluation.prompts import read_questions
 from certdraft.evaluation.provenance import provenance
-from certdraft.evaluation.report import claim_directory
+from certdraft.evaluation.publish import headline, publish
+from certdraft.evaluation.report import claim_directory, write_json
 from certdraft.evaluation.writing import WrittenMeta, write_texts
 
 _RENDERING = Prompts(turns="all")
 
 
 def run_evaluate(
-    out: str,
-    drafters: dict[str, str],
+    out: str | None = None,
+    drafters: dict[str, str] | None = None,
     trace: str | None = None,
     target: str | None = None,
     prompts_files: list[str] | None = None,
@@ -46,6 +48,7 @@ def run_evaluate(
     device: str = "auto",
     seed: int = 0,
     title: str = "",
+    wandb_project: str | None = None,
 ) -> Path:
     """Drafters side by side on held-out text: certified and realised acceptance, τ, speed.
 
@@ -54,7 +57,7 @@ def run_evaluate(
     each file and category too.
 
     Args:
-        out: new folder for report.html, report.json, tables.md and figures.
+        out: new folder for report.html, report.json, tables.md and figures; runs/evaluate/TIME if not given.
         drafters: name → exported folder or hub name; the first is the baseline of the comparisons.
         trace: folder of a trace that no drafter was trained on.
         target: "embedded", a local folder or a hub name; decoded for real. Without it nothing is timed.
@@ -73,17 +76,20 @@ def run_evaluate(
         device: "auto" (CUDA when there is one), "cpu", "cuda:0" and so on.
         seed: of the bootstrap.
         title: title of the page.
+        wandb_project: also publish the report to this W&B project; sweeps rank by its eval/… numbers.
 
     Returns:
         Path of the HTML page.
 
     Raises:
-        ValueError: neither or both of trace and prompts files, a row of another shape than its file, a
-            drafter of another tokenizer, a cost model of another device, a certified step that was rejected,
-            bad numbers.
+        ValueError: no drafter, neither or both of trace and prompts files, a row of another shape than its
+            file, a drafter of another tokenizer, a cost model of another device, a certified step that was
+            rejected, bad numbers.
         FileExistsError: `out` is in use.
         FileNotFoundError: no such trace, prompts file, drafter or target.
     """
+    if not drafters:
+        raise ValueError("evaluate needs a drafter: --drafters '{name: exported folder or hub name}'")
     if (trace is None) == (not prompts_files):
         raise ValueError(
             "evaluate needs either --trace (recorded texts) or --prompts_files (the target answers them), "
@@ -108,7 +114,7 @@ def run_evaluate(
     loaded = {name: load_checked(path, known, where, dtype, model) for name, path in drafters.items()}
     if model is not None:
         refuse_builders(builders or [], model, loaded)
-    folder = claim_directory(out)
+    folder = claim_directory(out or Path("runs", "evaluate", f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"))
     if trace is None:
         assert model is not None
         limit = max_new_tokens or 128
@@ -143,5 +149,8 @@ def run_evaluate(
     files |= {f"drafter {name}": path for name, path in drafters.items() if Path(path).is_dir()}
     source = {"trace": trace} if trace is not None else {"prompts files": ", ".join(prompts_files or [])}
     page = write_evaluation(report, folder, {**source, **provenance(files)}, title)
+    write_json(folder / "metrics.json", headline(report.data))
     print(f"report: {page}", file=sys.stderr)
+    if wandb_project is not None:
+        publish(str(folder), wandb_project)
     return page
