@@ -176,7 +176,7 @@ def main() -> None:
         print(json.dumps(result), flush=True)
         result["tau"] = measure(family, target, prompts, args.new)
         print(json.dumps(result["tau"]), flush=True)
-        runs = [run for run in runs if (run["family"], run["seed"]) != (name, args.seed)] + [result]
+        runs = [run for run in runs if (run["family"], *key(run)) != (name, *key(result))] + [result]
     report = {
         "command": "python benchmarks/families.py " + " ".join(sys.argv[1:]),
         "date": str(date.today()), "machine": device_name(), "torch": torch.__version__,
@@ -186,20 +186,26 @@ def main() -> None:
     out.write_text(json.dumps(report, indent=1) + "\n")
 
 
+def key(run: dict[str, Any]) -> tuple[int, float]:
+    """Runs that compare: one seed, one training time."""
+    return run["seed"], run["seconds"]
+
+
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ratios within a seed that has all families, their mean and range over seeds."""
-    by = {(run["family"], run["seed"]): run["tau"] for run in runs}
-    seeds = [s for s in sorted({run["seed"] for run in runs}) if sum(seed == s for _, seed in by) == 3]
+    """Ratios between families of one seed and training time."""
+    by = {(run["family"], key(run)): run["tau"] for run in runs}
     pairs = {
         "eagle/causal, chain of 4": (("eagle", "chain_4"), ("causal", "chain_4")),
         "block/causal, chain of 4": (("block", "chain_4"), ("causal", "chain_4")),
         "block, best-first 32/chain of 7": (("block", "best_first_32"), ("block", "chain_7")),
     }
-    found = {}
-    for name, (over, under) in pairs.items():
-        ratios = [by[over[0], s][over[1]] / by[under[0], s][under[1]] for s in seeds]
-        if ratios:
-            found[name] = {"mean": sum(ratios) / len(ratios), "least": min(ratios), "most": max(ratios)}
+    found: dict[str, Any] = {}
+    for seed, seconds in sorted({key(run) for run in runs}):
+        at = (seed, seconds)
+        for name, (over, under) in pairs.items():
+            if (over[0], at) in by and (under[0], at) in by:
+                ratio = by[over[0], at][over[1]] / by[under[0], at][under[1]]
+                found.setdefault(name, {})[f"seed {seed}, {seconds:g} s"] = round(ratio, 4)
     return found
 
 
