@@ -21,6 +21,7 @@ import certdraft.drafters
 import certdraft.losses
 from certdraft.train import runs
 from certdraft.train.callbacks import GracefulStop, Provenance, RunCheckpoint, RunFolder, StepRNG
+from certdraft.train.compiling import CompileLayers as CompileLayers
 from certdraft.train.loggers import RunMetrics
 from certdraft.train.module import DrafterModule
 from certdraft.train.parser import Strict, check_syntax

@@ -153,6 +153,8 @@ def test_online_target_and_trace_give_the_same_loss(tiny: Path) -> None:
             {
                 "world_size": 1,
                 "accumulate_grad_batches": 1,
+                "global_step": 0,
+                "log_every_n_steps": 1,
                 "optimizers": [type("O", (), {"param_groups": [{"lr": 1.0}]})],
             },
         )()

@@ -67,9 +67,12 @@ def loss_of(module: DrafterModule, batch: Any) -> float:
     found: list[float] = []
     module.log_dict = lambda values, **_: found.append(values["train/loss_nats"].item())  # type: ignore[method-assign]
     optimizer = type("O", (), {"param_groups": [{"lr": 1.0}]})()
-    module._trainer = type(  # type: ignore[assignment]
-        "T", (), {"world_size": 1, "accumulate_grad_batches": 1, "optimizers": [optimizer]}
-    )()
+    steps = {"accumulate_grad_batches": 1, "global_step": 0, "log_every_n_steps": 1}
+    trainer = {
+        "world_size": 1, "accumulate_grad_batches": 1, "optimizers": [optimizer],
+        "global_step": 0, "log_every_n_steps": 1,
+    }  # fmt: skip
+    module._trainer = type("T", (), trainer)()  # type: ignore[assignment]
     torch.manual_seed(11)  # of the anchors
     module.training_step(batch, 0)
     return found[0]
