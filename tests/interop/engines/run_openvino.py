@@ -49,6 +49,9 @@ def run(job):
     if job.get("drafter"):
         folder = converted(job["drafter"], job["work"], job["family"], job.get("taps"))
         more["draft_model"] = openvino_genai.draft_model(str(folder), "CPU", **exact)
+    if job["family"] == "dflash":  # refuses the cache of prefixes that is on by default
+        more["scheduler_config"] = openvino_genai.SchedulerConfig()
+        more["scheduler_config"].enable_prefix_caching = False
     pipeline = openvino_genai.LLMPipeline(str(target), "CPU", **exact, **more)
     config = openvino_genai.GenerationConfig()
     config.max_new_tokens, config.ignore_eos, config.do_sample = job["max_new_tokens"], True, False
