@@ -19,7 +19,8 @@ COUNTS = (torch.arange(V) * 37 % 101) + 1
 
 
 def eagle(seed: int = 0, **config: Any) -> EagleDrafter:
-    drafter = EagleDrafter(EagleConfig(**config), unroll=4, max_lost_coverage=1.0).build(V, TARGET, COUNTS).eval()
+    head = EagleDrafter(EagleConfig(**config), unroll=4, max_lost_coverage=1.0)
+    drafter = head.build(V, TARGET, COUNTS).eval()
     enlarge(drafter, seed)
     return drafter
 
