@@ -67,7 +67,6 @@ def loss_of(module: DrafterModule, batch: Any) -> float:
     found: list[float] = []
     module.log_dict = lambda values, **_: found.append(values["train/loss_nats"].item())  # type: ignore[method-assign]
     optimizer = type("O", (), {"param_groups": [{"lr": 1.0}]})()
-    steps = {"accumulate_grad_batches": 1, "global_step": 0, "log_every_n_steps": 1}
     trainer = {
         "world_size": 1, "accumulate_grad_batches": 1, "optimizers": [optimizer],
         "global_step": 0, "log_every_n_steps": 1,
