@@ -39,7 +39,8 @@ def test_the_training_loss_is_the_weighted_mean_of_its_steps(tiny: Path) -> None
         module = DrafterModule(drafter, TokenCE(), chunk_tokens=chunk_tokens, step_weights=weights).eval()
         module.log_dict = lambda values, **_: None  # type: ignore[method-assign, assignment]
         rates = type("O", (), {"param_groups": [{"lr": 1.0}]})
-        module._trainer = type("T", (), {"world_size": 1, "optimizers": [rates]})()
+        facts = {"accumulate_grad_batches": 1, "global_step": 0, "log_every_n_steps": 10}
+        module._trainer = type("T", (), {"world_size": 1, "optimizers": [rates], **facts})()
         seen.append(module.training_step(batch, 0))
     steps = batch.steps()
     target = module._target(batch, steps)
