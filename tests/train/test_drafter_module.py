@@ -200,7 +200,7 @@ def test_fit_learns_saves_and_describes_itself(
     facts = read_facts(out)
     best = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
     assert facts["draft_length"] == 3
-    assert facts["facts"]["loss"].startswith("MarginDiscountedCE")
+    assert facts["facts"]["loss"].startswith("Mixture")
     assert facts["facts"]["training"]["steps"] == best["global_step"]
     assert facts["facts"]["metrics"]["tau_expected"] == pytest.approx(max(
         float(row["val/tau_expected"]) for row in rows if row["val/tau_expected"]
