@@ -50,7 +50,7 @@ check: $(READY)  ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(MAKE) types && $(MAKE) test
 
 clean:  ## remove caches and build leftovers; keeps .venv and runs
-	rm -rf build dist .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf build dist .cache/types .cache/site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "certdraft needs Python 3.11 or newer on PATH, or: make PYTHON=/path/to/python"; exit 2; }

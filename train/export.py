@@ -61,6 +61,9 @@ def export_run(
     print(f"exported {checkpoint} to {folder}")
     for finding in lint_export(folder):
         print(f"  {finding}")
+    for source, copy in (("run.yaml", "run.yaml"), ("config.yaml", "training.yaml")):
+        if (record := checkpoint.parent.parent / source).is_file():
+            (folder / copy).write_bytes(record.read_bytes())
     return folder
 
 

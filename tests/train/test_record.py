@@ -35,6 +35,10 @@ def test_a_run_is_reproduced_from_its_record(
     (again,) = (tmp_path / "again" / "tiny-again").iterdir()
     assert largest_difference(run / "checkpoints/last.ckpt", again / "checkpoints/last.ckpt") == 0.0
 
+    main(["export", "--run", str(run), "--out", str(tmp_path / "export")])
+    assert read_parts(tmp_path / "export") == [part]
+    assert (tmp_path / "export" / "training.yaml").read_text() == (run / "config.yaml").read_text()
+
     # Another seed ends elsewhere, and that is an error.
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "seed_everything": 4}))
