@@ -118,7 +118,12 @@ def publish(
     kind, report = _read(place)
     settings = _settings(run)
     with wandb.init(
-        project=project, name=name or place.name, job_type=kind, dir=place, config=settings
+        project=project,
+        name=name or place.name,
+        job_type=kind,
+        dir=place,
+        config=settings,
+        reinit="create_new",
     ) as active:
         logged: dict[str, Any] = {path.stem: wandb.Image(str(path)) for path in sorted(place.glob("*.png"))}
         for page in sorted(place.glob("*.html")):

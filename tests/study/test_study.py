@@ -18,6 +18,7 @@ import certdraft
 from certdraft.data import Corpus, Generation, Prompts, TraceDataModule, record_trace
 from certdraft.decoding import BestFirst, StaticTree, greedy_ranks, replay
 from certdraft.drafters import CausalDrafter
+from certdraft.losses import MarginDiscountedCE
 from certdraft.train import DrafterModule, OptimizerSettings
 
 STUDY = Path(certdraft.__file__).parent / "benchmarks" / "study"
@@ -107,7 +108,7 @@ def test_the_lean_loop_gives_lightnings_weights(
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path,
     )  # fmt: skip
-    trainer.fit(DrafterModule(twin, optimizer=settings), data)
+    trainer.fit(DrafterModule(twin, MarginDiscountedCE(), settings), data)
     moved = False
     for (name, mine), theirs, old in zip(
         run.drafter.named_parameters(), twin.parameters(), before.parameters(), strict=True

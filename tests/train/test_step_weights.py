@@ -13,6 +13,7 @@ from certdraft.drafters import CausalDrafter
 from certdraft.losses import BudgetWeights, HardCE, TokenCE, reduce
 from certdraft.train import DrafterModule
 from certdraft.train.cli import main
+from certdraft.train.online import recorded
 
 
 def test_a_run_with_a_ramp_and_a_budget(settings: dict[str, Any], write: Callable[..., str]) -> None:
@@ -43,7 +44,7 @@ def test_the_training_loss_is_the_weighted_mean_of_its_steps(tiny: Path) -> None
         module._trainer = type("T", (), {"world_size": 1, "optimizers": [rates], **facts})()
         seen.append(module.training_step(batch, 0))
     steps = batch.steps()
-    target = module._target(batch, steps)
+    target = recorded(batch, (), ()).at(steps)
     logits = drafter.logits(batch.input_ids, batch.position_ids, batch.document_ids).flatten(0, 1)[steps]
     nll = HardCE()(logits, target).detach()
     weight = weights(target, batch.loss_mask, batch.document_ids, nll)
