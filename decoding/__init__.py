@@ -22,6 +22,7 @@ from certdraft.decoding.arbiter_simulator import Lockstep as Lockstep
 from certdraft.decoding.arbiter_simulator import Rollouts as Rollouts
 from certdraft.decoding.arbiter_simulator import Stepper as Stepper
 from certdraft.decoding.arbiter_simulator import simulate as simulate
+from certdraft.decoding.batched import decode_batch as decode_batch
 from certdraft.decoding.builders import BestFirst as BestFirst
 from certdraft.decoding.builders import Chain as Chain
 from certdraft.decoding.builders import StaticTree as StaticTree

@@ -62,7 +62,7 @@ def decode(
     """
     target = as_target(target, drafter.taps)
     builder, accept = builder or Chain(), as_acceptor(acceptor or Strict())
-    prompt, stops = _checked(target, drafter, prompt_ids, max_new_tokens), eos_set(eos)
+    prompt, stops = checked_prompt(target, drafter, prompt_ids, max_new_tokens), eos_set(eos)
     if listen := getattr(accept, "listen", None):  # an acceptor that also reads the drafter's logits
         builder = listen(builder)
     if prepare := getattr(builder, "prepare", None):
@@ -130,7 +130,7 @@ def greedy(
         ValueError: as `decode`.
     """
     target = as_target(target)
-    prompt, stops = _checked(target, None, prompt_ids, max_new_tokens), eos_set(eos)
+    prompt, stops = checked_prompt(target, None, prompt_ids, max_new_tokens), eos_set(eos)
     state, tokens = target.start(prompt[:-1]), prompt[-1:]
     while True:
         tokens += greedy_ids(target.verify(state, Tree.root_only(tokens[-1])))
@@ -139,41 +139,65 @@ def greedy(
         target.keep(state, [0])
 
 
-class _NonFiniteGuard:
-    """Builds trees; a drafter whose logits are not finite costs the draft of that round, never the text.
+class Backoff:
+    """When a drafter whose logits were not finite is asked again: after 1, 2, 4, ... rounds while it keeps
+    failing, so that a broken drafter costs little.
 
-    While it keeps failing, it is tried again after 1, 2, 4, ... rounds, so that a broken drafter costs
-    little.
+    Attributes:
+        fallbacks: rounds without a draft so far.
     """
 
     def __init__(self) -> None:
         self.fallbacks = 0
         self._failures = self._wait = 0
 
+    def resting(self) -> bool:
+        """Whether this round goes undrafted."""
+        if not self._wait:
+            return False
+        self._wait -= 1
+        self.fallbacks += 1
+        return True
+
+    def failed(self) -> None:
+        """Logits of this round were not finite."""
+        self.fallbacks += 1
+        self._failures += 1
+        self._wait = min(2 ** (self._failures - 1) - 1, 63)
+
+    def worked(self) -> None:
+        """All logits of this round were finite."""
+        self._failures = 0
+
+
+def warn_non_finite(error: NonFiniteLogits, stacklevel: int) -> None:
+    """Says that a drafter is broken and that the text is not."""
+    warnings.warn(
+        f"{error}; this round is decoded without a draft, the text stays right. Check the drafter's weights "
+        "and dtype.",
+        RuntimeWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+class _NonFiniteGuard(Backoff):
+    """Builds trees; a drafter whose logits are not finite costs the draft of that round, never the text."""
+
     def build(
         self, builder: TreeBuilder, session: DraftSession, root: int, max_depth: int, context: int
     ) -> Tree:
         session.begin()
-        if self._wait and max_depth:
-            self._wait -= 1
-            self.fallbacks += 1
+        if max_depth and self.resting():
             return Tree.root_only(root)
         try:
             tree = builder.build(session, root, max_depth=max_depth, context=context)
         except NonFiniteLogits as error:
             session.abandon()
             if not self.fallbacks:
-                warnings.warn(
-                    f"{error}; this round is decoded without a draft, the text stays right. Check the "
-                    "drafter's weights and dtype.",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-            self.fallbacks += 1
-            self._failures += 1
-            self._wait = min(2 ** (self._failures - 1) - 1, 63)
+                warn_non_finite(error, stacklevel=3)
+            self.failed()
             return Tree.root_only(root)
-        self._failures = 0
+        self.worked()
         return tree
 
 
@@ -206,7 +230,7 @@ def cut(new: list[int], stops: Collection[int]) -> tuple[list[int], int, bool]:
     return new, len(new) - 1, False
 
 
-def _checked(
+def checked_prompt(
     target: Target, drafter: Drafter | None, prompt_ids: Sequence[int] | Tensor, max_new_tokens: int
 ) -> list[int]:
     """The prompt as a list, once everything that can be refused before the first pass has been looked at."""

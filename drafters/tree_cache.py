@@ -58,6 +58,20 @@ class _GrowingLayer(DynamicLayer):
         self._values[:, :, start:end] = self._values[:, :, start:].index_select(2, index)
         self.truncate(end)
 
+    def rearrange(self, rows: Tensor, slots: Tensor) -> None:
+        """Keep these sequences [R] of a batch, and of each the tokens at `slots` [R, W], in that order."""
+        rows, slots = rows.to(self.device), slots.to(self.device)[:, None, :, None]
+        self._keys, self._values = (
+            states.index_select(0, rows).gather(2, slots.expand(-1, states.shape[1], -1, states.shape[3]))
+            for states in (self._keys, self._values)
+        )
+        self.truncate(slots.shape[2])
+
+    def erase(self, hidden: Tensor) -> None:
+        """Zero the tokens of a batch where `hidden` [R, W] says so."""
+        for states in (self._keys, self._values):
+            states[:, :, : self.length].masked_fill_(hidden.to(self.device)[:, None, :, None], 0)
+
     def _grow(self, key_states: Tensor, value_states: Tensor, needed: int) -> None:
         capacity = max(self.room, 2 * needed)
         old = (self._keys, self._values) if self.is_initialized else None

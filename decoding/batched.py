@@ -1,0 +1,153 @@
+"""Chains of several prompts at once: one pass of each model per step for all unfinished texts.
+
+Row by row the same texts and rounds as `decode` with `Chain` and `Strict`; what is shared is the pass. A row
+leaves the batch when its text ends. Letters: N logits rows of one pass, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from certdraft.decoding.batched_lm import BatchedLM
+from certdraft.decoding.builders import Chain
+from certdraft.decoding.clock import RealClock
+from certdraft.decoding.loop import Backoff, as_target, checked_prompt, cut, eos_set, warn_non_finite
+from certdraft.decoding.ranking import NonFiniteLogits, greedy_ids, top_rows
+from certdraft.decoding.results import DecodeResult, Round
+from certdraft.decoding.target import TargetRunner
+from certdraft.decoding.tree import Row
+from certdraft.drafters import CachedLM, CausalDrafter, Drafter
+
+
+@dataclass
+class _Text:
+    """One row: what decoding knows about it between rounds."""
+
+    index: int  # in the caller's order
+    length: int  # of the prompt
+    unread: list[int]  # committed tokens the drafter has not read; the last one is the round's root
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    backoff: Backoff = field(default_factory=Backoff)
+    stopped: bool = False
+
+
+@torch.inference_mode()
+def decode_batch(
+    target: TargetRunner | PreTrainedModel,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int] | Tensor],
+    builder: Chain | None = None,
+    max_new_tokens: int = 128,
+    eos: int | Collection[int] | None = None,
+) -> list[DecodeResult]:
+    """Continues several prompts at once, each as `decode(…, Chain(depth), Strict())` would.
+
+    Args:
+        target: a causal LM, or a `TargetRunner` around it.
+        drafter: a `CausalDrafter`.
+        prompts: at least one, each of at least one token.
+        builder: the chain; None is `Chain(4)`.
+        max_new_tokens: tokens to add to each, >= 1.
+        eos: token or tokens that end a text; its row then leaves the batch.
+
+    Returns:
+        One result per prompt, in their order. Seconds are shares: those of a pass divided by the rows in it,
+        so that they add up to the seconds of the batch.
+
+    Raises:
+        ValueError: no prompts, another kind of builder, drafter or target, or what `decode` refuses, for any
+            of the prompts.
+
+    Warns:
+        RuntimeWarning: once, when drafter logits are not finite; such rounds are decoded without a draft.
+    """
+    runner, chain = as_target(target), builder or Chain()
+    if not prompts:
+        raise ValueError("prompts is empty; decode_batch needs at least one")
+    if not (isinstance(runner, TargetRunner) and type(chain) is Chain and isinstance(drafter, CausalDrafter)):
+        raise ValueError(
+            "decode_batch takes a transformers causal LM or a TargetRunner, a CausalDrafter and a Chain; got "
+            f"{type(target).__name__}, {type(drafter).__name__} and {type(chain).__name__}. decode takes all."
+        )
+    ids = [checked_prompt(runner, drafter, prompt, max_new_tokens) for prompt in prompts]
+    stops, clock, num = eos_set(eos), RealClock(runner.device), len(ids)
+    texts = [_Text(i, len(prompt), prompt[-1:]) for i, prompt in enumerate(ids)]
+    live = texts
+    models = [BatchedLM(lm, [p[:-1] for p in ids]) for lm in (runner.lm, CachedLM(drafter.model))]
+    prefill_s = clock.lap("host") / num
+    while live:
+        num = len(live)
+        drafts = _draft(models[1], live, chain.depth, max_new_tokens)
+        draft_s = clock.lap("draft") / num
+        chains = [[row.ids[0] for row in rows] for rows in drafts]
+        logits = models[0].extend([[t.unread[-1], *own] for t, own in zip(live, chains, strict=True)])
+        greedy = iter(greedy_ids(logits))
+        verify_s = clock.lap("verify") / num
+        kept: tuple[list[int], list[int]] = ([], [])
+        for text, rows, own in zip(live, drafts, chains, strict=True):
+            choice = [next(greedy) for _ in range(len(own) + 1)]
+            good = next((i for i, token in enumerate(own) if token != choice[i]), len(own))
+            new, accepted, text.stopped = cut(choice[: good + 1], stops)
+            context, mass = text.length - 1 + len(text.tokens), np.cumsum([row.logp[0] for row in rows])
+            text.tokens += new
+            size, expected = len(own), math.fsum(np.exp(mass))
+            text.rounds.append(Round(context, size, size, expected, accepted, len(new), draft_s, verify_s))
+            lag, path = text.unread[:-1], [text.unread[-1], *own[:good]]
+            read = min(len(path), len(own))  # of the path; the chain's last token was not read
+            kept[0].append(len(path))
+            kept[1].append(len(lag) + read if own else 0)
+            text.unread = ([] if own else lag) + path[read:] + choice[good : good + 1]
+        for model, counts in zip(models, kept, strict=True):
+            model.keep(counts)
+        stay = [i for i, text in enumerate(live) if not text.stopped and len(text.tokens) < max_new_tokens]
+        if stay:
+            for model in models:
+                model.select(stay)
+        ended, live = live, [live[i] for i in stay]
+        host_s = clock.lap("host") / num
+        for text in ended:
+            text.rounds[-1] = replace(text.rounds[-1], host_s=host_s)
+    return [
+        DecodeResult(t.tokens, t.rounds, "eos" if t.stopped else "length", prefill_s, t.backoff.fallbacks)
+        for t in texts
+    ]
+
+
+def _draft(model: BatchedLM, texts: Sequence[_Text], depth: int, max_new_tokens: int) -> list[list[Row]]:
+    """The chain of each text; empty where none is due, or where its logits are not finite."""
+    left = [min(depth, max_new_tokens - len(text.tokens) - 1) for text in texts]
+    feed = [t.unread if due and not t.backoff.resting() else [] for t, due in zip(texts, left, strict=True)]
+    chains: list[list[Row]] = [[] for _ in texts]
+    while any(feed):
+        active = [i for i, tokens in enumerate(feed) if tokens]
+        answers, feed = _top(model.extend(feed, last=True)), [[] for _ in texts]
+        for i, answer in zip(active, answers, strict=True):
+            if isinstance(answer, NonFiniteLogits):
+                if not any(text.backoff.fallbacks for text in texts):
+                    warn_non_finite(answer, stacklevel=4)
+                texts[i].backoff.failed()
+                chains[i] = []
+                continue
+            chains[i].append(answer)
+            if len(chains[i]) < left[i]:
+                feed[i] = [answer.ids[0]]
+            else:
+                texts[i].backoff.worked()
+    return chains
+
+
+def _top(logits: Float[Tensor, "N V"]) -> list[Row | NonFiniteLogits]:
+    """The greedy token of each row, or why it has none."""
+    try:
+        return [*top_rows(logits, 1)]
+    except NonFiniteLogits as error:
+        return [error] if len(logits) == 1 else [answer for row in logits for answer in _top(row[None])]
