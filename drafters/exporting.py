@@ -232,7 +232,7 @@ def _check_vocabulary(drafter: Drafter, tokenizer: PreTrainedTokenizerBase, card
 def _appearing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder that takes the name `path` when the block ends well, and vanishes otherwise."""
     if path.exists() and not (overwrite and path.is_dir()):
-        raise ExportError(f"{path} exists already; choose another, or pass overwrite to replace a folder.")
+        raise ExportError(f"{path} exists already; choose another, or replace it with `--overwrite true`.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
     try:

@@ -52,6 +52,7 @@ def load_causal_lm(
                 dtype=dtype or "auto",
                 attn_implementation=attention,
                 local_files_only=offline,
+                adapter_kwargs={"local_files_only": offline},  # else it asks, and retries, for an adapter
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # listed in info, and refused below in words

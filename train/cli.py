@@ -168,4 +168,8 @@ def _paragraph(error: Exception) -> str:
         return f"no space left on the disk{where}; free some and run the same command again"
     if isinstance(error, FileNotFoundError) and error.filename and error.errno is not None:
         return f"no such file or folder: {error.filename}"
+    if str(error).startswith("Does not validate against any"):  # an error of a constructor, wrapped
+        from certdraft.train.parser import explain
+
+        return explain(str(error))
     return str(error).strip() or type(error).__name__

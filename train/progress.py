@@ -72,10 +72,8 @@ class RunProgress(ProgressBar):
             return
         shown = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if shown:
-            step = trainer.global_step
-            self._say(
-                f"step {step:,}: " + ", ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in shown.items())
-            )
+            where = f"step {trainer.global_step:,}" if trainer.state.fn == "fit" else "validation"
+            self._say(f"{where}: " + ", ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in shown.items()))
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """What `self.print` of a module calls."""

@@ -141,6 +141,14 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str], monkeypatch:
         ),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "b"), 2, "no such file or folder: b"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            ValueError(
+                "Does not validate against any of the Union subtypes\nSubtypes: [A, B]\nErrors:\n  - no hub\n"
+                "  - Expected a <class 'NoneType'>\nGiven value type: <dict>\nGiven value: Namespace()"
+            ),
+            2,
+            "certdraft x: error: no hub\n",
+        ),
     ]
     for error, code, text in cases:
         with pytest.raises(SystemExit) as exit_:
