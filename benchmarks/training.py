@@ -148,8 +148,8 @@ def training(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
 
     def bare(ready: list[Any]) -> None:
         own = module(vocab_size)
-        own.trainer = type("T", (), {"max_steps": 1000, "world_size": 1, "accumulate_grad_batches": 1,
-                                     "optimizers": None})()  # fmt: skip
+        facts = {"max_steps": 1000, "world_size": 1, "accumulate_grad_batches": 1, "global_step": 0}
+        own.trainer = type("T", (), {**facts, "log_every_n_steps": 50, "optimizers": None})()
         own.log_dict = lambda *args, **kwargs: None
         made = own.optimizer_settings.build(own, 1000)
         optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
