@@ -207,6 +207,7 @@ def _quieten() -> None:
     for message in (
         ".*does not have many workers.*",  # loading is mapping memory
         ".*isinstance\\(treespec, LeafSpec\\).*",
+        "The number of training batches .* is smaller than the logging interval.*",
         "LightningCLI's args parameter is intended.*",
         "Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its folder
         "Be aware that when using `ckpt_path`, callbacks.*",  # validate needs none of them
