@@ -289,7 +289,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
                 )
             ax.set(xlabel=label, yticks=range(len(losses)), yticklabels=losses)
         axes[0, 0].invert_yaxis()
-        axes[0, 1].legend(loc="best")
+        axes[0, 1].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3)
 
 
 def main() -> None:
