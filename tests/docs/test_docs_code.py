@@ -81,6 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "drafter": drafter,
         "prompt_ids": prompt_ids,
+        "prompts": [prompt_ids, prompt_ids[:-1]],
         "tokens": greedy(TargetRunner(model), prompt_ids, 12),
         "fingerprint": fingerprint,
         "inputs": tokenizer("def main():\n", return_tensors="pt"),
