@@ -1,13 +1,13 @@
 """Drafter families, tree-cached decoding, checkpoint formats and export (floor 2)."""
 
-from certdraft.drafters.block import BlockConfig as BlockConfig
 from certdraft.drafters.block import BlockDrafter as BlockDrafter
+from certdraft.drafters.block_layer import BlockConfig as BlockConfig
 from certdraft.drafters.cached_lm import CachedLM as CachedLM
 from certdraft.drafters.cached_lm import split_causal_lm as split_causal_lm
 from certdraft.drafters.causal import CausalDrafter as CausalDrafter
 from certdraft.drafters.draft_vocab import ABSENT as ABSENT
-from certdraft.drafters.eagle import EagleConfig as EagleConfig
 from certdraft.drafters.eagle import EagleDrafter as EagleDrafter
+from certdraft.drafters.eagle_layer import EagleConfig as EagleConfig
 from certdraft.drafters.exporting import ExportError as ExportError
 from certdraft.drafters.exporting import export as export
 from certdraft.drafters.exporting import load_drafter as load_drafter

@@ -12,8 +12,6 @@ H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 import torch
@@ -23,60 +21,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from certdraft.drafters.block_layer import BlockConfig, BlockLayer
+from certdraft.drafters.dflash_format import read_dflash
 from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
 from certdraft.drafters.feature_layers import block_layers, checked
-from certdraft.drafters.layers import (
-    MLP,
-    Attention,
-    KeysValues,
-    LayerSizes,
-    RMSNorm,
-    cached_attention,
-    grouped_attention,
-    known,
-)
+from certdraft.drafters.format_files import Weights
+from certdraft.drafters.layers import KeysValues, RMSNorm, cached_attention, grouped_attention, known
 from certdraft.drafters.paths import Paths, reach, steps_from
 from certdraft.drafters.tree_cache import TreeCache
 from certdraft.drafters.warm_start import check_belongs, folder_of
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
-
-
-@dataclass(frozen=True)
-class BlockConfig(LayerSizes):
-    """The network of a `BlockDrafter`. What is left open is taken from the target.
-
-    Args:
-        num_hidden_layers: layers of the drafter.
-        block_size: B: the root and B − 1 drafted positions.
-        mask_token_id: row of the target's embedding that stands for "not drafted yet"; one that no text uses.
-            None: the first one after the tokenizer's last id is found in training.
-        target_layer_ids: target layers whose outputs are read, 0-based and ascending; None: as many as the
-            drafter has, evenly spread.
-    """
-
-    num_hidden_layers: int = 5
-    block_size: int = 16
-    mask_token_id: int | None = None
-    target_layer_ids: tuple[int, ...] | None = None
-
-
-class BlockLayer(nn.Module):
-    """A Qwen3 layer whose keys and values also come from the context, which no norm of its own touches."""
-
-    def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.self_attn = Attention(config, hidden, qk_norm=True)
-        self.mlp = MLP(hidden, known(config.intermediate_size))
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Float[Tensor, "R T H"]:
-        """The layer's output, given what its heads found."""
-        x = x + self.self_attn.output(mixed)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
 
 
 class BlockDrafter(FeatureDrafter):
@@ -98,6 +53,7 @@ class BlockDrafter(FeatureDrafter):
     """
 
     kind: Literal["conditional", "marginal"] = "marginal"
+    config: BlockConfig
 
     def __init__(
         self,
@@ -109,18 +65,13 @@ class BlockDrafter(FeatureDrafter):
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        if config is not None and pretrained is not None:
-            raise ValueError("give config for a fresh drafter or pretrained for a published one, not both.")
-        self.config, self.pretrained, self.num_anchors = config or BlockConfig(), pretrained, num_anchors
+        super().__init__(config, pretrained, init_from_target, dtype, gradient_checkpointing)
+        self.config, self.num_anchors = config or BlockConfig(), num_anchors
         if num_anchors < 1 or self.config.block_size < 2 or self.config.num_hidden_layers < 1:
             raise ValueError(
                 f"num_anchors {num_anchors}, block_size {self.config.block_size}, num_hidden_layers "
                 f"{self.config.num_hidden_layers}: need at least 1, 2 and 1."
             )
-        self.init_from_target = init_from_target
-        self.parameter_dtype: torch.dtype = getattr(torch, dtype)
-        self.gradient_checkpointing = gradient_checkpointing
 
     # ---- the network
 
@@ -144,7 +95,7 @@ class BlockDrafter(FeatureDrafter):
         self.num_target_layers = num = int(target.config.num_hidden_layers)
         self.ends = TargetEnds.of(target)
         if self.pretrained is not None:
-            self._restore(folder_of(self.pretrained), target)
+            self._restore(self.pretrained, target)
             return self
         layers = self.config.target_layer_ids
         layers = block_layers(num, self.config.num_hidden_layers) if layers is None else checked(layers, num)
@@ -163,17 +114,18 @@ class BlockDrafter(FeatureDrafter):
                 self.norm.weight.copy_(self.ends.norm)
         return self
 
-    def _restore(self, folder: Path, target: PreTrainedModel) -> None:
-        from certdraft.drafters.dflash_format import read_dflash  # it imports this module
-        from certdraft.drafters.format_files import check_names
-
+    def _restore(self, name: str, target: PreTrainedModel) -> None:
+        folder = folder_of(name)
         config, vocab_size, weights = read_dflash(folder)
         self.config = completed(config, target)
         self.taps = checked(config.target_layer_ids or (), self.num_target_layers)
         check_belongs(folder, self, vocab_size, weights)
+        self.adopt(weights, str(folder))
+
+    def adopt(self, weights: Weights, where: str) -> None:
+        """See `FeatureDrafter.adopt`."""
         self._make()
-        check_names(weights, self.state_dict(), str(folder))
-        self.load_state_dict(weights)
+        self._load(weights, where)
 
     def _make(self) -> None:
         config = self.config
@@ -183,14 +135,7 @@ class BlockDrafter(FeatureDrafter):
         self.hidden_norm = RMSNorm(hidden, eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(hidden, eps)
-        self.to(device=self._ends.embeddings.device)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.parameter_dtype)
-
-    @property
-    def max_context(self) -> int | None:
-        """`max_position_embeddings` of the config."""
-        return self.config.max_position_embeddings
+        self._settle()
 
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from certdraft.drafters.block import BlockConfig
+from certdraft.drafters.block_layer import BlockConfig
 from certdraft.drafters.format_files import Json, Weights, read_weights, sizes_from_json, sizes_to_json
 from certdraft.drafters.layer_ids import check_taps, convert
 from certdraft.drafters.speculators_format import speculators_section

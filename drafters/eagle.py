@@ -12,8 +12,6 @@ H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Self
 
 import torch
@@ -24,63 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from certdraft.drafters.draft_vocab import Coverage, choose, coverage, from_tables, spread, to_tables
+from certdraft.drafters.eagle3_format import read_eagle3
+from certdraft.drafters.eagle_layer import EagleConfig, EagleLayer
 from certdraft.drafters.eagle_state import EagleState
 from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
 from certdraft.drafters.feature_layers import checked, eagle_layers
-from certdraft.drafters.layers import (
-    MLP,
-    Attention,
-    LayerSizes,
-    RMSNorm,
-    cached_attention,
-    grouped_attention,
-    known,
-)
+from certdraft.drafters.format_files import Weights
+from certdraft.drafters.layers import RMSNorm, cached_attention, grouped_attention, known
 from certdraft.drafters.paths import Paths, reach, steps_from
 from certdraft.drafters.warm_start import check_belongs, folder_of
-
-
-@dataclass(frozen=True)
-class EagleConfig(LayerSizes):
-    """The network of an `EagleDrafter`. What is left open is taken from the target.
-
-    Args:
-        target_layer_ids: target layers whose outputs are read, 0-based and ascending; None: a low, a middle
-            and a high one.
-        draft_vocab_size: tokens the head can propose; None: all of the target's.
-        qk_norm: normalise queries and keys per head; few engines serve such heads.
-    """
-
-    target_layer_ids: tuple[int, ...] | None = None
-    draft_vocab_size: int | None = None
-    qk_norm: bool = False
-
-
-class EagleLayer(nn.Module):
-    """The one layer: attention reads (token, feature) pairs, the residual stream is the feature."""
-
-    def __init__(self, config: EagleConfig) -> None:
-        super().__init__()
-        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.hidden_norm = RMSNorm(hidden, eps)
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.self_attn = Attention(config, 2 * hidden, config.qk_norm)
-        self.mlp = MLP(hidden, known(config.intermediate_size))
-
-    def read(
-        self, embedded: Float[Tensor, "R T H"], feature: Float[Tensor, "R T H"]
-    ) -> Float[Tensor, "R T 2H"]:
-        """What attention reads."""
-        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
-
-    def finish(
-        self, feature: Float[Tensor, "R T H"], attended: Float[Tensor, "R T H"]
-    ) -> Float[Tensor, "R T H"]:
-        """The layer's output, which recurs un-normed."""
-        hidden = feature + attended
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return out
 
 
 class EagleDrafter(FeatureDrafter):
@@ -102,6 +52,7 @@ class EagleDrafter(FeatureDrafter):
     """
 
     kind: Literal["conditional", "marginal"] = "conditional"
+    config: EagleConfig
 
     def __init__(
         self,
@@ -114,16 +65,12 @@ class EagleDrafter(FeatureDrafter):
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(config, pretrained, init_from_target, dtype, gradient_checkpointing)
         if unroll < 1:
             raise ValueError(f"unroll is {unroll}; it counts draft steps and must be at least 1.")
-        if config is not None and pretrained is not None:
-            raise ValueError("give config for a fresh head or pretrained for a published one, not both.")
-        self.config, self.pretrained, self.unroll = config or EagleConfig(), pretrained, unroll
+        self.config, self.unroll = config or EagleConfig(), unroll
         self.lost: Coverage | None = None  # what the draft vocabulary misses of the trace
-        self.init_from_target, self.max_lost_coverage = init_from_target, max_lost_coverage
-        self.parameter_dtype: torch.dtype = getattr(torch, dtype)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.max_lost_coverage = max_lost_coverage
 
     # ---- the network
 
@@ -152,7 +99,7 @@ class EagleDrafter(FeatureDrafter):
         if self.pretrained is None:
             self._build_fresh(target, counts)
         else:
-            self._restore(folder_of(self.pretrained), target)
+            self._restore(self.pretrained, target)
         ids = self.draft_ids
         if ids is not None and counts is not None:
             self.lost = coverage(counts, ids.cpu())
@@ -186,10 +133,8 @@ class EagleDrafter(FeatureDrafter):
         if self.init_from_target:
             self._copy_head()
 
-    def _restore(self, folder: Path, target: PreTrainedModel) -> None:
-        from certdraft.drafters.eagle3_format import read_eagle3  # it imports this module
-        from certdraft.drafters.format_files import check_names
-
+    def _restore(self, name: str, target: PreTrainedModel) -> None:
+        folder = folder_of(name)
         config, vocab_size, weights = read_eagle3(folder)
         self.num_target_layers = int(target.config.num_hidden_layers)
         layers = config.target_layer_ids
@@ -201,12 +146,16 @@ class EagleDrafter(FeatureDrafter):
         self.config = completed(config, target, target_layer_ids=layers)
         self.ends, self.taps = TargetEnds.of(target), layers
         check_belongs(folder, self, vocab_size, weights)
-        ids = from_tables(weights["d2t"], weights.get("t2d"), vocab_size) if "d2t" in weights else None
-        if ids is not None:
+        if "d2t" in weights:  # published heads may lack t2d, which follows from it
+            ids = from_tables(weights["d2t"], weights.get("t2d"), vocab_size)
             weights |= dict(zip(("d2t", "t2d"), to_tables(ids, vocab_size), strict=True))
-        self._make(ids)
-        check_names(weights, self.state_dict(), str(folder))
-        self.load_state_dict(weights)
+        self.adopt(weights, str(folder))
+
+    def adopt(self, weights: Weights, where: str) -> None:
+        """See `FeatureDrafter.adopt`."""
+        d2t = weights.get("d2t")
+        self._make(None if d2t is None else from_tables(d2t, weights.get("t2d"), self.vocab_size))
+        self._load(weights, where)
 
     def _make(self, ids: Tensor | None) -> None:
         config = self.config
@@ -220,9 +169,7 @@ class EagleDrafter(FeatureDrafter):
             d2t, t2d = to_tables(ids, self.vocab_size)
             self.register_buffer("d2t", d2t)
             self.register_buffer("t2d", t2d)
-        self.to(device=self._ends.embeddings.device)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.parameter_dtype)
+        self._settle()
 
     @torch.no_grad()
     def _copy_head(self) -> None:
@@ -236,11 +183,6 @@ class EagleDrafter(FeatureDrafter):
             return None
         d2t = self.get_buffer("d2t")
         return d2t + torch.arange(len(d2t), device=d2t.device)
-
-    @property
-    def max_context(self) -> int | None:
-        """`max_position_embeddings` of the config."""
-        return self.config.max_position_embeddings
 
     @property
     def head_weight(self) -> Float[Tensor, "D H"]:

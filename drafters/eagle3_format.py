@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from certdraft.drafters.eagle import EagleConfig
+from certdraft.drafters.eagle_layer import EagleConfig
 from certdraft.drafters.format_files import Json, Weights, read_weights, sizes_from_json, sizes_to_json
 from certdraft.drafters.layer_ids import check_taps, convert
 from certdraft.drafters.speculators_format import speculators_section

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from certdraft.drafters.cached_lm import split_causal_lm
+from certdraft.drafters.format_files import Weights, check_names
 from certdraft.drafters.layers import LayerSizes, RMSNorm
 from certdraft.drafters.protocol import Drafter
 
@@ -60,22 +61,65 @@ class TargetEnds:
 class FeatureDrafter(Drafter):
     """Base of `EagleDrafter` and `BlockDrafter`.
 
+    Args:
+        config: sizes of a fresh network; not with `pretrained`.
+        pretrained: folder or hub id of a published drafter to start from.
+        init_from_target: what a fresh network takes from its target; each kind says.
+        dtype: of the parameters.
+        gradient_checkpointing: recompute parts of the forward pass in the backward pass, for memory.
+
+    Raises:
+        ValueError: `config` given with `pretrained`.
+
     Attributes:
         ends: of the target; None until `build`.
         num_target_layers: of the target; 0 until `build`.
     """
 
+    config: LayerSizes
     ends: TargetEnds | None = None
     num_target_layers: int = 0
+
+    def __init__(
+        self,
+        config: LayerSizes | None,
+        pretrained: str | None,
+        init_from_target: bool,
+        dtype: Literal["float32", "bfloat16"],
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if config is not None and pretrained is not None:
+            raise ValueError("give config for a fresh drafter or pretrained for a published one, not both.")
+        self.pretrained, self.init_from_target = pretrained, init_from_target
+        self.parameter_dtype: torch.dtype = getattr(torch, dtype)
+        self.gradient_checkpointing = gradient_checkpointing
 
     @abstractmethod
     def build(self, vocab_size: int, target: PreTrainedModel | None = None) -> Self:
         """Makes the network for a target, or checks a pretrained one against it; called once."""
 
+    @abstractmethod
+    def adopt(self, weights: Weights, where: str) -> None:
+        """Makes the network of `config` with these weights; `ends` and `num_target_layers` are known.
+
+        Args:
+            weights: every tensor of the network, and no other.
+            where: they come from, for messages.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape.
+        """
+
     @property
     def vocab_size(self) -> int:
         """Entries of the target's vocabulary."""
         return len(self._ends.embeddings)
+
+    @property
+    def max_context(self) -> int | None:
+        """`max_position_embeddings` of the config."""
+        return self.config.max_position_embeddings
 
     @property
     def _ends(self) -> TargetEnds:
@@ -103,6 +147,16 @@ class FeatureDrafter(Drafter):
         if self.ends is not None:
             self.ends = self.ends.moved(fn)
         return self
+
+    def _settle(self) -> None:
+        """Moves a network just made to the target's device, its parameters to their dtype."""
+        self.to(device=self._ends.embeddings.device)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.parameter_dtype)
+
+    def _load(self, weights: Weights, where: str) -> None:
+        check_names(weights, self.state_dict(), where)
+        self.load_state_dict(weights)
 
     def _check_target(self, vocab_size: int, target: PreTrainedModel | None) -> PreTrainedModel:
         name = type(self).__name__

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from certdraft.drafters import dflash_format, eagle3_format
-from certdraft.drafters.block import BlockConfig, BlockDrafter
-from certdraft.drafters.draft_vocab import from_tables
-from certdraft.drafters.eagle import EagleConfig, EagleDrafter
+from certdraft.drafters.block import BlockDrafter
+from certdraft.drafters.block_layer import BlockConfig
+from certdraft.drafters.eagle import EagleDrafter
+from certdraft.drafters.eagle_layer import EagleConfig
 from certdraft.drafters.facts import CardFacts
 from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds
 from certdraft.drafters.feature_layers import checked, eagle_layers
-from certdraft.drafters.format_files import Json, Weights, check_names, write_folder
+from certdraft.drafters.format_files import Json, Weights, write_folder
 
 Layout = Callable[..., tuple[Json, Weights]]
 
@@ -131,13 +132,7 @@ def restore(
         made = BlockDrafter(config, dtype=dtype)
     made.ends, made.num_target_layers = target, num_target_layers
     with torch.random.fork_rng(devices=[]):  # the random weights it starts with must not move training
-        if isinstance(made, EagleDrafter):
-            tables = weights.get("d2t"), weights.get("t2d")
-            made._make(None if tables[0] is None else from_tables(tables[0], tables[1], made.vocab_size))
-        else:
-            made._make()
-    check_names(weights, made.state_dict(), "the drafter")
-    made.load_state_dict(weights)
+        made.adopt(weights, "the drafter")
     return made.eval()
 
 
