@@ -6,7 +6,9 @@ only then. Wrong input ends in one paragraph and exit code 2; CERTDRAFT_DEBUG=1 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -88,6 +90,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         raise SystemExit(_unknown(prog, name))
     guard(lambda: _load(COMMANDS[name])(name, args[1:], f"{prog} {name}"), f"{prog} {name}")
+
+
+def captured(args: Sequence[str]) -> tuple[int, str, str]:
+    """What a command line that only prints says (`--help`, `--print_config`).
+
+    Returns:
+        Exit code, standard output, standard error.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
 
 
 def guard(act: Callable[[], Any], label: str) -> Any:

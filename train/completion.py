@@ -6,8 +6,6 @@ script costs no start of Python at each press of Tab.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
 import sys
 from typing import Literal
@@ -72,12 +70,9 @@ def completion(shell: Literal["bash", "zsh", "fish"] = "bash") -> None:
 
 def options_of(command: str) -> list[str]:
     """Every option that a command's help shows, in its order."""
-    from certdraft.train.cli import main
+    from certdraft.train.cli import captured
 
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([command, "--help"])
-    return list(dict.fromkeys(_OPTION.findall(out.getvalue())))
+    return list(dict.fromkeys(_OPTION.findall(captured([command, "--help"])[1])))
 
 
 def script(shell: str, options: dict[str, list[str]], summaries: dict[str, str]) -> str:

@@ -75,9 +75,8 @@ def packages() -> list[Finding]:
     declared = {r.name: r for r in map(Requirement, distribution("certdraft").requires or ()) if not r.marker}
     findings = [Finding("Python", "ok", platform.python_version())]
     for name in _PACKAGES:
-        try:
-            found = version(name)
-        except PackageNotFoundError:
+        found = _version(name)
+        if found is None:
             findings.append(
                 Finding(name, "problem", f"not installed; pip install '{declared.get(name, name)}'")
             )
@@ -86,7 +85,7 @@ def packages() -> list[Finding]:
         fits = wanted is None or wanted.specifier.contains(found, prereleases=True)
         text = found if fits else f"{found}, but certdraft is made for {wanted}"
         findings.append(Finding(name, "ok" if fits else "problem", text))
-    if _installed("lightning"):
+    if _version("lightning"):
         text = "the package `lightning` is installed too: its classes are not those of pytorch_lightning; " \
             "a config must not name lightning.pytorch.…"  # fmt: skip
         findings.append(Finding("lightning", "note", text))
@@ -180,22 +179,15 @@ def config_resolves(config: str) -> Finding:
     """Whether `certdraft fit --config` accepts the file, and the traces it names are there and whole."""
 
     def look() -> str:
-        import contextlib
-        import io
-
         import yaml
 
         from certdraft.data import open_trace
-        from certdraft.train.cli import main
+        from certdraft.train.cli import captured
 
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main(["fit", "--config", config, "--print_config"])
-            except SystemExit as stop:
-                if stop.code:
-                    raise ValueError(err.getvalue().strip() or "refused") from None
-        data = (yaml.safe_load(out.getvalue()).get("data") or {}).get("init_args") or {}
+        code, settings, complaint = captured(["fit", "--config", config, "--print_config"])
+        if code:
+            raise ValueError(complaint.strip() or "refused")
+        data = (yaml.safe_load(settings).get("data") or {}).get("init_args") or {}
         said = []
         for key in ("train", "validation"):
             if not (path := data.get(key)):
@@ -218,12 +210,11 @@ def _attempt(label: str, look: Callable[[], str]) -> Finding:
         return Finding(label, "problem", " ".join(str(error).split()))
 
 
-def _installed(name: str) -> bool:
+def _version(package: str) -> str | None:
     try:
-        version(name)
+        return version(package)
     except PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _print(findings: list[Finding]) -> None:

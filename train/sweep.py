@@ -6,9 +6,7 @@ nothing. W&B's own functions turn a point of the sweep into an argument list, so
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import math
 import random
@@ -225,17 +223,11 @@ def _draw(spec: Mapping[str, Any], rng: random.Random) -> Any:
 
 def _check_command(plan: Sweep, point: Mapping[str, Any]) -> None:
     """Lets the command itself parse the point; its complaint becomes ours."""
-    from certdraft.train.cli import main
+    from certdraft.train.cli import captured
 
-    out, err = io.StringIO(), io.StringIO()
-    status: Any = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([*plan.arguments(point), "--print_config"])
-        except SystemExit as stop:
-            status = stop.code
-    if status:
-        raise ValueError(f"{plan.path}: the point {_label(point)} is refused: {err.getvalue().strip()}")
+    code, _, complaint = captured([*plan.arguments(point), "--print_config"])
+    if code:
+        raise ValueError(f"{plan.path}: the point {_label(point)} is refused: {complaint.strip()}")
 
 
 def _run(arguments: list[str], folder: Path) -> int:
