@@ -61,10 +61,7 @@ def target_config(name_or_path: str = EMBEDDED, *, revision: str | None = None) 
     """
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(_source(name_or_path), revision=revision)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(_unreachable("config", name_or_path, error)) from error
+    return _pretrained(AutoConfig, "config", name_or_path, revision)
 
 
 def generation_config(
@@ -87,10 +84,7 @@ def load_tokenizer(name_or_path: str = EMBEDDED, *, revision: str | None = None)
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(_source(name_or_path), revision=revision)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(_unreachable("tokenizer", name_or_path, error)) from error
+    return _pretrained(AutoTokenizer, "tokenizer", name_or_path, revision)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -106,6 +100,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         keys = ("normalizer", "pre_tokenizer", "model", "added_tokens")
         content = {key: state.get(key) for key in keys}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _pretrained(kind: Any, what: str, name_or_path: str, revision: str | None) -> Any:
+    try:
+        return kind.from_pretrained(_source(name_or_path), revision=revision)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(_unreachable(what, name_or_path, error)) from error
 
 
 def _source(name_or_path: str) -> str:

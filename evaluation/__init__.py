@@ -26,6 +26,7 @@ from certdraft.evaluation.certify_drafter import join_drafter as join_drafter
 from certdraft.evaluation.certify_report import certify_tables as certify_tables
 from certdraft.evaluation.certify_report import write_certify as write_certify
 from certdraft.evaluation.commands import run_evaluate as run_evaluate
+from certdraft.evaluation.compare import flat as flat
 from certdraft.evaluation.evaluate import EvaluationReport as EvaluationReport
 from certdraft.evaluation.evaluate import evaluate as evaluate
 from certdraft.evaluation.evaluate_report import headline_table as headline_table
@@ -33,7 +34,9 @@ from certdraft.evaluation.evaluate_report import write_evaluation as write_evalu
 from certdraft.evaluation.lengths import Lengths as Lengths
 from certdraft.evaluation.lengths import replay_lengths as replay_lengths
 from certdraft.evaluation.profile_command import run_profile as run_profile
+from certdraft.evaluation.provenance import RECORD_FILE as RECORD_FILE
 from certdraft.evaluation.provenance import provenance as provenance
+from certdraft.evaluation.provenance import read_parts as read_parts
 from certdraft.evaluation.provenance import sha256 as sha256
 from certdraft.evaluation.reading import greedy_documents as greedy_documents
 from certdraft.evaluation.report import Figure as Figure

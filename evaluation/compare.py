@@ -138,6 +138,22 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return names
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; an empty group is a value.
+
+    Examples:
+        >>> flat({"trainer": {"max_steps": 5, "logger": {}}})
+        {'trainer.max_steps': 5, 'trainer.logger': {}}
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
 def read_run(folder: Path, label: str) -> Run:
     """Curves and settings of a training run.
 
@@ -158,7 +174,7 @@ def read_run(folder: Path, label: str) -> Run:
         )
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return Run(label, found, dict(_flat(settings)))
+    return Run(label, found, flat(settings))
 
 
 def read_report(file: Path) -> dict[str, Any]:
@@ -283,9 +299,3 @@ def warnings(trained: Sequence[Run], reports: Sequence[tuple[str, Mapping[str, A
 
 def _best(run: Run, metric: str) -> float | None:
     return run.best(metric)[0] if metric in run.curves else None
-
-
-def _flat(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        return [pair for k, v in tree.items() for pair in _flat(v, f"{prefix}.{k}" if prefix else str(k))]
-    return [(prefix, tree)]

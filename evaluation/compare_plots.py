@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from certdraft.evaluation.plots import _MARKERS, OKABE_ITO, _canvas
+from certdraft.evaluation.plots import MARKERS, OKABE_ITO, canvas
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ def curves(path: Path, panels: Mapping[str, Sequence[Curve]], xlabel: str) -> Pa
         panels: quantity → its lines.
         xlabel: what the horizontal axis counts.
     """
-    with _canvas(path, 1, len(panels), (3.6 * len(panels), 3.4)) as axes:
+    with canvas(path, 1, len(panels), (3.6 * len(panels), 3.4)) as axes:
         for ax, (quantity, lines) in zip(axes[0], panels.items(), strict=True):
             for number, line in enumerate(lines):
-                colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
+                colour, marker = OKABE_ITO[number % len(OKABE_ITO)], MARKERS[number % len(MARKERS)]
                 ax.plot(line.x, line.y, color=colour, marker=marker, ms=4, label=line.label)
             ax.set(title=quantity, xlabel=xlabel)
             ax.set_xlim(left=0)
@@ -48,10 +48,10 @@ def intervals(path: Path, entries: Mapping[str, Mapping[str, Any]], xlabel: str)
     """
     quantities = list(dict.fromkeys(quantity for row in entries.values() for quantity in row))
     height = 1.0 + 0.32 * len(quantities) * len(entries)
-    with _canvas(path, size=(6.6, max(2.4, height))) as axes:
+    with canvas(path, size=(6.6, max(2.4, height))) as axes:
         ax = axes[0, 0]
         for number, (name, row) in enumerate(entries.items()):
-            colour, marker = OKABE_ITO[number % len(OKABE_ITO)], _MARKERS[number % len(_MARKERS)]
+            colour, marker = OKABE_ITO[number % len(OKABE_ITO)], MARKERS[number % len(MARKERS)]
             places = [q + 0.7 * ((number + 0.5) / len(entries) - 0.5) for q in range(len(quantities))]
             for place, quantity in zip(places, quantities, strict=True):
                 if (found := row.get(quantity)) is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from certdraft.evaluation.plots import _MARKERS, OKABE_ITO, _canvas
+from certdraft.evaluation.plots import MARKERS, OKABE_ITO, canvas
 
 
 def promises(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -19,7 +19,7 @@ def promises(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
     builders = list(dict.fromkeys(row["builder"] for row in rows))
-    with _canvas(path, size=(6.4, 4.2 + 0.1 * len(rows))) as axes:
+    with canvas(path, size=(6.4, 4.2 + 0.1 * len(rows))) as axes:
         ax = axes[0, 0]
         for row in rows:
             d, b = drafters.index(row["drafter"]), builders.index(row["builder"])
@@ -29,7 +29,7 @@ def promises(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
                 [part["accepted"] for part in row["bins"]],
                 [1.96 * part["error"] for part in row["bins"]],
                 color=OKABE_ITO[(b if len(drafters) == 1 else d) % 8],
-                marker=_MARKERS[b % 8],
+                marker=MARKERS[b % 8],
                 ls=("-", "--", "-.", ":")[b % 4],
                 ms=5,
                 capsize=2.5,
@@ -61,7 +61,7 @@ def time_split(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         ("verify", "target and verdict", OKABE_ITO[0]),
         ("host", "everything else", OKABE_ITO[2]),
     )
-    with _canvas(path, size=(7.2, 1.3 + 0.4 * len(rows))) as axes:
+    with canvas(path, size=(7.2, 1.3 + 0.4 * len(rows))) as axes:
         ax = axes[0, 0]
         left = [0.0] * len(rows)
         for key, label, colour in parts:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
-_MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*"
 _STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
     "savefig.dpi": 170,
@@ -38,7 +38,7 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def _canvas(
+def canvas(
     path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.9), **grid: Any
 ) -> Iterator[Any]:
     """A figure in the house style, saved to `path` on leaving; yields the axes [rows, columns]."""
@@ -68,7 +68,7 @@ def greedy_mass(path: Path, p0: Mapping[str, Any], margin: Mapping[str, Any]) ->
         p0: {"edges": [B+1], "fraction": [B]} of the greedy token's probability.
         margin: the same of p(x0) − p(x1).
     """
-    with _canvas(path, 1, 2, (7.6, 3.2), sharey=True) as axes:
+    with canvas(path, 1, 2, (7.6, 3.2), sharey=True) as axes:
         for ax, data, colour, label in (
             (axes[0, 0], p0, OKABE_ITO[0], "probability of the greedy token  p(x₀)"),
             (axes[0, 1], margin, OKABE_ITO[2], "margin  p(x₀) − p(x₁)"),
@@ -100,7 +100,7 @@ def survival(
         ceilings: (nats, label) of universal ceilings, drawn as vertical lines.
     """
     colours = _ordered(len(curves)) if ordered else OKABE_ITO
-    with _canvas(path) as axes:
+    with canvas(path) as axes:
         ax = axes[0, 0]
         for i, (label, budgets, fraction) in enumerate(curves):
             ax.plot(
@@ -138,7 +138,7 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
     """
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    with _canvas(path, rows, columns, (4.6 * columns, 0.5 + 2.7 * rows), sharey=True) as axes:
+    with canvas(path, rows, columns, (4.6 * columns, 0.5 + 2.7 * rows), sharey=True) as axes:
         flat = list(axes.flat)
         for ax, panel in zip(flat, panels, strict=False):
             x = range(len(panel["buckets"]))
@@ -193,7 +193,7 @@ def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) ->
         drafters: name → [{"m", "all": interval, "low_margin": interval or None}].
     """
     panels = (("all", "all steps"), ("low_margin", "low-margin steps (margin < 0.1)"))
-    with _canvas(path, 1, 2, (8.4, 3.5)) as axes:
+    with canvas(path, 1, 2, (8.4, 3.5)) as axes:
         widths = [row["m"] for row in next(iter(drafters.values()))]
         for ax, (key, title) in zip(axes[0], panels, strict=True):
             for i, (name, rows) in enumerate(drafters.items()):
@@ -209,7 +209,7 @@ def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) ->
                     y,
                     error,
                     color=OKABE_ITO[i % 8],
-                    marker=_MARKERS[i % 8],
+                    marker=MARKERS[i % 8],
                     ms=5,
                     capsize=2.5,
                     elinewidth=1,
@@ -232,7 +232,7 @@ def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     drafters = list(dict.fromkeys(r["drafter"] for r in rows))
     builders = list(dict.fromkeys(r["builder"] for r in rows))
     thick = 0.8 / len(drafters)
-    with _canvas(path, size=(6.6, 1.3 + 0.34 * len(rows) + 0.25 * len(builders))) as axes:
+    with canvas(path, size=(6.6, 1.3 + 0.34 * len(rows) + 0.25 * len(builders))) as axes:
         ax = axes[0, 0]
         for row in rows:
             d, b, tau = drafters.index(row["drafter"]), builders.index(row["builder"]), row["tau"]
@@ -291,7 +291,7 @@ def depths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
         path: PNG to write.
         rows: {"label", "depths": [{"depth", "reached", "accepted"}]}.
     """
-    with _canvas(path) as axes:
+    with canvas(path) as axes:
         ax = axes[0, 0]
         for i, row in enumerate(rows):
             x = [d["depth"] for d in row["depths"] if d["reached"]]
@@ -307,7 +307,7 @@ def depths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
                 [100 * s for s in share],
                 [[100 * e for e in side] for side in error],
                 color=OKABE_ITO[i % 8],
-                marker=_MARKERS[i % 8],
+                marker=MARKERS[i % 8],
                 ms=5,
                 capsize=2.5,
                 elinewidth=1,
@@ -327,7 +327,7 @@ def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
         path: PNG to write.
         drafters: name → {"edges": [B+1], "steps": [B], "confidence": [B], "frequency": [B], "ece"}.
     """
-    with _canvas(path, 2, 1, (5.4, 5.2), sharex=True, gridspec_kw={"height_ratios": [3, 1]}) as axes:
+    with canvas(path, 2, 1, (5.4, 5.2), sharex=True, gridspec_kw={"height_ratios": [3, 1]}) as axes:
         top, bottom = axes[0, 0], axes[1, 0]
         top.plot([0, 100], [0, 100], color="#555555", lw=0.9, ls=(0, (2, 2)))
         for i, (name, data) in enumerate(drafters.items()):
@@ -336,7 +336,7 @@ def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
                 [100 * data["confidence"][j] for j in kept],
                 [100 * data["frequency"][j] for j in kept],
                 color=OKABE_ITO[i % 8],
-                marker=_MARKERS[i % 8],
+                marker=MARKERS[i % 8],
                 ms=5,
                 label=f"{name} (ECE {100 * data['ece']:.1f} %)",
             )
@@ -362,7 +362,7 @@ def rejection_causes(path: Path, rows: Sequence[Mapping[str, Any]], top_m: int) 
         ("not_in_tree", f"in top-{top_m}, not in the tree", OKABE_ITO[1]),
         ("numerical_tie", "numerical tie of the target", OKABE_ITO[6]),
     )
-    with _canvas(path, size=(7.2, 1.35 + 0.42 * len(rows))) as axes:
+    with canvas(path, size=(7.2, 1.35 + 0.42 * len(rows))) as axes:
         ax = axes[0, 0]
         left = [0.0] * len(rows)
         for key, label, colour in causes:

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+RECORD_FILE = "run.yaml"  # of a training run; train/record.py writes it
 _PACKAGES = ("certdraft", "torch", "transformers", "numpy", "scipy")
 
 
@@ -36,6 +38,14 @@ def provenance(files: Mapping[str, str | os.PathLike[str]] | None = None) -> dic
     for label, path in (files or {}).items():
         facts[f"sha-256 of {label}"] = sha256(path)
     return facts
+
+
+def read_parts(folder: Path) -> list[dict[str, Any]]:
+    """The parts of a training run, one per command that worked on it, oldest first."""
+    import yaml
+
+    file = folder / RECORD_FILE
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["parts"] if file.is_file() else []
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from certdraft.evaluation.provenance import read_parts
+
 _KINDS = {"report.json": "evaluation", "certify.json": "certificates", "compare.json": "comparison"}
 Rows = tuple[Sequence[str], list[list[Any]]]
 
@@ -164,13 +166,8 @@ def _settings(run: str | None) -> dict[str, Any]:
 
 def _traces(run: str | None, report: Mapping[str, Any]) -> list[dict[str, str]]:
     """The traces a result stands on: of the run, then of the report; each with its hash."""
-    import yaml
-
-    found = []
-    record = Path(run) / "run.yaml" if run else None
-    if record is not None and record.is_file():
-        last = yaml.safe_load(record.read_text(encoding="utf-8"))["parts"][-1]
-        found += [{"use": use, **trace} for use, trace in last["data"].items()]
+    parts = read_parts(Path(run)) if run else []
+    found = [{"use": use, **trace} for use, trace in parts[-1]["data"].items()] if parts else []
     facts = report.get("provenance", {})
     if "sha-256 of trace.json" in facts:
         found.append({"use": "test", "path": facts["trace"], "sha256": facts["sha-256 of trace.json"]})

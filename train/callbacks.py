@@ -227,14 +227,12 @@ class RunFolder(Callback):
         if not trainer.is_global_zero:
             return
         from certdraft.train.record import write_part
-        from certdraft.train.runs import write_command
 
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "config.yaml").exists():  # a resumed run keeps the settings it began with
             partial = self.folder / ".config.yaml.partial"
             partial.write_text(self.config, encoding="utf-8")
             partial.replace(self.folder / "config.yaml")
-        write_command(self.folder)
         data = getattr(trainer, "datamodule", None)
         traces = {name: getattr(data, f"{name}_trace", None) for name in ("train", "validation")}
         write_part(self.folder, {name: trace.path for name, trace in traces.items() if trace is not None})

@@ -7,20 +7,20 @@ shards). With config.yaml beside it that is all a run depends on.
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shlex
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from certdraft.evaluation import provenance, sha256, write_atomic
+from certdraft.evaluation import RECORD_FILE, provenance, read_parts, sha256, write_atomic
 
-RECORD_FILE = "run.yaml"
 # What the numbers of a run depend on; the rest of the environment is listed in no record.
 _PACKAGES = (
     "certdraft", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "peft",
@@ -29,21 +29,20 @@ _PACKAGES = (
 
 
 def write_part(folder: Path, traces: Mapping[str, str | Path]) -> None:
-    """Appends this process's command to the run's record.
+    """Appends this process's command to the run's record: run.yaml, and command.txt for people.
 
     Args:
         folder: the run's folder.
         traces: "train", "validation" → folder of the trace.
     """
     facts = provenance()
-    installed = {found.name.lower(): found.version for found in distributions() if found.name}
     part = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "source": facts["source"],
         "machine": facts["machine"],
         "python": platform.python_version(),
-        "packages": {name: installed[name] for name in _PACKAGES if name in installed},
+        "packages": _installed(),
         "data": {
             name: {"path": str(path), "sha256": sha256(Path(path) / "trace.json")}
             for name, path in traces.items()
@@ -51,18 +50,13 @@ def write_part(folder: Path, traces: Mapping[str, str | Path]) -> None:
     }
     parts = [*read_parts(folder), part]
     write_atomic(folder / RECORD_FILE, yaml.safe_dump({"parts": parts}, sort_keys=False))
-
-
-def read_parts(folder: Path) -> list[dict[str, Any]]:
-    """The parts of a run, oldest first; empty when it has no record."""
-    file = folder / RECORD_FILE
-    return yaml.safe_load(file.read_text(encoding="utf-8"))["parts"] if file.is_file() else []
+    with (folder / "command.txt").open("a", encoding="utf-8") as stream:
+        stream.write("\n".join(f"{label}: {text}" for label, text in facts.items()) + "\n\n")
 
 
 def changes(part: Mapping[str, Any]) -> list[str]:
     """What is not as it was when a part ran: packages, sources, traces. One line each."""
-    facts = provenance()
-    installed = {found.name.lower(): found.version for found in distributions() if found.name}
+    facts, installed = provenance(), _installed()
     said = [
         f"{name} is {installed.get(name, 'not installed')}, was {old}"
         for name, old in part["packages"].items()
@@ -143,3 +137,11 @@ def largest_difference(first: Path, second: Path) -> float:
         )
     pairs = ((a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
     return max((float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel()), default=0.0)
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

@@ -7,7 +7,7 @@ versions and source state), checkpoints/ and metrics.csv. A run that is resumed 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -94,7 +94,9 @@ def differences(
         >>> differences({"trainer": {"max_steps": 5, "logger": True}}, {"trainer": {"max_steps": 9}})
         {'trainer.max_steps': (5, 9)}
     """
-    before, after = dict(_flat(old)), dict(_flat(new))
+    from certdraft.evaluation import flat
+
+    before, after = flat(old), flat(new)
     patterns = tuple(free)
     return {
         key: (before.get(key), after.get(key))
@@ -141,20 +143,3 @@ def refuse_changed(
             "Use the old values to continue that run, leave --ckpt_path out to start a new one, or permit a "
             f"change that you mean: --allow_change '[{', '.join(changed)}]'."
         )
-
-
-def write_command(folder: Path) -> None:
-    """Appends this command, its time, versions and source state to the run's command.txt."""
-    from certdraft.evaluation import provenance
-
-    facts = "\n".join(f"{label}: {text}" for label, text in provenance().items())
-    with (folder / "command.txt").open("a", encoding="utf-8") as stream:
-        stream.write(facts + "\n\n")
-
-
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, tree

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy import ndarray
-from plan import BAR, LARGE, LOSSES, SMALL
+from plan import BAR, LARGE, LOSSES, SHOWN, SMALL
 
 from certdraft.evaluation.statistics import compare_ratios, pooled_ratio
 
@@ -224,17 +224,9 @@ def tuning_table(tuned: dict[str, Any], size: str) -> str:
         "| τ best-first 32 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    names = (
-        "coverage@1",
-        "coverage@4",
-        "low_margin_coverage@4",
-        "tau/chain-4",
-        "tau/4-ary",
-        "tau/best-first-32",
-    )
     order = sorted(tuned[size].items(), key=lambda item: -item[1]["summary"]["coverage@4"])
     for loss, row in order:
-        found = " | ".join(f"{row['summary'][name]:.3f}" for name in names)
+        found = " | ".join(f"{row['summary'][name]:.3f}" for name in SHOWN)
         rows.append(f"| {loss} | {len(row['tried'])} | {row['best_lr']:g} | {found} |")
     return "\n".join(rows)
 
@@ -258,7 +250,7 @@ def write_docs(summary: dict[str, Any], page: Path) -> None:
 
 def figure(summary: dict[str, Any], path: Path) -> None:
     """Misses and best-first τ of every loss against hard cross-entropy, with intervals."""
-    from certdraft.evaluation.plots import _MARKERS, OKABE_ITO, _canvas
+    from certdraft.evaluation.plots import MARKERS, OKABE_ITO, canvas
 
     groups = {name: group for name, group in summary["groups"].items() if "ce" in group["losses"]}
     losses = [x for x in LOSSES if x != "ce" and any(x in g["losses"] for g in groups.values())]
@@ -269,7 +261,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         ("tau best-first-32", "τ of best-first trees, 32 nodes, against CE (%)\nmore is better →"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _canvas(path, 1, 2, (9.0, 1.2 + 0.42 * len(losses)), sharey=True) as axes:
+    with canvas(path, 1, 2, (9.0, 1.2 + 0.42 * len(losses)), sharey=True) as axes:
         for ax, (metric, label) in zip(axes[0], panels, strict=True):
             ax.axvline(0, color="#000000", lw=1)
             for i, (name, group) in enumerate(groups.items()):
@@ -285,7 +277,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
                     [100 * (f["high"] - f["value"]) for _, f in found],
                 ]
                 ax.errorbar(
-                    value, y, xerr=spread, fmt=_MARKERS[i], ms=4.5, lw=1.2, color=OKABE_ITO[i], label=name
+                    value, y, xerr=spread, fmt=MARKERS[i], ms=4.5, lw=1.2, color=OKABE_ITO[i], label=name
                 )
             ax.set(xlabel=label, yticks=range(len(losses)), yticklabels=losses)
         axes[0, 0].invert_yaxis()

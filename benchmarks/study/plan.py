@@ -82,6 +82,16 @@ FINE_TUNING = 100
 WARMUP = 20
 ROWS, SEQ_LEN = 4, 256
 
+# What a finished cell says and the tuning table shows, by its name in the results.
+SHOWN = (
+    "coverage@1",
+    "coverage@4",
+    "low_margin_coverage@4",
+    "tau/chain-4",
+    "tau/4-ary",
+    "tau/best-first-32",
+)
+
 
 @dataclass(frozen=True)
 class Cell:

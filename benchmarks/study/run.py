@@ -40,6 +40,7 @@ from plan import (
     LOSSES,
     OURS,
     SEEDS,
+    SHOWN,
     SIZES,
     SMALL,
     Cell,
@@ -107,7 +108,7 @@ class Study:
         line = {"key": key, **asdict(cell), **found, "at": datetime.now().isoformat(timespec="seconds")}
         with (self.results / f"{stage}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        shown = {k: v for k, v in found["summary"].items() if k in _SHOWN}
+        shown = {k: v for k, v in found["summary"].items() if k in SHOWN}
         print(f"{datetime.now():%H:%M:%S} {key} {found['seconds']:.0f}s {shown}", file=sys.stderr, flush=True)
 
     # ---- stages
@@ -229,16 +230,6 @@ class _Shared:
                 self.seen.append(next(self.source))
             yield self.seen[step]
             step += 1
-
-
-_SHOWN = (
-    "coverage@1",
-    "coverage@4",
-    "low_margin_coverage@4",
-    "tau/chain-4",
-    "tau/4-ary",
-    "tau/best-first-32",
-)
 
 
 def main() -> None:

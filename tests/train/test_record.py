@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
+from certdraft.evaluation import read_parts
 from certdraft.train.cli import main
-from certdraft.train.record import changes, largest_difference, read_parts
+from certdraft.train.record import changes, largest_difference
 
 
 @pytest.fixture
