@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.data import (
     Corpus,
@@ -59,9 +60,19 @@ def cpu_seconds(*acts: Callable[[], object], repeats: int) -> list[float]:
     return best
 
 
-def writing(repeats: int, rows: int = 8, length: int = 512) -> dict[str, float]:
+def qwen3_small() -> PreTrainedModel:
+    """Qwen3-0.6B in its true sizes, with random weights."""
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+
+
+def writing(target: PreTrainedModel, repeats: int, rows: int, length: int) -> dict[str, float]:
     """Prefill only: every token of the text is given."""
-    target = load_target()
     head, vocabulary = LogitHead(target), target.config.vocab_size
     draw = np.random.default_rng(0)
     prompts = [Prompt(draw.integers(0, vocabulary, length).astype(np.int32), 1, "x") for _ in range(rows)]
@@ -205,7 +216,10 @@ def main() -> None:
             temporary + "/trace", corpus=Corpus(max_rows=6), prompts=Prompts(max_prompt_tokens=256),
             generation=Generation(max_new_tokens=0, max_length=256),
         )  # fmt: skip
-        result["trace writing, prefill"] = writing(repeats)
+        result["trace writing, prefill"] = {
+            "embedded target": writing(load_target(), repeats, rows=8, length=512),
+            "Qwen3-0.6B sizes, random weights": writing(qwen3_small(), min(repeats, 2), rows=2, length=256),
+        }
         result["training"] = training(Path(temporary, "trace"), steps, repeats)
     result |= {
         "target": "embedded, fp32", "drafter": f"one layer of {SIZES['hidden_size']}, 8 rows of 256 tokens",

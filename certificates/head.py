@@ -216,11 +216,12 @@ def _cut_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     z = logits if logits.dtype == torch.float64 else logits.float()
     values, ids = largest(z, k)
     top = values[:, :1]
-    others = (z - top).scatter(-1, ids[:, :1], -torch.inf)  # log1p keeps a confident step's small tail
+    # Without the greedy token, log1p keeps a confident step's small tail. exp is 0 below −745: the floor
+    # changes nothing but the product 0·inf.
+    others = (z - top).clamp_min_(-1000.0).scatter_(-1, ids[:, :1], -1000.0)
     weight = others.exp()
     lse_gap = torch.log1p(weight.sum(-1)) + (top - top).squeeze(-1)  # NaN where the greedy logit is infinite
-    # exp underflows below −104, so the clamp changes no product but 0·inf
-    mean_gap = -(weight * others.clamp_min(-200.0)).sum(-1) * (-lse_gap).exp()
+    mean_gap = -torch.linalg.vecdot(weight, others) * (-lse_gap).exp()
     return ids, top - values, lse_gap, lse_gap + mean_gap
 
 

@@ -1,0 +1,109 @@
+"""Recording from a real vLLM server: the trace is the one recorded from the same target here."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from interop.environments import ENVIRONMENTS, ready
+
+from certdraft.data import Corpus, Generation, Prompts, Server, ServerError, open_trace, record_trace
+
+ENVIRONMENT = os.environ | {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "no_proxy": "127.0.0.1",
+}
+KEPT = 8
+STARTING_S = 300.0
+
+
+@pytest.fixture(scope="module")
+def url(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of the embedded target."""
+    if not ready("vllm"):
+        pytest.skip("vllm is not installed; run `make interop`, which says why it could not be")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    command = [
+        ENVIRONMENTS / "vllm" / "venv" / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server",
+        "--model", workspace.target_folder, "--host", "127.0.0.1", "--port", str(port),
+        "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-logprobs", str(KEPT),
+    ]  # fmt: skip
+    with (
+        log.open("w") as said,
+        subprocess.Popen(command, env=ENVIRONMENT, stdout=said, stderr=said) as running,
+    ):
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", running, log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            running.terminate()
+            running.wait(60)
+
+
+def wait_for(health: str, running: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns once the server answers."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < STARTING_S:
+        assert running.poll() is None, log.read_text()[-3000:]
+        try:
+            urllib.request.urlopen(health, timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    raise AssertionError(f"no answer after {STARTING_S:g} s: {log.read_text()[-3000:]}")
+
+
+@pytest.fixture(scope="module")
+def settings(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What both record: a few prompts of held-out text."""
+    file = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    texts = [workspace.tokenizer.decode(prompt) for prompt in workspace.prompts]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {
+        "target": str(workspace.target_folder), "corpus": Corpus(str(file), split="all"),
+        "prompts": Prompts(prompt_tokens=16, max_prompt_tokens=48), "num_kept": KEPT, "accelerator": "cpu",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("new", [0, 24], ids=["the text's tokens", "the target's own"])
+def test_the_trace_is_the_one_recorded_here(
+    url: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new: int
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    settings = settings | {"generation": Generation(max_new_tokens=new, max_length=200, loops="keep")}
+    here = record_trace(str(tmp_path / "here"), **settings)
+    there = record_trace(str(tmp_path / "there"), **settings, server=Server(url=url, concurrency=4))
+    assert there.num_counted == here.num_counted > 50
+    left, right = open_trace(tmp_path / "here", verify="full"), open_trace(tmp_path / "there", verify="full")
+    assert len(left) == len(right)
+    for index in range(len(left)):
+        x, y = left.columns(index), right.columns(index)
+        assert np.array_equal(x.input_ids, y.input_ids)
+        assert np.array_equal(x.loss_mask, y.loss_mask)
+        steps = x.loss_mask.astype(bool)
+        assert np.array_equal(x.top_ids[steps, 0], y.top_ids[steps, 0])
+        np.testing.assert_allclose(x.top_gap[steps], y.top_gap[steps], rtol=2**-9, atol=2e-3)
+        np.testing.assert_allclose(x.lse_gap[steps], y.lse_gap[steps], rtol=1e-4, atol=1e-4)
+
+
+def test_a_server_that_keeps_too_few_is_refused(
+    url: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(ServerError, match="max-logprobs"):
+        record_trace(str(tmp_path / "t"), **settings | {"num_kept": 2 * KEPT}, server=Server(url=url))
+    assert not (tmp_path / "t" / "trace.json").exists()
