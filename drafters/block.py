@@ -40,15 +40,17 @@ class BlockDrafter(FeatureDrafter):
     Args:
         config: sizes, block, target layers; for `pretrained` its own are used.
         pretrained: folder or hub id of a published DFlash drafter to start from.
-        num_anchors: blocks trained per row of a batch, at random places that count.
+        num_anchors: full blocks trained per row of a batch, at random places that count.
         init_from_target: start with the target's final norm, for targets whose head is not their embeddings
             (with tied ones a fresh block would draft its own mask token, confidently).
+        short_until: share of the training in which blocks of one mask are trained, as many more as make the
+            same number of tokens; None: half for a fresh drafter, nothing for a published one.
         dtype: of the parameters.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
 
     Raises:
-        ValueError: no anchors, a block without a mask; `config` given with `pretrained`; a checkpoint this
-            class cannot reproduce.
+        ValueError: no anchors, a block without a mask; `short_until` outside [0, 1); `config` given with
+            `pretrained`; a checkpoint this class cannot reproduce.
         FileNotFoundError: `pretrained` is not there.
     """
 
@@ -62,10 +64,11 @@ class BlockDrafter(FeatureDrafter):
         *,
         num_anchors: int = 512,
         init_from_target: bool = False,
+        short_until: float | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(config, pretrained, init_from_target, dtype, gradient_checkpointing)
+        super().__init__(config, pretrained, init_from_target, short_until, dtype, gradient_checkpointing)
         self.config, self.num_anchors = config or BlockConfig(), num_anchors
         if num_anchors < 1 or self.config.block_size < 2 or self.config.num_hidden_layers < 1:
             raise ValueError(
@@ -175,8 +178,9 @@ class BlockDrafter(FeatureDrafter):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """Blocks at random anchors, or at every counted step; see `Drafter.paths`."""
-        depth = min(depth or self.config.block_size - 1, self.config.block_size - 1)
+        """Blocks of `depth` masks at random anchors, full ones at every counted step; see `Drafter.paths`."""
+        size = self.config.block_size
+        depth = min(depth or (1 if self._short and not every else size - 1), size - 1)
         mask = reach(loss_mask, document_ids, depth)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
         if every:
@@ -184,11 +188,11 @@ class BlockDrafter(FeatureDrafter):
             hidden = self._everywhere(input_ids, position_ids, document_ids, features, depth)
             hidden, mask = hidden.flatten(0, 1)[starts], mask.flatten(0, 1)[starts]
         else:
-            anchors, chosen = sample_anchors(mask[..., 0], self.num_anchors)
+            anchors, chosen = sample_anchors(mask[..., 0], self.num_anchors * size // (1 + depth))
             context = self._context(self._features(features), position_ids)
-            blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors)
+            blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors, depth)
             starts = (rows + anchors)[chosen]
-            hidden, mask = blocks[chosen][:, 1 : depth + 1], mask.flatten(0, 1)[starts]
+            hidden, mask = blocks[chosen][:, 1:], mask.flatten(0, 1)[starts]
         return Paths(hidden, steps_from(starts, mask), mask)
 
     def _everywhere(
@@ -198,7 +202,9 @@ class BlockDrafter(FeatureDrafter):
         parts = []
         for start in range(0, ids.shape[1], _ANCHORS_AT_ONCE):
             anchors = torch.arange(start, min(start + _ANCHORS_AT_ONCE, ids.shape[1]), device=ids.device)
-            blocks = self._blocks(ids, positions, documents, context, anchors.expand(len(ids), -1))
+            blocks = self._blocks(
+                ids, positions, documents, context, anchors.expand(len(ids), -1), self.config.block_size - 1
+            )
             parts.append(blocks[:, :, 1 : depth + 1])
         return torch.cat(parts, 1)
 
@@ -214,9 +220,10 @@ class BlockDrafter(FeatureDrafter):
         documents: Int[Tensor, "R T"],
         context: list[KeysValues],
         anchors: Int[Tensor, "R A"],
-    ) -> Float[Tensor, "R A B H"]:
-        """Normed states of the blocks at the anchors; blocks do not see each other."""
-        size, mask_id = self.config.block_size, known(self.config.mask_token_id)
+        depth: int,
+    ) -> Float[Tensor, "R A 1+D H"]:
+        """Normed states of blocks of `depth` masks at the anchors; blocks do not see each other."""
+        size, mask_id = 1 + depth, known(self.config.mask_token_id)
         tokens = torch.full((*anchors.shape, size), mask_id, device=ids.device)
         tokens[..., 0] = ids.gather(1, anchors)
         places = positions.gather(1, anchors)[..., None] + torch.arange(size, device=ids.device)
@@ -238,7 +245,7 @@ class BlockDrafter(FeatureDrafter):
     ) -> Tensor:
         """One layer over all blocks of a row: [R, A·B, H]."""
         read, attention = layer.input_layernorm(x), layer.self_attn
-        groups = (-1, self.config.block_size)
+        groups = (-1, x.shape[1] // visible.shape[1])
         own = tuple(part.unflatten(2, groups) for part in attention.keys_values(read, places))
         queries = attention.queries(read, places).unflatten(2, groups)
         mixed = grouped_attention(queries, (keys, values), (own[0], own[1]), visible)

@@ -42,12 +42,14 @@ class EagleDrafter(FeatureDrafter):
         unroll: draft steps trained, each on the drafter's own output of the step before.
         init_from_target: start the output layer of a fresh head as the target's, cut to the draft vocabulary.
         max_lost_coverage: refuse a draft vocabulary that misses more of the target's greedy tokens.
+        short_until: share of the training in which the first draft step alone is trained, before the unroll;
+            None: half for a fresh head, nothing for a published one.
         dtype: of the parameters.
         gradient_checkpointing: recompute each unroll step in the backward pass, for memory.
 
     Raises:
-        ValueError: an unroll below 1; `config` given with `pretrained`; a checkpoint this class cannot
-            reproduce.
+        ValueError: an unroll below 1; `short_until` outside [0, 1); `config` given with `pretrained`; a
+            checkpoint this class cannot reproduce.
         FileNotFoundError: `pretrained` is not there.
     """
 
@@ -62,10 +64,11 @@ class EagleDrafter(FeatureDrafter):
         unroll: int = 5,
         init_from_target: bool = True,
         max_lost_coverage: float = 0.05,
+        short_until: float | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(config, pretrained, init_from_target, dtype, gradient_checkpointing)
+        super().__init__(config, pretrained, init_from_target, short_until, dtype, gradient_checkpointing)
         if unroll < 1:
             raise ValueError(f"unroll is {unroll}; it counts draft steps and must be at least 1.")
         self.config, self.unroll = config or EagleConfig(), unroll
@@ -222,7 +225,7 @@ class EagleDrafter(FeatureDrafter):
         every: bool = False,
     ) -> Paths:
         """Rollouts of `unroll` (or `depth`) steps from every counted step; see `Drafter.paths`."""
-        depth = depth or self.unroll
+        depth = depth or (1 if self._short and not every else self.unroll)
         hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
         mask = (reach(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)

@@ -26,6 +26,7 @@ from certdraft.drafters.layers import LayerSizes, RMSNorm
 from certdraft.drafters.protocol import Drafter
 
 Config = TypeVar("Config", bound=LayerSizes)
+_SHORT_UNTIL = 0.5  # benchmarks/families.py
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ class FeatureDrafter(Drafter):
         config: sizes of a fresh network; not with `pretrained`.
         pretrained: folder or hub id of a published drafter to start from.
         init_from_target: what a fresh network takes from its target; each kind says.
+        short_until: share of the training in which rounds of a single draft token are trained, full ones
+            after it; None: half for a fresh network, nothing for a published one.
         dtype: of the parameters.
         gradient_checkpointing: recompute parts of the forward pass in the backward pass, for memory.
 
     Raises:
-        ValueError: `config` given with `pretrained`.
+        ValueError: `config` given with `pretrained`; `short_until` outside [0, 1).
 
     Attributes:
         ends: of the target; None until `build`.
@@ -85,12 +88,18 @@ class FeatureDrafter(Drafter):
         config: LayerSizes | None,
         pretrained: str | None,
         init_from_target: bool,
+        short_until: float | None,
         dtype: Literal["float32", "bfloat16"],
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
         if config is not None and pretrained is not None:
             raise ValueError("give config for a fresh drafter or pretrained for a published one, not both.")
+        if short_until is None:
+            short_until = _SHORT_UNTIL if pretrained is None else 0.0
+        if not 0.0 <= short_until < 1.0:
+            raise ValueError(f"short_until is {short_until}; it is a share of the training, in [0, 1).")
+        self.short_until, self._short = short_until, False
         self.pretrained, self.init_from_target = pretrained, init_from_target
         self.parameter_dtype: torch.dtype = getattr(torch, dtype)
         self.gradient_checkpointing = gradient_checkpointing
@@ -98,6 +107,13 @@ class FeatureDrafter(Drafter):
     @abstractmethod
     def build(self, vocab_size: int, target: PreTrainedModel | None = None) -> Self:
         """Makes the network for a target, or checks a pretrained one against it; called once."""
+
+    def at(self, progress: float) -> None:
+        """See `Drafter.at`: one draft token a round until `short_until`.
+
+        What a round's first draft token learns serves all later ones, and costs a fraction of a full round.
+        """
+        self._short = progress < self.short_until
 
     @abstractmethod
     def adopt(self, weights: Weights, where: str) -> None:

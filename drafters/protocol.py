@@ -74,6 +74,9 @@ class Drafter(nn.Module, ABC):
         """Positions it can read; None: no limit."""
         return None
 
+    def at(self, progress: float) -> None:
+        """Told before every training step: the share of the training that is done, in [0, 1]."""
+
     @abstractmethod
     def hidden(
         self,
@@ -139,7 +142,7 @@ class Drafter(nn.Module, ABC):
             document_ids: −1 for padding.
             loss_mask: true where the next token is to be learned.
             features: as in `hidden`.
-            depth: drafts of a round; None: as many as the family trains. It may give fewer.
+            depth: drafts of a round; None: as many as the family trains now. It may give fewer.
             every: a path from every counted step, in order, nothing drawn at random.
         """
         hidden = self.hidden(input_ids, position_ids, document_ids, features).flatten(0, 1)

@@ -85,7 +85,9 @@ class DrafterModule(pl.LightningModule):
     # ---- steps
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        self.loss.at(self.global_step / max(self.trainer.max_steps, 1))
+        progress = self.global_step / max(self.trainer.max_steps, 1)
+        self.loss.at(progress)
+        self.drafter.at(progress)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         paths, said = self._paths(batch)
@@ -171,7 +173,7 @@ class DrafterModule(pl.LightningModule):
             nll = self._nll(hidden, weight, target)
         elif self.step_weights.needs_nll:
             nll = HardCE()(self._logits(hidden, weight), target[:])
-        if paths.mask.shape[1] == 1 or not isinstance(self.step_weights, PathWeights):
+        if not self.drafter.taps or not isinstance(self.step_weights, PathWeights):
             return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
         placed = hidden.new_zeros(paths.mask.shape)  # these drafters have their paths already
         if nll is not None:

@@ -78,19 +78,22 @@ def loss_of(module: DrafterModule, batch: Any) -> float:
 
 
 @pytest.mark.parametrize("weights", [None, DepthWeights(2.0), PrefixWeights(3, 0.5)], ids=str)
+@pytest.mark.parametrize("progress", [0.0, 0.5])
 @pytest.mark.parametrize("family", ["eagle", "block"])
 def test_loss_is_the_weighted_mean_over_paths(
-    family: str, weights: StepWeights | None, tiny: Path, trace: Path
+    family: str, progress: float, weights: StepWeights | None, tiny: Path, trace: Path
 ) -> None:
     """From the trace and online, chunked and not: one number, written out path by path."""
     data = data_of(tiny)
     drafter = make(family)
+    drafter.at(progress)
     fit_to_target(drafter, None, data)
     batch = next(iter(data.val_dataloader()))
     torch.manual_seed(11)
     paths = drafter.paths(
         batch.input_ids, batch.position_ids, batch.document_ids, batch.loss_mask, batch.features
     )
+    assert paths.mask.shape[1] == (1 if progress < 0.5 else 3)
     total = weight = 0.0
     greedy = batch.head.greedy.flatten()
     for hidden, steps, mask in zip(paths.hidden, paths.steps, paths.mask, strict=True):
@@ -110,6 +113,29 @@ def test_loss_is_the_weighted_mean_over_paths(
         assert loss_of(module, batch) == pytest.approx(
             total / weight, rel=2e-3 if "target" in settings else 1e-5
         )
+
+
+@pytest.mark.parametrize("family", ["eagle", "block"])
+def test_training_begins_with_short_rounds(family: str, tiny: Path, trace: Path) -> None:
+    """Half of it by default, as many tokens a step as ever; validation always sees full rounds; a published
+    drafter is past that."""
+    drafter = make(family)
+    fit_to_target(drafter, None, data_of(tiny))
+    batch = next(iter(data_of(tiny).val_dataloader()))
+    run = (batch.input_ids, batch.position_ids, batch.document_ids, batch.loss_mask, batch.features)
+    long = drafter.paths(*run)
+    drafter.at(0.49)
+    short = drafter.paths(*run)
+    assert (short.mask.shape[1], long.mask.shape[1]) == (1, 3)
+    assert torch.equal(short.hidden[:, 0], long.hidden[:, 0]) == (family == "eagle")  # blocks: fewer masks
+    if family == "block":
+        assert len(short.mask) == 2 * len(long.mask)
+    assert drafter.paths(*run, every=True).mask.shape[1] == 3
+    drafter.at(0.5)
+    assert drafter.paths(*run).mask.shape[1] == 3
+    assert make(family, short_until=0.0).short_until == 0.0
+    with pytest.raises(ValueError, match=r"short_until is 1.0.*\[0, 1\)"):
+        make(family, short_until=1.0)
 
 
 def test_a_draft_vocabulary_sees_the_renormalised_target() -> None:
@@ -237,6 +263,7 @@ def test_killed_and_resumed_runs_end_alike(
     else:
         init = {"config": config | {"num_hidden_layers": 1, "block_size": 4}, "num_anchors": 3}
         settings["model"]["drafter"] = {"class_path": "BlockDrafter", "init_args": init}
+    init["short_until"] = 0.1  # the first step, of five as of eight
     settings["model"]["step_weights"] = {"class_path": "DepthWeights", "init_args": {"gamma": 4.0}}
     for split in ("train", "validation"):
         settings["data"][split] = str(tiny / f"{split}-features")
