@@ -41,6 +41,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "pool-4+kl": lambda: Mixture([PoolDiscountedCE(), ForwardKL()], [0.5, 0.5]),
     "runner-up-4+kl": lambda: Mixture([RunnerUpForgivingCE(), ForwardKL()], [0.5, 0.5]),
     "runner-up-4+sharp-2": lambda: Mixture([RunnerUpForgivingCE(), SharpenedKL(2.0)], [0.5, 0.5]),
+    "runner-up-4+sharp-1.5": lambda: Mixture([RunnerUpForgivingCE(), SharpenedKL(1.5)], [0.5, 0.5]),
     "runner-up-8+kl": lambda: Mixture([RunnerUpForgivingCE(8), ForwardKL()], [0.5, 0.5]),
     "runner-up-16+kl": lambda: Mixture([RunnerUpForgivingCE(16), ForwardKL()], [0.5, 0.5]),
     # With the step weights below:
@@ -81,6 +82,8 @@ SMALL, LARGE, DECAY = 150, 450, 0.2  # optimiser steps; the last fifth of each i
 FINE_TUNING = 100
 WARMUP = 20
 ROWS, SEQ_LEN = 4, 256
+# Texts on which trees are replayed, of the validation split and, by size, of the test split; None: all.
+REPLAYED = {"validation": 24, "1-layer": 72, "2-layer": None}
 
 # What a finished cell says and the tuning table shows, by its name in the results.
 SHOWN = (
