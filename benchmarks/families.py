@@ -158,6 +158,7 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, default=None, help="instead of the family's own")
     parser.add_argument("--short-until", type=float, default=None, help="instead of the drafters' own")
+    parser.add_argument("--rows", type=int, default=220, help="source files of the training trace")
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts decoded")
     parser.add_argument("--new", type=int, default=40, help="tokens decoded per prompt")
     parser.add_argument("--out", default="benchmarks/results/families.json")
@@ -165,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     recording = Recording(
-        target="embedded", corpus=Corpus(max_rows=220), prompts=Prompts(max_prompt_tokens=240),
+        target="embedded", corpus=Corpus(max_rows=args.rows), prompts=Prompts(max_prompt_tokens=240),
         generation=Generation(max_new_tokens=0),
         num_kept=16, feature_layers=LAYERS, batch_size=256,
     )  # fmt: skip

@@ -206,7 +206,7 @@ class _Recording:
         cache = DynamicCache(config=self.target.config) if self.budget.any() else None
         hidden = self.target.base_model(
             input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=self.mask.long(),
+            attention_mask=None if mask.all() else self.mask.long(),  # None is the cheaper causal one
             position_ids=torch.from_numpy(positions).to(device),
             past_key_values=cache,
             use_cache=cache is not None,

@@ -26,7 +26,8 @@ from certdraft.drafters.dflash_format import read_dflash
 from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
 from certdraft.drafters.feature_layers import block_layers, checked
 from certdraft.drafters.format_files import Weights
-from certdraft.drafters.layers import KeysValues, RMSNorm, cached_attention, grouped_attention, known
+from certdraft.drafters.grouped_attention import grouped_attention
+from certdraft.drafters.layers import KeysValues, RMSNorm, cached_attention, known
 from certdraft.drafters.paths import Paths, reach, steps_from
 from certdraft.drafters.tree_cache import TreeCache
 from certdraft.drafters.warm_start import check_belongs, folder_of

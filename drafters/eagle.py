@@ -28,7 +28,8 @@ from certdraft.drafters.eagle_state import EagleState
 from certdraft.drafters.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
 from certdraft.drafters.feature_layers import checked, eagle_layers
 from certdraft.drafters.format_files import Weights
-from certdraft.drafters.layers import RMSNorm, cached_attention, grouped_attention, known
+from certdraft.drafters.grouped_attention import grouped_attention
+from certdraft.drafters.layers import RMSNorm, cached_attention, known
 from certdraft.drafters.paths import Paths, reach, steps_from
 from certdraft.drafters.warm_start import check_belongs, folder_of
 

@@ -1,8 +1,8 @@
 """The transformer layer of drafters that read target features, in the parts their two families share.
 
 Parameter names are those of the published checkpoints, so reading and writing one is a copy. Attention comes
-in two forms of one thing: `grouped_attention` for training, where many short groups of queries share a
-context, and plain SDPA over a cache for decoding.
+in two forms of one thing: `grouped_attention` for training (grouped_attention.py), where many short groups of
+queries share a context, and plain SDPA over a cache for decoding.
 
 Letters: R rows, T context tokens, A groups, Q queries of a group, M keys of a group's own, D head size,
 H hidden.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -132,40 +132,6 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-def grouped_attention(
-    queries: Float[Tensor, "R heads A Q D"],
-    context: KeysValues,
-    own: KeysValues | None,
-    visible: Bool[Tensor, "R A T"],
-) -> Float[Tensor, "R heads A Q D"]:
-    """Each group of queries attends to the context that is visible to it and to keys of its own.
-
-    Costs A·Q·(T + M) scores: groups never meet. Softmax in fp32.
-
-    Args:
-        queries: of A groups.
-        context: keys and values [R, kv, T, D] that all groups share.
-        own: keys and values [R, kv, A, M, D] that one group alone sees, all of them; None: none.
-        visible: which of the context a group sees; at least one, where it has no keys of its own.
-    """
-    num_rows, num_heads, num_groups, num_queries, size = queries.shape
-    num_kv = context[0].shape[1]
-    folded = (num_rows, num_kv, num_heads // num_kv, num_groups, num_queries)
-    q = (queries * size**-0.5).view(*folded, size)
-    flat = q.reshape(num_rows, num_kv, -1, size)
-    scores = (flat @ context[0].transpose(-1, -2)).view(*folded, -1)
-    scores = scores.masked_fill(~visible[:, None, None, :, None, :], -torch.inf)
-    if own is not None:
-        scores = torch.cat([scores, q @ own[0].transpose(-1, -2)[:, :, None]], -1)
-    num_context = context[0].shape[2]
-    weights = scores.float().softmax(-1).to(queries.dtype)
-    seen = weights[..., :num_context].reshape(num_rows, num_kv, -1, num_context) @ context[1]
-    out = seen.view(*folded, size)
-    if own is not None:
-        out = out + weights[..., num_context:] @ own[1][:, :, None]
-    return out.reshape(queries.shape)
 
 
 def cached_attention(

@@ -3,9 +3,11 @@
 Everything lies in one folder, so that a second run of the suite starts where the first one ended.
 """
 
+import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from certdraft.drafters import BlockDrafter, CardFacts, Drafter, export, load_dr
 
 NEW, NUM_PROMPTS = 40, 4
 STEPS = {"causal": 120, "eagle": 150, "block": 150}
+# Targets by depth: the embedded one and two made of its layers; engines count layers in their own ways.
+STACKS = {8: tuple(range(8)), 4: (0, 1, 6, 7), 12: (0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7)}
 SPECIAL = set(range(5))  # llama.cpp never says an end of text that it was told to ignore
 
 
@@ -33,15 +37,18 @@ class Case:
         family: "causal", "eagle" or "block".
         format: of the export.
         num_tokens: draft tokens per round.
+        layers: of the target.
     """
 
     family: str
     format: str
     num_tokens: int
+    layers: int = 8
 
     @property
     def name(self) -> str:
-        return f"{self.family}-{self.format}-{self.num_tokens}"
+        target = "" if self.layers == 8 else f", target of {self.layers} layers"
+        return f"{self.family}-{self.format}-{self.num_tokens}{target}"
 
 
 CASES = (
@@ -51,7 +58,29 @@ CASES = (
     Case("block", "dflash", 5),
     Case("block", "dflash", 3),  # shorter than the block it was trained for
     Case("block", "speculators", 5),
+    *(
+        Case(*case, layers)
+        for layers in (4, 12)
+        for case in (("causal", "transformers", 4), ("eagle", "eagle3", 4), ("block", "dflash", 5))
+    ),
 )
+
+
+def stacked(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
+    """A target of some of another one's layers."""
+    config = copy.deepcopy(target.config)
+    config.num_hidden_layers = config.max_window_layers = len(layers)
+    config.layer_types = [target.config.layer_types[layer] for layer in layers]
+    made = type(target)(config).eval()
+    made.load_state_dict(
+        {
+            f"model.layers.{new}.{name}": weight
+            for new, old in enumerate(layers)
+            for name, weight in target.model.layers[old].state_dict().items()
+        }
+        | {name: weight for name, weight in target.state_dict().items() if ".layers." not in name}
+    )
+    return made
 
 
 class Workspace:
@@ -59,12 +88,13 @@ class Workspace:
 
     Args:
         folder: for target, drafters, exports and whatever engines make of them.
+        layers: of the target, a key of `STACKS`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layers: int = 8) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.target: PreTrainedModel = load_target()
+        self.target: PreTrainedModel = stacked(load_target(), STACKS[layers])
         self.tokenizer = load_tokenizer()
         self.target_folder = folder / "target"
         if not self.target_folder.is_dir():
@@ -150,7 +180,7 @@ class Workspace:
     def _trained(self, family: str) -> Drafter:
         file = self.folder / f"{family}.pt"
         if not file.exists():
-            torch.save(train(family, STEPS[family]).state_dict(), file)
+            torch.save(train(family, STEPS[family], self.target).state_dict(), file)
         state = torch.load(file, weights_only=True)
         members = state.get("t2d")
         drafter = fresh(family, self.target, None if members is None else members.long())

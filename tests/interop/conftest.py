@@ -1,5 +1,6 @@
 """Fixtures of the interop suite: one workspace, one run of each engine over everything it is asked about."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -19,12 +20,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def workspace() -> Any:
-    """Target, drafters and exports."""
+def workspaces() -> Callable[[int], Any]:
+    """Target, drafters and exports, by the target's layers."""
     from interop.cases import Workspace
     from interop.environments import ENVIRONMENTS
 
-    return Workspace(ENVIRONMENTS / "work")
+    @functools.cache
+    def of(layers: int) -> Workspace:
+        return Workspace(ENVIRONMENTS / "work" / f"{layers}-layers", layers)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def workspace(workspaces: Callable[[int], Any]) -> Any:
+    """That of the embedded target."""
+    return workspaces(8)
 
 
 @pytest.fixture(scope="session")

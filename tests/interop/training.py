@@ -1,16 +1,14 @@
-"""A minute of training, so that engines have something to accept: `training.py FOLDER`.
+"""A minute of training, so that engines have something to accept.
 
 Exactness is what the suite is about, not quality, but a drafter whose every draft is refused would hide most
 mistakes. Text is the standard library's, answers and features are the embedded target's own.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
-from certdraft.data import load_target, load_tokenizer, standard_library
+from certdraft.data import load_tokenizer, standard_library
 from certdraft.decoding import TargetRunner
 from certdraft.drafters import BlockConfig, BlockDrafter, CausalDrafter, Drafter, EagleConfig, EagleDrafter
 
@@ -28,15 +26,18 @@ def fresh(family: str, target: torch.nn.Module, counts: torch.Tensor) -> Drafter
     torch.manual_seed(0)
     if family == "causal":
         return CausalDrafter(config=SIZES, init_from_target=True).build(vocab_size, target)
+    num = target.config.num_hidden_layers
+    taps = (num // 8, num // 2 - 1, num - 2 - num // 8)  # 1, 3 and 5 of 8
     if family == "eagle":
-        return EagleDrafter(EagleConfig(draft_vocab_size=1500), unroll=3).build(vocab_size, target, counts)
-    config = BlockConfig(num_hidden_layers=2, block_size=6, mask_token_id=MASK, target_layer_ids=(1, 3, 5))
+        config = EagleConfig(draft_vocab_size=1500, target_layer_ids=taps)
+        return EagleDrafter(config, unroll=3).build(vocab_size, target, counts)
+    config = BlockConfig(num_hidden_layers=2, block_size=6, mask_token_id=MASK, target_layer_ids=taps)
     return BlockDrafter(config, num_anchors=24).build(vocab_size, target)
 
 
-def train(family: str, steps: int) -> Drafter:
+def train(family: str, steps: int, target: PreTrainedModel) -> Drafter:
     """A drafter after so many steps."""
-    target, tokenizer = load_target(), load_tokenizer()
+    tokenizer = load_tokenizer()
     text = [d.text for d in standard_library("train")]
     ids = torch.tensor(tokenizer.encode("".join(t for t in text if len(t) < 40_000)[:1_500_000]))
     ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
@@ -70,15 +71,3 @@ def train(family: str, steps: int) -> Drafter:
         if step % 20 == 0 or step == steps - 1:
             print(f"{family} step {step}: {loss.item():.3f} nats", flush=True)
     return drafter.eval()
-
-
-def main() -> None:
-    for family, steps in (("causal", 120), ("eagle", 150), ("block", 150)):
-        if not (file := Path(sys.argv[1]) / f"{family}.pt").exists():
-            drafter = train(family, steps)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(drafter.state_dict(), file)
-
-
-if __name__ == "__main__":
-    main()
