@@ -72,6 +72,7 @@ def test_an_eagle_head_drafts_as_before(tmp_path: Path, embedded: bool) -> None:
     assert started.taps == (1, 2, 4)
     assert torch.equal(started.draft_ids, published.draft_ids)
     assert torch.equal(drafts(started), drafts(published))
+    assert started.short_until == 0.0, "it knows its first draft token"
     assert all(parameter.requires_grad for parameter in started.parameters())
 
 
@@ -79,6 +80,7 @@ def test_a_block_drafter_drafts_as_before(tmp_path: Path) -> None:
     published = block()
     started = BlockDrafter(pretrained=folder(tmp_path / "a", DFLASH, published.state_dict())).build(V, TARGET)
     assert torch.equal(drafts(started.eval()), drafts(published))
+    assert started.short_until == 0.0
     inside = {key: value for key, value in DFLASH.items() if key != "block_size"}
     inside["dflash_config"] = DFLASH["dflash_config"] | {"block_size": 4}
     again = BlockDrafter(pretrained=folder(tmp_path / "b", inside, published.state_dict())).build(V, TARGET)
