@@ -1,9 +1,9 @@
 """Attention of many short groups of queries to a context they share and to keys of their own, for training.
 
-The scores of a batch are never there at once: the forward pass walks blocks of groups and keeps the output
-and the log-sum-exp of each query, the backward pass makes the scores again (as FlashAttention does, arXiv
-2205.14135). Context that no group of a block can see is skipped, which is half of it where groups stand in
-the order of the text.
+torch's attention has no room for the latter. As there (FlashAttention, arXiv 2205.14135), the scores of a
+batch are never there at once: the forward pass walks blocks of groups and keeps the output and the log-sum-
+exp of each query, the backward pass makes the scores again. Context that no group of a block can see is
+skipped, which is half of it where groups stand in the order of the text.
 
 Letters: R rows, N key-value heads, F query heads of each, A groups, Q queries of a group, T context tokens,
 M keys of a group's own, D head size.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional
 
 # Scores held at once: small enough for a CPU's cache, large enough to fill a device.
 _CPU_SCORES = 1 << 19
@@ -34,7 +35,8 @@ def grouped_attention(
 ) -> Float[Tensor, "R heads A Q D"]:
     """Each group of queries attends to the context that is visible to it and to keys of its own.
 
-    Costs at most A·Q·(T + M) scores: groups never meet. Softmax in fp32, or in fp64 for fp64 queries.
+    Costs at most A·Q·(T + M) scores: groups never meet. Softmax in fp32, or in fp64 for fp64 queries. Without
+    keys of their own this is torch's own attention.
 
     Args:
         queries: of A groups.
@@ -45,8 +47,11 @@ def grouped_attention(
     num_rows, num_heads, num_groups, num_queries, size = queries.shape
     num_kv, num_context = context[0].shape[1:3]
     if own is None:
-        nothing = queries.new_empty(num_rows, num_kv, num_groups, 0, size)
-        own = nothing, nothing
+        mask = visible[:, None, :, None].expand(-1, -1, -1, num_queries, -1).flatten(2, 3)
+        mixed = functional.scaled_dot_product_attention(
+            queries.flatten(2, 3), *context, attn_mask=mask, enable_gqa=True
+        )
+        return mixed.unflatten(2, (num_groups, num_queries))
     device = queries.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
     q, *rest = (part.to(dtype) for part in (queries * size**-0.5, *context, *own))
@@ -85,10 +90,9 @@ class _Grouped(torch.autograd.Function):
             part = q[:, :, :, groups]
             scores = _scores(part, keys[:, :, seen], visible[:, groups, seen])
             own_scores = _own(part, own_keys[:, :, groups].transpose(-1, -2)).to(wide)
-            top = torch.full_like(lse[:, :, :, groups], -torch.inf)
-            for some in (scores, own_scores):
-                if some.shape[-1]:
-                    top = torch.maximum(top, some.amax(-1, keepdim=True))
+            top = own_scores.amax(-1, keepdim=True)
+            if scores.shape[-1]:
+                top = torch.maximum(top, scores.amax(-1, keepdim=True))
             scores.sub_(top).exp_()
             own_scores.sub_(top).exp_()
             total = scores.sum(-1, keepdim=True) + own_scores.sum(-1, keepdim=True)
