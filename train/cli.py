@@ -109,6 +109,7 @@ def captured(args: Sequence[str]) -> tuple[int, str, str]:
 
 def guard(act: Callable[[], Any], label: str) -> Any:
     """Calls `act`; what the user can mend becomes one paragraph on stderr and exit code 2."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a script's background jobs
     try:
         return act()
     except KeyboardInterrupt:
@@ -116,7 +117,7 @@ def guard(act: Callable[[], Any], label: str) -> Any:
         raise SystemExit(130) from None
     except SystemExit as stop:
         # Lightning's way of saying that Ctrl-C ended a run: it ignores further ones and exits with 1.
-        if stop.code == 1 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        if stop.code == 1 and not ignored and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             raise SystemExit(130) from None
         raise
     except BrokenPipeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,16 @@ def test_what_will_fail_is_a_problem_and_exit_code_1(
 def test_a_package_out_of_range_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Exit code 1 also where Ctrl-C is ignored, as in a script's background jobs."""
     from certdraft.train import doctor
 
     real = doctor.version
     monkeypatch.setattr(doctor, "version", lambda name: "0.1.0" if name == "peft" else real(name))
-    code, rows = examine(capsys)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, rows = examine(capsys)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 1
     assert rows["peft"]["status"] == "problem"
     assert "certdraft is made for peft>=" in rows["peft"]["found"]
