@@ -155,8 +155,10 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str], monkeypatch:
             guard(act(error), "certdraft x")
         assert exit_.value.code == code
         assert text in capsys.readouterr().err
-    for handler, code in ((signal.SIG_IGN, 130), (signal.default_int_handler, 1)):
-        monkeypatch.setattr(signal, "getsignal", lambda _, handler=handler: handler)
+    asked, ignored = signal.default_int_handler, signal.SIG_IGN
+    for before, after, code in ((asked, ignored, 130), (asked, asked, 1), (ignored, ignored, 1)):
+        handlers = iter((before, after))
+        monkeypatch.setattr(signal, "getsignal", lambda _, handlers=handlers: next(handlers))
         with pytest.raises(SystemExit) as exit_:
             guard(act(SystemExit(1)), "certdraft x")
         assert exit_.value.code == code
