@@ -158,8 +158,8 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str], monkeypatch:
     asked, ignored = signal.default_int_handler, signal.SIG_IGN
     for before, after, code in ((asked, ignored, 130), (asked, asked, 1), (ignored, ignored, 1)):
         handlers = iter((before, after))
-        monkeypatch.setattr(signal, "getsignal", lambda _, handlers=handlers: next(handlers))
-        with pytest.raises(SystemExit) as exit_:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+            patch.setattr(signal, "getsignal", lambda _, handlers=handlers: next(handlers))
             guard(act(SystemExit(1)), "certdraft x")
         assert exit_.value.code == code
     with pytest.raises(KeyError):  # a bug keeps its traceback
