@@ -1,16 +1,10 @@
-"""The network of a block drafter: its sizes, and one of its layers (DFlash, arXiv 2602.06036).
-
-Letters: R rows, T tokens of a row, H hidden.
-"""
+"""The network of a block drafter: its sizes, and one of its layers (DFlash, arXiv 2602.06036)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from certdraft.drafters.layers import MLP, Attention, LayerSizes, RMSNorm, known
+from certdraft.drafters.layers import DecoderLayer, LayerSizes, known
 
 
 @dataclass(frozen=True)
@@ -32,19 +26,8 @@ class BlockConfig(LayerSizes):
     target_layer_ids: tuple[int, ...] | None = None
 
 
-class BlockLayer(nn.Module):
+class BlockLayer(DecoderLayer):
     """A Qwen3 layer whose keys and values also come from the context, which no norm of its own touches."""
 
     def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.self_attn = Attention(config, hidden, qk_norm=True)
-        self.mlp = MLP(hidden, known(config.intermediate_size))
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Float[Tensor, "R T H"]:
-        """The layer's output, given what its heads found."""
-        x = x + self.self_attn.output(mixed)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+        super().__init__(config, known(config.hidden_size), qk_norm=True)

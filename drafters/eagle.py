@@ -279,7 +279,7 @@ class EagleDrafter(FeatureDrafter):
         if seen:
             own = torch.stack([*seen[2::2], keys], 3), torch.stack([*seen[3::2], values], 3)
         mixed = grouped_attention(queries[:, :, :, None], context, own, visible).squeeze(3)
-        return layer.finish(state, layer.self_attn.output(mixed)), keys, values
+        return layer.finish(state, mixed), keys, values
 
     # ---- decoding
 
@@ -323,7 +323,7 @@ class EagleDrafter(FeatureDrafter):
         keys, values = cache.layers[0].update(*layer.self_attn.keys_values(read, positions))
         mask = cache.mask(len(tokens), queries.dtype, device)
         mixed = cached_attention(queries, keys, values, mask, causal=True)
-        out = layer.finish(feature[None], layer.self_attn.output(mixed))[0]
+        out = layer.finish(feature[None], mixed)[0]
         state.outputs = out if old == 0 else torch.cat([state.outputs, out])
         return out
 

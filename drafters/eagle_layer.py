@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from certdraft.drafters.layers import MLP, Attention, LayerSizes, RMSNorm, known
+from certdraft.drafters.layers import DecoderLayer, LayerSizes, RMSNorm, known
 
 
 @dataclass(frozen=True)
@@ -30,28 +30,16 @@ class EagleConfig(LayerSizes):
     qk_norm: bool = False
 
 
-class EagleLayer(nn.Module):
+class EagleLayer(DecoderLayer):
     """The one layer: attention reads (token, feature) pairs, the residual stream is the feature."""
 
     def __init__(self, config: EagleConfig) -> None:
-        super().__init__()
-        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.hidden_norm = RMSNorm(hidden, eps)
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.self_attn = Attention(config, 2 * hidden, config.qk_norm)
-        self.mlp = MLP(hidden, known(config.intermediate_size))
+        hidden = known(config.hidden_size)
+        super().__init__(config, 2 * hidden, config.qk_norm)
+        self.hidden_norm = RMSNorm(hidden, known(config.rms_norm_eps))
 
     def read(
         self, embedded: Float[Tensor, "R T H"], feature: Float[Tensor, "R T H"]
     ) -> Float[Tensor, "R T 2H"]:
         """What attention reads."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
-
-    def finish(
-        self, feature: Float[Tensor, "R T H"], attended: Float[Tensor, "R T H"]
-    ) -> Float[Tensor, "R T H"]:
-        """The layer's output, which recurs un-normed."""
-        hidden = feature + attended
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return out

@@ -134,6 +134,32 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
+class DecoderLayer(nn.Module):
+    """Norms, attention and MLP of one layer; what attention reads is each family's own business.
+
+    Args:
+        sizes: complete.
+        in_features: width of what queries, keys and values are made from.
+        qk_norm: as in `Attention`.
+    """
+
+    def __init__(self, sizes: LayerSizes, in_features: int, qk_norm: bool) -> None:
+        super().__init__()
+        hidden, eps = known(sizes.hidden_size), known(sizes.rms_norm_eps)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.self_attn = Attention(sizes, in_features, qk_norm)
+        self.mlp = MLP(hidden, known(sizes.intermediate_size))
+
+    def finish(
+        self, x: Float[Tensor, "R T H"], mixed: Float[Tensor, "R heads T D"]
+    ) -> Float[Tensor, "R T H"]:
+        """The layer's output, un-normed, given the residual stream and what its heads found."""
+        x = x + self.self_attn.output(mixed)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
 def cached_attention(
     queries: Float[Tensor, "R heads Q D"],
     keys: Float[Tensor, "R groups T D"],

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles.traces import assert_same_trace
 
 from certdraft.certificates import StrictGreedy, Typical, radius
 from certdraft.data import (
@@ -99,28 +100,12 @@ def direct(tmp_path_factory: pytest.TempPathFactory, record: Callable[..., Trace
     return folder
 
 
-def assert_same(a: Path, b: Path, every_step: bool = False) -> None:
-    """Equal ids and masks; equal heads, to rounding, at every learned step (or at all but the last)."""
-    left, right = open_trace(a, verify="full"), open_trace(b, verify="full")
-    assert len(left) == len(right)
-    for index in range(len(left)):
-        x, y = left.columns(index), right.columns(index)
-        assert np.array_equal(x.input_ids, y.input_ids)
-        assert np.array_equal(x.loss_mask, y.loss_mask)
-        steps = np.arange(len(x.input_ids) - 1) if every_step else x.loss_mask
-        assert np.array_equal(x.top_ids[steps, 0], y.top_ids[steps, 0])
-        np.testing.assert_allclose(x.top_gap[steps], y.top_gap[steps], rtol=2**-9, atol=2e-3)
-        np.testing.assert_allclose(x.lse_gap[steps], y.lse_gap[steps], rtol=1e-4, atol=2e-5)
-        same = x.top_ids[steps] == y.top_ids[steps]  # near-ties may change places
-        assert same.mean() > 0.99
-
-
 @pytest.mark.parametrize("api", ["completions", "sglang"])
 def test_the_trace_is_the_one_recorded_here(
     server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, api: str
 ) -> None:
     meta = record(tmp_path / "t", server=server(api=api))
-    assert_same(tmp_path / "t", direct)
+    assert_same_trace(tmp_path / "t", direct)
     here = open_trace(direct).meta
     names = ("target", "target_revision", "tokenizer_fingerprint", "vocab_size", "num_kept", "num_counted")
     assert [getattr(meta, name) for name in names] == [getattr(here, name) for name in names]
@@ -142,7 +127,7 @@ def test_steps_inside_the_prompt_are_asked_for_when_they_are_learned(
         inside["corpus"] = Corpus(str(file), split="all")
     record(tmp_path / "here", **inside)
     record(tmp_path / "there", server=server(api=api), **inside)
-    assert_same(tmp_path / "there", tmp_path / "here", every_step=True)
+    assert_same_trace(tmp_path / "there", tmp_path / "here", every_step=True)
 
 
 def test_entropy_is_not_made_up(server: Running, record: Callable[..., TraceMeta], tmp_path: Path) -> None:
@@ -166,7 +151,7 @@ def test_lost_requests_are_asked_again(
 ) -> None:
     server.faults(**{fault: 5})
     record(tmp_path / "t", server=server(timeout_s=0.75 if fault == "hangs" else 60.0))
-    assert_same(tmp_path / "t", direct)
+    assert_same_trace(tmp_path / "t", direct)
     assert server.stats()["requests"] == PROMPTS + 1 + 5
 
 
@@ -192,7 +177,7 @@ def test_a_server_that_stays_down_loses_nothing(
     server.faults()
     record(folder, server=server())
     assert server.stats()["requests"] == 3 + 1  # seven were there
-    assert_same(folder, direct)
+    assert_same_trace(folder, direct)
     record(folder, server=Server(url="http://127.0.0.1:9"))  # a whole trace asks nobody
 
 
@@ -220,7 +205,7 @@ def test_killed_while_asking(
     process.wait()
     process.stderr.close()
     record(folder, server=server())
-    assert_same(folder, direct)
+    assert_same_trace(folder, direct)
 
 
 @pytest.mark.parametrize(

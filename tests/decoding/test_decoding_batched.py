@@ -6,33 +6,25 @@ import warnings
 
 import pytest
 import torch
-from oracles.decoding_models import GarbageDrafter, TableTarget, perturbed, random_distribution, tiny_qwen3
+from oracles.decoding_models import (
+    GarbageDrafter,
+    TableTarget,
+    disturbed_drafter,
+    random_distribution,
+    tiny_qwen3,
+)
 
 from certdraft.decoding import BestFirst, Chain, DecodeResult, TargetRunner, decode, decode_batch, greedy
 from certdraft.decoding.batched_lm import BatchedLM
-from certdraft.drafters import CachedLM, CausalDrafter
+from certdraft.drafters import CachedLM
 
 V = 40
 MODEL = tiny_qwen3(0, V)
 PROMPTS = [[1, 2, 3], [7], [30, 31, 32, 33, 34, 35, 36], [5, 5], list(range(39, 10, -1)), [0]]
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
-def causal_drafter(noise: float) -> CausalDrafter:
-    """The product's own drafter, with the target's weights disturbed."""
-    drafter = CausalDrafter(config={key: getattr(MODEL.config, key) for key in SIZES}, vocab_size=V).eval()
-    drafter.model.load_state_dict(perturbed(MODEL, noise).state_dict())
-    return drafter
-
-
-DRAFTERS = {"perfect": causal_drafter(0.0), "good": causal_drafter(0.15), "garbage": causal_drafter(5.0)}
+DRAFTERS = {
+    name: disturbed_drafter(MODEL, noise)
+    for name, noise in (("perfect", 0.0), ("good", 0.15), ("garbage", 5.0))
+}
 
 
 @functools.cache
@@ -120,7 +112,7 @@ def test_gaps_are_closed_when_they_outgrow_the_text() -> None:
 @pytest.mark.parametrize("token", [0, 1, 5])
 def test_rows_in_which_the_drafter_breaks_fall_back_alone(token: int) -> None:
     """One embedding is NaN: rows that meet it go on without drafts, as alone; padding must not spread it."""
-    broken = causal_drafter(0.15)
+    broken = disturbed_drafter(MODEL, 0.15)
     text = greedy(MODEL, PROMPTS[0], 24)
     poison = 0 if token == 0 else text[token]
     with torch.no_grad():
@@ -131,7 +123,7 @@ def test_rows_in_which_the_drafter_breaks_fall_back_alone(token: int) -> None:
 
 
 def test_a_broken_drafter_warns_once_for_the_batch() -> None:
-    broken = causal_drafter(0.15)
+    broken = disturbed_drafter(MODEL, 0.15)
     with torch.no_grad():
         broken.head_weight.fill_(torch.nan)
     with warnings.catch_warnings(record=True) as caught:
@@ -169,7 +161,7 @@ def test_seconds_of_the_rows_add_up_to_the_batch(monkeypatch: pytest.MonkeyPatch
         ({"builder": BestFirst(4)}, "a Chain; got"),
         ({"drafter": GarbageDrafter(V)}, "got .*GarbageDrafter"),
         ({"target": TableTarget(random_distribution(V, 4, 4.0), V)}, "got TableTarget"),
-        ({"drafter": causal_drafter(0.1).train()}, "training mode"),
+        ({"drafter": disturbed_drafter(MODEL, 0.1).train()}, "training mode"),
     ],
 )
 def test_what_it_cannot_do_is_refused(change: dict, message: str) -> None:

@@ -14,6 +14,7 @@ from oracles.decoding_models import (
     NetworkDrafter,
     TableDrafter,
     TableTarget,
+    disturbed_drafter,
     perturbed,
     random_distribution,
     tiny_qwen3,
@@ -34,7 +35,6 @@ from certdraft.decoding import (
     greedy,
 )
 from certdraft.decoding.session import DraftSession
-from certdraft.drafters import CausalDrafter
 
 V = 40
 MODEL = tiny_qwen3(0, V)
@@ -44,27 +44,9 @@ COST = CostModel.table([1 + 0.02 * n for n in range(33)], 0.1)
 TABLE = random_distribution(V, 4, 4.0)
 
 
-def causal_drafter() -> CausalDrafter:
-    """The product's own drafter, with the target's weights disturbed."""
-    config = {
-        key: getattr(MODEL.config, key)
-        for key in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-    }
-    drafter = CausalDrafter(config=config, vocab_size=V).eval()
-    drafter.model.load_state_dict(perturbed(MODEL, 0.15).state_dict())
-    return drafter
-
-
 DRAFTERS = {
     "perfect": NetworkDrafter(MODEL),
-    "good": causal_drafter(),
+    "good": disturbed_drafter(MODEL, 0.15),
     "bad": NetworkDrafter(perturbed(MODEL, 0.5)),
     "garbage": GarbageDrafter(V),
     "parallel": MarginalDrafter(lambda p: [TABLE((*p, d)) for d in range(4)], V),

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from interop.environments import ENVIRONMENTS, ready
+from oracles.traces import assert_same_trace
 
-from certdraft.data import Corpus, Generation, Prompts, Server, ServerError, open_trace, record_trace
+from certdraft.data import Corpus, Generation, Prompts, Server, ServerError, record_trace
 
 ENVIRONMENT = os.environ | {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -88,16 +88,7 @@ def test_the_trace_is_the_one_recorded_here(
     here = record_trace(str(tmp_path / "here"), **settings)
     there = record_trace(str(tmp_path / "there"), **settings, server=Server(url=url, concurrency=4))
     assert there.num_counted == here.num_counted > 50
-    left, right = open_trace(tmp_path / "here", verify="full"), open_trace(tmp_path / "there", verify="full")
-    assert len(left) == len(right)
-    for index in range(len(left)):
-        x, y = left.columns(index), right.columns(index)
-        assert np.array_equal(x.input_ids, y.input_ids)
-        assert np.array_equal(x.loss_mask, y.loss_mask)
-        steps = x.loss_mask.astype(bool)
-        assert np.array_equal(x.top_ids[steps, 0], y.top_ids[steps, 0])
-        np.testing.assert_allclose(x.top_gap[steps], y.top_gap[steps], rtol=2**-9, atol=2e-3)
-        np.testing.assert_allclose(x.lse_gap[steps], y.lse_gap[steps], rtol=1e-4, atol=1e-4)
+    assert_same_trace(tmp_path / "there", tmp_path / "here")
 
 
 def test_a_server_that_keeps_too_few_is_refused(

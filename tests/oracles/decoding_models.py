@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from certdraft.drafters import CachedLM, TreeCache
+from certdraft.drafters import CachedLM, CausalDrafter, TreeCache
 
 Distribution = Callable[[tuple[int, ...]], Sequence[float]]  # next-token probabilities after a prefix
 
@@ -49,6 +49,16 @@ def perturbed(model: Qwen3ForCausalLM, scale: float, seed: int = 1) -> Qwen3ForC
             if weight.ndim == 2:
                 weight += scale * weight.std() * torch.randn(weight.shape, generator=generator)
     return copy
+
+
+def disturbed_drafter(model: Qwen3ForCausalLM, scale: float) -> CausalDrafter:
+    """The product's own drafter, with the target's weights disturbed; see `perturbed`."""
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes += ("num_key_value_heads", "head_dim")
+    config = {key: getattr(model.config, key) for key in sizes}
+    drafter = CausalDrafter(config=config, vocab_size=model.config.vocab_size).eval()
+    drafter.model.load_state_dict(perturbed(model, scale).state_dict())
+    return drafter
 
 
 class NetworkDrafter:
