@@ -120,8 +120,8 @@ class Study:
             return
         run = self.start(cell)
         run.train(cells.train_batches(self.folder("train"), cell.seed), self.small, self.small)
-        found = cells.evaluate(run.drafter, self.split("validation", REPLAYED["validation"]), certify=False)
-        self.write("tune", cell.key, cell, seconds=run.seconds, steps=run.step, summary=cells.summary(found))
+        found = self.judge(run.drafter)
+        self.write("tune", cell.key, cell, seconds=run.seconds, steps=run.step, summary=found)
 
     def train(self, cell: Cell) -> None:
         """Both budgets, the small one a branch of the large one, counted on the test split."""
@@ -141,12 +141,7 @@ class Study:
         if key in self.done("pick"):
             return
         self.train(cell)
-        drafter = cells.fresh_drafter(cell.size, cell.seed, self.vocab_size, self.target)
-        drafter.load_state_dict(torch.load(self.weights(key)))
-        found = cells.summary(
-            cells.evaluate(drafter, self.split("validation", REPLAYED["validation"]), certify=False)
-        )
-        self.write("pick", key, cell, seconds=0.0, summary=found)
+        self.write("pick", key, cell, seconds=0.0, summary=self.judge(self.finished(cell, key)))
 
     def fine_tune(self, cell: Cell) -> None:
         """From the drafter that hard cross-entropy trained with the large budget and the same seed."""
@@ -160,15 +155,15 @@ class Study:
         self.finish("fine-tune", cell, "fine", run)
 
     def recount(self, size: str) -> None:
-        """Counts trained drafters again whose trees were replayed on fewer texts than the plan says now."""
+        """Counts finished drafters again whose trees were replayed on fewer texts than the plan says now."""
         names = [f.name for f in fields(Cell)]
-        for key, line in self.done("train").items():
-            cell = Cell(**{name: line[name] for name in names})
-            if size == cell.size and line.get("texts", 72) != len(self.split("test", REPLAYED[size]).texts):
-                drafter = self.start(cell).drafter
-                drafter.load_state_dict(torch.load(self.weights(key)))
-                done = {name: line[name] for name in ("budget", "seconds", "steps")}
-                self.count("train", key, cell, drafter, **done)
+        texts = len(self.split("test", REPLAYED[size]).texts)
+        for stage in ("train", "fine-tune"):
+            for key, line in self.done(stage).items():
+                if line["size"] == size and line["texts"] != texts:
+                    cell = Cell(**{name: line[name] for name in names})
+                    done = {name: line[name] for name in ("budget", "seconds", "steps")}
+                    self.count(stage, key, cell, self.finished(cell, key), **done)
 
     def start(self, cell: Cell) -> cells.Run:
         """A run at step 0."""
@@ -188,6 +183,17 @@ class Study:
         found = cells.evaluate(drafter, split)
         done |= {"texts": len(split.texts), "evaluation_s": round(time.process_time() - begin, 1)}
         self.write(stage, key, cell, **done, summary=cells.summary(found), counts=found)
+
+    def judge(self, drafter: Any) -> dict[str, float]:
+        """Rates on the validation split, from which all choices are made."""
+        split = self.split("validation", REPLAYED["validation"])
+        return cells.summary(cells.evaluate(drafter, split, certify=False))
+
+    def finished(self, cell: Cell, key: str) -> Any:
+        """A drafter as its training left it."""
+        drafter = cells.fresh_drafter(cell.size, cell.seed, self.vocab_size, self.target)
+        drafter.load_state_dict(torch.load(self.weights(key)))
+        return drafter
 
     def weights(self, key: str) -> Path:
         """File of a drafter's weights."""
