@@ -2,7 +2,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow interop types docs format check clean
 
-FOLDERS := certificates configs data decoding drafters evaluation losses train
+FOLDERS := arbitration certificates configs data decoding drafters evaluation losses support train
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
@@ -41,7 +41,7 @@ types: $(READY) .cache/types/certdraft  ## mypy, strict
 	$(BIN)/mypy
 
 .cache/types/certdraft:
-	mkdir -p $@ && ln -sfn $(addprefix ../../../,__init__.py __main__.py py.typed $(FOLDERS)) $@/
+	mkdir -p $@ && ln -sfn $(addprefix ../../../,__init__.py __init__.pyi __main__.py py.typed $(FOLDERS)) $@/
 
 format: $(READY)  ## rewrite the sources in the house format
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

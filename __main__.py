@@ -1,5 +1,5 @@
 """`python -m certdraft`: the same program as the `certdraft` and `lightning` scripts."""
 
-from certdraft.train.cli import main
+from certdraft.train.commands.cli import main
 
 main()

@@ -19,17 +19,18 @@ from pathlib import Path
 
 import torch
 
-from certdraft.data import arithmetic, load_target, load_tokenizer
-from certdraft.decoding import load_policy
-from certdraft.evaluation import (
+from certdraft.arbitration import (
     ArbitrationResult,
     ArbitrationSettings,
+    arithmetic,
     as_text,
+    load_policy,
     measure_arbitration,
     open_court,
     write_arbitration,
 )
-from certdraft.train.cli import main as certdraft
+from certdraft.data import load_target, load_tokenizer
+from certdraft.train.commands.cli import main as certdraft
 
 CONFIGS = Path("configs/arbiter")
 TEXTS = ArbitrationSettings(depth=4, max_new_tokens=8, look_ahead=True, texts_at_once=8192, branches=256)

@@ -54,8 +54,8 @@ from certdraft.decoding import (
     profile,
     replay,
 )
-from certdraft.decoding.ranking import top_rows
-from certdraft.decoding.tree import tree_from_nodes
+from certdraft.decoding.trees.ranking import top_rows
+from certdraft.decoding.trees.tree import tree_from_nodes
 from certdraft.drafters import CausalDrafter, TreeCache
 from certdraft.evaluation import compare_ratios, pooled_ratio
 

@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from certdraft.data.stdlib import corpus_sha256, standard_library
+from certdraft.data.batches.text_data_module import TextDataModule
+from certdraft.data.corpus.standard_library import corpus_sha256, standard_library
 from certdraft.data.targets import embedded_target_path, load_target
-from certdraft.data.text_module import TextDataModule
-from certdraft.train.target import TargetModule
+from certdraft.train.target_module import TargetModule
 
 CONFIG = Path("configs/target/embedded.yaml")
 

@@ -45,8 +45,8 @@ from torch import Tensor
 
 from certdraft import losses as L
 from certdraft.certificates import Head
+from certdraft.losses.chunks.fp32_matmul import accumulate_, product
 from certdraft.losses.kernels import Backend
-from certdraft.losses.products import accumulate_, product
 
 Work = Callable[[], object]
 KEPT = 32

@@ -22,9 +22,8 @@ import yaml
 
 import certdraft
 from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
-from certdraft.train import model_sizes
-from certdraft.train.model_sizes import ModelSizes
-from certdraft.train.plan_formulas import (
+from certdraft.train.plan import model_sizes
+from certdraft.train.plan.formulas import (
     DEVICES,
     GB,
     Device,
@@ -34,6 +33,7 @@ from certdraft.train.plan_formulas import (
     state_bytes,
     step_flop,
 )
+from certdraft.train.plan.model_sizes import ModelSizes
 
 FOLDER = Path(certdraft.__file__).parent / "configs" / "recipes"
 TARGETS = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B")

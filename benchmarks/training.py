@@ -39,9 +39,9 @@ from certdraft.data import (
 )
 from certdraft.decoding import device_name
 from certdraft.drafters import CausalDrafter
-from certdraft.train.callbacks import StepRNG
-from certdraft.train.module import DrafterModule
+from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.optim import OptimizerSettings
+from certdraft.train.runs.run_callbacks import StepRNG
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 4,

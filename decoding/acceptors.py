@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.certificates import Coverage, Rule, SingleTokenRule, StrictGreedy
-from certdraft.decoding.ranking import greedy_ids
-from certdraft.decoding.tree import Tree
+from certdraft.decoding.trees.ranking import greedy_ids
+from certdraft.decoding.trees.tree import Tree
 
 
 class Verdict(NamedTuple):

@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from certdraft.decoding.batched_lm import BatchedLM
-from certdraft.decoding.builders import Chain
-from certdraft.decoding.clock import RealClock
+from certdraft.decoding.cost.clock import RealClock
 from certdraft.decoding.loop import Backoff, as_target, checked_prompt, cut, eos_set, warn_non_finite
-from certdraft.decoding.ranking import NonFiniteLogits, greedy_ids, top_rows
 from certdraft.decoding.results import DecodeResult, Round
-from certdraft.decoding.target import TargetRunner
-from certdraft.decoding.tree import Row
+from certdraft.decoding.target_runner import TargetRunner
+from certdraft.decoding.trees.builders import Chain
+from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids, top_rows
+from certdraft.decoding.trees.tree import Row
 from certdraft.drafters import CachedLM, CausalDrafter, Drafter
 
 

@@ -58,7 +58,7 @@ class BatchedLM:
         hidden = self._forward(tokens)
         steps = [range(len(row) - 1 if last and row else 0, len(row)) for row in tokens]
         at = torch.tensor([(row, step) for row, those in enumerate(steps) for step in those])
-        return self.lm.head(hidden[tuple(at.T.to(hidden.device))]).float()
+        return self.lm.project(hidden[tuple(at.T.to(hidden.device))])
 
     def keep(self, counts: Sequence[int]) -> None:
         """Ends a round: the first tokens each row read in it are committed, the others forgotten."""

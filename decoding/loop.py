@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from certdraft.certificates import Rule
 from certdraft.decoding.acceptors import Acceptor, Strict, as_acceptor
-from certdraft.decoding.builders import Chain, TreeBuilder
-from certdraft.decoding.clock import Clock, RealClock
-from certdraft.decoding.ranking import NonFiniteLogits, greedy_ids
+from certdraft.decoding.cost.clock import Clock, RealClock
+from certdraft.decoding.draft_session import DraftSession
 from certdraft.decoding.results import DecodeResult, Round
-from certdraft.decoding.session import DraftSession
-from certdraft.decoding.target import Target, TargetRunner, context_limit
-from certdraft.decoding.tree import Tree
+from certdraft.decoding.target_runner import Target, TargetRunner, context_limit
+from certdraft.decoding.trees.builders import Chain, TreeBuilder
+from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids
+from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import Drafter
 
 

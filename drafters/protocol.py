@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from certdraft.drafters.paths import Paths, reach, steps_from
+from certdraft.drafters.training_paths import Paths, reach, steps_from
 
 
 class Drafter(nn.Module, ABC):
@@ -99,7 +99,7 @@ class Drafter(nn.Module, ABC):
 
     @abstractmethod
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
-        """Logits of the next token; differentiable, in the dtype of the drafter."""
+        """fp32 logits of the next token, whatever autocast and the dtype of the drafter; differentiable."""
 
     def logits(
         self,

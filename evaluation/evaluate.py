@@ -16,12 +16,12 @@ import numpy as np
 
 from certdraft.certificates import Rule
 from certdraft.decoding import BestFirst, Chain, TargetRunner, TreeBuilder
-from certdraft.evaluation.acceptance import DEFAULT_RULES, Acceptance, measure_acceptance
-from certdraft.evaluation.bench import Benchmark, benchmark
-from certdraft.evaluation.features import features_for
-from certdraft.evaluation.lengths import Lengths, replay_lengths
-from certdraft.evaluation.reading import Document, TraceLike, greedy_documents
-from certdraft.evaluation.statistics import compare_ratios
+from certdraft.evaluation.measure.acceptance import DEFAULT_RULES, Acceptance, measure_acceptance
+from certdraft.evaluation.measure.acceptance_lengths import Lengths, replay_lengths
+from certdraft.evaluation.measure.bench import Benchmark, benchmark
+from certdraft.evaluation.measure.document_features import features_for
+from certdraft.evaluation.measure.statistics import compare_ratios
+from certdraft.evaluation.measure.trace_reading import Document, TraceLike, greedy_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

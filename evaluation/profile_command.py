@@ -11,7 +11,7 @@ import torch
 from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.decoding import CostModel, TargetRunner, profile
 from certdraft.evaluation.loading import TargetVocabulary, load_checked, pick_device, show_progress
-from certdraft.evaluation.report import Table, number
+from certdraft.evaluation.report.page import Table, number
 
 _CONTEXTS = [16, 128, 512]
 _NODES = [0, 1, 2, 4, 8, 16, 32, 64]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from certdraft.data import Corpus, CorpusError, read_records
-from certdraft.evaluation.reading import spread
+from certdraft.evaluation.measure.trace_reading import spread
 
 Record = Mapping[str, Any]
 

@@ -1,16 +1,8 @@
 """Losses, loss(logits [N, V], target) → [N]: baselines, certificate-derived ones, chunked evaluation."""
 
 from certdraft.losses.base import Loss
-from certdraft.losses.chunked import Chunked, auto_chunk_tokens
-from certdraft.losses.data_token import TokenCE
-from certdraft.losses.depth_weights import DepthWeights
-from certdraft.losses.discounted import (
-    DiscountedCE,
-    MarginDiscountedCE,
-    PoolDiscountedCE,
-    RunnerUpForgivingCE,
-)
-from certdraft.losses.imitation import (
+from certdraft.losses.chunks.chunked import Chunked, auto_chunk_tokens
+from certdraft.losses.imitation.divergence_losses import (
     LK,
     Divergence,
     ForwardKL,
@@ -20,8 +12,21 @@ from certdraft.losses.imitation import (
     SoftTopK,
     TotalVariation,
 )
+from certdraft.losses.imitation.sharpened import SharpenedKL
+from certdraft.losses.imitation.token_ce import TokenCE
 from certdraft.losses.mixture import Mixture
-from certdraft.losses.paths import (
+from certdraft.losses.schedule import Ramp
+from certdraft.losses.surrogates.certificate_losses import CappedCE, CertificateHinge
+from certdraft.losses.surrogates.discounted import (
+    DiscountedCE,
+    MarginDiscountedCE,
+    PoolDiscountedCE,
+    RunnerUpForgivingCE,
+)
+from certdraft.losses.surrogates.ranks import CoverageMargin, SparseLoss
+from certdraft.losses.target import OnlineTarget, TargetBatch
+from certdraft.losses.weights.depth_weights import DepthWeights
+from certdraft.losses.weights.path_weights import (
     budget_loss,
     budget_weights,
     certain_budget_nats,
@@ -32,24 +37,19 @@ from certdraft.losses.paths import (
     prefix_weights,
     windows,
 )
-from certdraft.losses.ranks import CoverageMargin, SparseLoss
-from certdraft.losses.schedule import Ramp
-from certdraft.losses.sharpened import SharpenedKL
-from certdraft.losses.step_weights import (
-    BudgetWeights,
-    LowMarginWeights,
-    PathWeights,
-    PrefixWeights,
-    StepWeights,
-)
-from certdraft.losses.surrogates import CappedCE, CertificateHinge
-from certdraft.losses.target import OnlineTarget, TargetBatch
-from certdraft.losses.weighting import (
+from certdraft.losses.weights.reduction import (
     Reduction,
     depth_decay,
     low_margin_weight,
     reduce,
     step_coefficients,
+)
+from certdraft.losses.weights.step_weights import (
+    BudgetWeights,
+    LowMarginWeights,
+    PathWeights,
+    PrefixWeights,
+    StepWeights,
 )
 
 __all__ = [

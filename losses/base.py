@@ -14,7 +14,7 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from certdraft.losses.coarse import coarsen, work_dtype
+from certdraft.losses.coarse_logits import coarsen, work_dtype
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
 View = Literal["head", "token", "picked", "full"]

@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from certdraft.certificates import Head, margin
-from certdraft.losses.coarse import work_dtype
+from certdraft.losses.coarse_logits import work_dtype
+from certdraft.support import project_fp32
 
 # A tail lighter than this cannot be told from rounding: it is one minus a sum of K fp32 probabilities.
 MIN_TAIL_LOGP = -18.0
@@ -193,6 +194,7 @@ class OnlineTarget:
         k: head entries to keep.
         full: keep full log-probabilities in every chunk; needed by full-vocabulary divergences.
         next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
+        bias: of the target's output layer, [V]; None where it has none.
     """
 
     hidden: Float[Tensor, "N H"]
@@ -200,6 +202,7 @@ class OnlineTarget:
     k: int = 32
     full: bool = True
     next_ids: Int[Tensor, " N"] | None = None
+    bias: Float[Tensor, " V"] | None = None
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -207,8 +210,7 @@ class OnlineTarget:
     @torch.no_grad()
     def __getitem__(self, index: Any) -> TargetBatch:
         """The target at these steps, logits in fp32."""
-        dtype = work_dtype(self.hidden.dtype)
-        logits = self.hidden[index].to(dtype) @ self.weight.to(dtype).t()
+        logits = project_fp32(self.hidden[index], self.weight, self.bias)
         return TargetBatch.from_logits(logits, self.k, self.full, _at(self.next_ids, index))
 
     def select(self, mask: Bool[Tensor, " N"]) -> OnlineTarget:

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import pytest
 import certdraft
 
 ROOT = Path(certdraft.__file__).parent
-# May import: everything on a lower floor, never a sibling.
+# May import: everything on a lower floor, never a sibling. Only the command line imports `arbitration`.
 FLOOR = {"certificates": 1, "losses": 2, "drafters": 2, "data": 2, "decoding": 3, "evaluation": 4, "train": 5}
-SOURCES = sorted(path for folder in FLOOR for path in (ROOT / folder).rglob("*.py"))
+FLOOR |= {"support": 1, "arbitration": 6, "train.commands": 7}
+TOP = {name for name in FLOOR if "." not in name}
+SOURCES = sorted(path for folder in TOP for path in (ROOT / folder).rglob("*.py"))
 LATE = {"peft", "wandb", "matplotlib", "triton", "vllm", "openai"}  # imported by the function that needs them
-LIGHTNING = re.compile(r"train/|data/(\w+_)?module\.py|data/writer\.py")  # who may know the Trainer
+LIGHTNING = re.compile(r"train/|arbitration/|data/(batches|record)/\w+\.py")  # who may know the Trainer
 
 
 def imports(path: Path, *, top: bool = False) -> list[str]:
@@ -38,18 +41,25 @@ def imports(path: Path, *, top: bool = False) -> list[str]:
     return names
 
 
+def floor(parts: Sequence[str]) -> int:
+    """Floor of a module by its folders: that of its sub-room where that has one, else of the room."""
+    return FLOOR.get(".".join(parts[:2]), FLOOR[parts[0]])
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
     where = path.relative_to(ROOT)
-    folder = where.parts[0]
+    folder, own = where.parts[0], floor(where.parts[:-1])
     for name in imports(path):
         first, *rest = name.split(".")
         assert first, f"{where}: relative import {name}"
-        assert first not in FLOOR, f"{where}: `import {first}`; write certdraft.{first}"
+        assert first not in TOP, f"{where}: `import {first}`; write certdraft.{first}"
         assert first != "lightning", f"{where}: {name} does not mix with pytorch_lightning"
-        if first == "certdraft" and rest and rest[0] in FLOOR and rest[0] != folder:
-            assert FLOOR[rest[0]] < FLOOR[folder], f"{where} (floor {FLOOR[folder]}) imports {name}"
-            assert len(rest) <= 2, f"{where}: {name} is not the front door; import from certdraft.{rest[0]}"
+        if first == "certdraft" and rest and rest[0] in TOP:
+            assert floor(rest) <= own, f"{where} (floor {own}) imports {name} (floor {floor(rest)})"
+            if rest[0] != folder:
+                assert floor(rest) < own, f"{where} (floor {own}) imports {name}, a sibling"
+                assert len(rest) <= 2, f"{where}: {name}: import it from certdraft.{rest[0]}"
     if not LIGHTNING.match(where.as_posix()):
         assert not [n for n in imports(path) if n.startswith("pytorch_lightning")], f"{where}: Lightning"
     late = [n for n in imports(path, top=True) if n.split(".")[0] in LATE]
@@ -60,7 +70,7 @@ def test_imports_go_down(path: Path) -> None:
 
 def test_packages_are_declared_and_the_root_is_clean() -> None:
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
-    inits = [ROOT / "__init__.py", *(path for f in FLOOR for path in (ROOT / f).rglob("__init__.py"))]
+    inits = [ROOT / "__init__.py", *(path for f in TOP for path in (ROOT / f).rglob("__init__.py"))]
     found = {".".join(["certdraft", *init.parent.relative_to(ROOT).parts]) for init in inits}
     assert found == set(tools["setuptools"]["packages"]) - {"certdraft.configs"}
     assert {p.name for p in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}, (
@@ -91,7 +101,7 @@ def test_every_module_opens_with_what_is_here() -> None:
 
 def test_docstring_examples_run() -> None:
     names = [m.name for m in pkgutil.walk_packages(certdraft.__path__, "certdraft.")]
-    names = [n for n in names if n.split(".")[1] in FLOOR and "kernels" not in n]
-    assert len(names) >= len(FLOOR)
+    names = [n for n in names if n.split(".")[1] in TOP and "kernels" not in n]
+    assert len(names) >= len(TOP)
     failed = {n: r.failed for n in names if (r := doctest.testmod(importlib.import_module(n))).failed}
     assert not failed

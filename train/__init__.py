@@ -1,27 +1,8 @@
-"""Training: LightningModules, callbacks and the command line. Floor 5: nothing imports it.
+"""Training: LightningModules, run folders and the command line. The top floor: nothing imports it.
 
-Names resolve when they are asked for, so that `certdraft --help` loads no torch.
+Names are imported when first used (see `__init__.pyi`), so that the package itself loads at once.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from certdraft.train.module import DrafterModule as DrafterModule
-    from certdraft.train.optim import OptimizerSettings as OptimizerSettings
-    from certdraft.train.target import TargetModule as TargetModule
-    from certdraft.train.validation import ValidationSettings as ValidationSettings
-
-_HOME = {
-    "DrafterModule": "module",
-    "OptimizerSettings": "optim",
-    "TargetModule": "target",
-    "ValidationSettings": "validation",
-}
-__all__ = ["DrafterModule", "OptimizerSettings", "TargetModule", "ValidationSettings"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

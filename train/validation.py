@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from certdraft.certificates import Head, coarse_kl, coarse_radius, kl_divergence_logp, margin, num_tail_above
-from certdraft.train.restricted import DraftVocabulary
+from certdraft.train.restricted_target import DraftVocabulary
 
 
 @dataclass(frozen=True)

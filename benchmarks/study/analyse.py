@@ -21,7 +21,7 @@ import numpy as np
 from numpy import ndarray
 from plan import BAR, LARGE, LOSSES, SHOWN, SMALL
 
-from certdraft.evaluation.statistics import compare_ratios, pooled_ratio
+from certdraft.evaluation.measure.statistics import compare_ratios, pooled_ratio
 
 HERE = Path(__file__).parent
 Counts = dict[str, Any]
@@ -250,7 +250,7 @@ def write_docs(summary: dict[str, Any], page: Path) -> None:
 
 def figure(summary: dict[str, Any], path: Path) -> None:
     """Misses and best-first τ of every loss against hard cross-entropy, with intervals."""
-    from certdraft.evaluation.plots import MARKERS, OKABE_ITO, canvas
+    from certdraft.evaluation.report.plots import MARKERS, OKABE_ITO, canvas
 
     groups = {name: group for name, group in summary["groups"].items() if "ce" in group["losses"]}
     losses = [x for x in LOSSES if x != "ce" and any(x in g["losses"] for g in groups.values())]

@@ -36,9 +36,9 @@ from certdraft.data import (
     open_trace,
     pack,
 )
-from certdraft.data.recording import read_prompts
+from certdraft.data.record.recording import read_prompts
 from certdraft.drafters import CausalDrafter
-from certdraft.evaluation.views import JoinedSteps
+from certdraft.evaluation.measure.joined_steps import JoinedSteps
 from certdraft.losses import Chunked, HardCE, Loss, StepWeights, TargetBatch
 from certdraft.train.optim import OptimizerSettings
 
@@ -225,7 +225,7 @@ def evaluate(
         head = batch.head[batch.loss_mask]
         for first in range(0, len(hidden), 2048):
             rows = slice(first, first + 2048)
-            logits, part, where = drafter.head(hidden[rows]).float(), head[rows], split.unit[document[rows]]
+            logits, part, where = drafter.head(hidden[rows]), head[rows], split.unit[document[rows]]
             own = logits.gather(-1, part.greedy[:, None])
             rank = ((logits >= own).sum(-1) - 1).numpy()
             bucket = np.digitize(TargetBatch(part).margin.numpy(), MARGIN_EDGES[1:-1])

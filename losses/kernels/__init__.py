@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from certdraft.losses.rows import TORCH, Kernels
+from certdraft.losses.chunks.chunk_backward import TORCH, Kernels
 
 Backend = Literal["auto", "torch", "triton"]
 

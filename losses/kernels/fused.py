@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from certdraft.losses.chunks.chunk_backward import Gradient, Kernels
 from certdraft.losses.kernels.jitted import make_jitted
-from certdraft.losses.rows import Gradient, Kernels
 
 _BLOCK = 4096  # entries a program looks at together
 _WARPS = 8

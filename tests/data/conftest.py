@@ -10,9 +10,9 @@ from oracles.recordings import record
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.data import RecordedRow, Trace, TraceMeta, load_target, load_tokenizer, open_trace
-from certdraft.data.accounting import Accounting
-from certdraft.data.shards import Ledger
-from certdraft.data.tokenizer import train_tokenizer
+from certdraft.data.corpus.accounting import Accounting
+from certdraft.data.corpus.bpe_tokenizer import train_tokenizer
+from certdraft.data.trace.shards import Ledger
 
 _TEXT = ["def add(a, b):\n    return a + b\n", "the quick brown fox jumps over the lazy dog. ", "0123456789 "]
 VOCAB_SIZE = 304  # three rows more than the tokenizer has ids

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from certdraft.data.corpus.bpe_tokenizer import SPECIAL_TOKENS, train_tokenizer
 from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 TEXTS = ["def parse(self, text):\n    return text.split()\n", "Überall: naïve 日本 1234\t\n"] * 20
 

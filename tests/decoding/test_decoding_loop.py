@@ -34,7 +34,7 @@ from certdraft.decoding import (
     decode,
     greedy,
 )
-from certdraft.decoding.session import DraftSession
+from certdraft.decoding.draft_session import DraftSession
 
 V = 40
 MODEL = tiny_qwen3(0, V)

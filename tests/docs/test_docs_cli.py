@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import certdraft
-from certdraft.train.cli import COMMANDS
+from certdraft.train.commands.cli import COMMANDS
 
 
 def test_every_command_has_its_row() -> None:

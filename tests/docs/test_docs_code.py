@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 import certdraft
-from certdraft.decoding import ArbiterPolicy
-from certdraft.train.cli import main
+from certdraft.arbitration import ArbiterPolicy
+from certdraft.train.commands.cli import main
 
 ROOT = Path(certdraft.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

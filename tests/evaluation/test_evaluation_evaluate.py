@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from certdraft.certificates import Head
 from certdraft.decoding import BestFirst, Chain, StaticTree, greedy
 from certdraft.drafters import CausalDrafter
-from certdraft.evaluation import bench as bench_module
-from certdraft.evaluation.bench import benchmark
 from certdraft.evaluation.evaluate import EvaluationReport, evaluate, labelled
-from certdraft.evaluation.evaluate_report import headline_table, write_evaluation
-from certdraft.evaluation.lengths import replay_lengths
-from certdraft.evaluation.reading import greedy_documents
-from certdraft.evaluation.report import claim_directory, write_json
+from certdraft.evaluation.measure import bench as bench_module
+from certdraft.evaluation.measure.acceptance_lengths import replay_lengths
+from certdraft.evaluation.measure.bench import benchmark
+from certdraft.evaluation.measure.trace_reading import greedy_documents
+from certdraft.evaluation.report.evaluate_report import headline_table, write_evaluation
+from certdraft.evaluation.report.page import claim_directory, write_json
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,

@@ -9,7 +9,7 @@ import torch
 from certdraft.data import Corpus, Generation, Prompts, load_tokenizer, record_trace, tokenizer_fingerprint
 from certdraft.decoding import CostModel, device_name
 from certdraft.drafters import CardFacts, CausalDrafter, export
-from certdraft.train.cli import main
+from certdraft.train.commands.cli import main
 
 V = 2048
 

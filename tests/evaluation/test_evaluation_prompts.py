@@ -10,10 +10,10 @@ import torch
 from certdraft.data import Generation, Prompts, load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.decoding import greedy
 from certdraft.drafters import CardFacts, CausalDrafter, export
+from certdraft.evaluation.generate_answers import WrittenMeta, write_texts
+from certdraft.evaluation.measure.trace_reading import greedy_documents
 from certdraft.evaluation.prompts import read_questions
-from certdraft.evaluation.reading import greedy_documents
-from certdraft.evaluation.writing import WrittenMeta, write_texts
-from certdraft.train.cli import main
+from certdraft.train.commands.cli import main
 
 # Rows in the shape of the published files; the words are ours.
 SPEC_BENCH = [

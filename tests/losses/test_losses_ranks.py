@@ -9,7 +9,7 @@ from oracles.loss_cases import K, head_target, target_probs
 
 from certdraft import losses as L
 from certdraft.certificates import Head
-from certdraft.losses.seen import TargetRows
+from certdraft.losses.chunks.target_chunks import TargetRows
 
 N, H = 21, 5
 
@@ -86,7 +86,7 @@ def test_sparse_gradients_are_the_dense_ones(reduction, vocab):
 
 
 def test_a_sparse_loss_never_multiplies_the_gradient_with_the_output_layer(monkeypatch):
-    from certdraft.losses import chunked
+    from certdraft.losses.chunks import chunked
 
     monkeypatch.setattr(chunked, "accumulate_", None)
     hidden, weight, t_hidden, t_weight = problem(211)

@@ -7,7 +7,7 @@ import torch
 from oracles.loss_cases import FULL_LOSSES, HEAD_LOSSES, K, M, full_target, head_target, target_probs
 
 from certdraft import losses as L
-from certdraft.losses.coarse import coarsen
+from certdraft.losses.coarse_logits import coarsen
 
 CASES = [(name, "head", *case) for name, case in HEAD_LOSSES.items()]
 CASES += [(name, "full", *case) for name, case in FULL_LOSSES.items()]

@@ -23,7 +23,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from certdraft.data import Corpus, Generation, record_trace
-    from certdraft.data.tokenizer import train_tokenizer
+    from certdraft.data.corpus.bpe_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny")
     sources = sorted(Path(json.__file__).parent.glob("*.py"))

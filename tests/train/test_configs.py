@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import certdraft
-from certdraft.train.cli import main
+from certdraft.train.commands.cli import main
 
 CONFIGS = Path(certdraft.__file__).parent / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "target").glob("*.yaml")])

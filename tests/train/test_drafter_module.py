@@ -20,9 +20,9 @@ from certdraft.certificates import Head
 from certdraft.data import TraceDataModule, load_target, open_trace
 from certdraft.drafters import CausalDrafter
 from certdraft.train import DrafterModule, OptimizerSettings, ValidationSettings
-from certdraft.train.callbacks import step_seed
-from certdraft.train.cli import main
-from certdraft.train.online import TargetSettings
+from certdraft.train.commands.cli import main
+from certdraft.train.runs.run_callbacks import step_seed
+from certdraft.train.target_outputs import TargetSettings
 from certdraft.train.validation import ValidationSums, chain_rounds
 
 Write = Callable[..., str]

@@ -25,10 +25,10 @@ from certdraft.losses import (
 )
 from certdraft.train import DrafterModule, ValidationSettings
 from certdraft.train.accumulation import Accumulation
-from certdraft.train.cli import main
-from certdraft.train.fitting import fit_to_target
-from certdraft.train.online import TargetSettings
-from certdraft.train.restricted import DraftVocabulary
+from certdraft.train.commands.cli import main
+from certdraft.train.drafter_setup import fit_to_target
+from certdraft.train.restricted_target import DraftVocabulary
+from certdraft.train.target_outputs import TargetSettings
 
 Write = Callable[..., str]
 

@@ -15,7 +15,7 @@ import yaml
 
 import certdraft
 from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
-from certdraft.train.cli import main
+from certdraft.train.commands.cli import main
 
 ROOT = Path(certdraft.__file__).parent
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from certdraft.train.cli import main
+from certdraft.train.commands.cli import main
 
 Write = Callable[..., str]
 

@@ -12,8 +12,8 @@ from certdraft.data import TraceDataModule
 from certdraft.drafters import CausalDrafter
 from certdraft.losses import BudgetWeights, HardCE, TokenCE, reduce
 from certdraft.train import DrafterModule
-from certdraft.train.cli import main
-from certdraft.train.online import recorded
+from certdraft.train.commands.cli import main
+from certdraft.train.target_outputs import recorded
 
 
 def test_a_run_with_a_ramp_and_a_budget(settings: dict[str, Any], write: Callable[..., str]) -> None:

@@ -1,0 +1,1 @@
+"""Problems with checkable answers, and their verifiers."""

@@ -1,0 +1,1 @@
+"""Packed batches from traces, in a resumable order."""

@@ -1,0 +1,102 @@
+"""ResumableLoader: batches in an order fixed by seed and epoch, with an exact position to resume from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
+
+from certdraft.data.batches.batch import Batch
+
+
+class ResumableLoader:
+    """Hands out row indices in batches, through `fetch`.
+
+    Lightning saves and restores `state_dict` with the checkpoint, at any batch. The epoch is counted when an
+    epoch's first batch is asked for, not when its last was: Lightning never asks for the batch after the
+    last.
+
+    Args:
+        num_rows: rows in all.
+        batch_size: rows a batch.
+        fetch: makes a batch of row indices.
+        seed: of the order.
+        shuffle: a new order every epoch, in which rows that do not fill a batch wait for another epoch;
+            otherwise rows in order, all of them, the last batch being smaller.
+        rank: this process.
+        world_size: processes; each gets its own share of every global batch.
+
+    Raises:
+        ValueError: no rows, or no batch size.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        fetch: Callable[[Int64[ndarray, " R"]], Batch],
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if num_rows < 1 or batch_size < 1:
+            raise ValueError(
+                f"a loader needs rows and a batch size; got {num_rows} rows, batch_size={batch_size}"
+            )
+        self.num_rows, self.batch_size, self.fetch = num_rows, batch_size, fetch
+        self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+        self._epoch, self._position, self._restored = -1, 0, False
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return max(1, self.num_rows // (self.batch_size * self.world_size))
+        return len(range(self.rank, -(-self.num_rows // self.batch_size), self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._restored:
+            self._restored = False
+        else:
+            self._epoch, self._position = self._epoch + 1, 0
+        order = self._order(self._epoch)
+        while self._position < len(self):
+            start = (self._position * self.world_size + self.rank) * self.batch_size
+            self._position += 1  # before the batch is used: a checkpoint saved after it must not repeat it
+            yield self.fetch(order[start : start + self.batch_size])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "position": self._position} | self._identity()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch that was handed out last.
+
+        Raises:
+            ValueError: the checkpoint was trained on other rows or with another batch size.
+        """
+        mine = self._identity()
+        differing = [f"{k}: {state.get(k)} there, {v} now" for k, v in mine.items() if state.get(k) != v]
+        if differing:
+            raise ValueError(
+                f"the checkpoint's position in the data does not fit ({'; '.join(differing)}). Resume with "
+                "the same trace, seq_len, batch_size and number of processes, or start a new run from its "
+                "weights."
+            )
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        # An epoch that had ended is iterated once more and gives nothing: Lightning asks for that.
+        self._restored = self._epoch >= 0
+
+    def _identity(self) -> dict[str, int]:
+        names = ("num_rows", "batch_size", "seed", "world_size")
+        return {name: int(getattr(self, name)) for name in names}
+
+    def _order(self, epoch: int) -> Int64[ndarray, " rows"]:
+        if not self.shuffle:
+            return np.arange(self.num_rows)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        if self.world_size > 1:  # every process needs a batch, were it of rows that another one has too
+            order = np.resize(order, max(self.num_rows, self.batch_size * self.world_size))
+        return order

@@ -1,0 +1,185 @@
+"""TraceDataModule: packed batches from traces, which are recorded first where they are missing."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytorch_lightning as pl
+from jaxtyping import Int64
+from numpy import ndarray
+
+from certdraft.data.batches.batch import Batch
+from certdraft.data.batches.loader import ResumableLoader
+from certdraft.data.batches.packing import Packing, assemble, pack
+from certdraft.data.record.recording import Recording, with_defaults
+from certdraft.data.record.writer import record_trace
+from certdraft.data.trace.arrow_trace import TRACE_FILE, Trace, TraceError, TraceMeta, open_trace
+
+
+class TraceDataModule(pl.LightningDataModule):
+    """Packed batches of a training trace and of a validation trace.
+
+    Args:
+        train: folder of the training trace.
+        validation: folder of the validation trace; without it `validation_fraction` of the training
+            documents, chosen by a hash of their tokens, are held out. Windows of one text may then lie on
+            both sides, so two traces of two corpus splits are the cleaner choice.
+        validation_fraction: share of the documents held out when `validation` is not given, in (0, 1).
+        seq_len: tokens a row.
+        batch_size: rows a batch, on each device.
+        num_kept: head entries per step to load; all that the trace keeps when not given.
+        seed: of the order of rows.
+        verify: "sizes" checks the traces' files at once, "full" hashes them (a second per GB).
+        record: how to record traces that do not exist yet; the training trace from the corpus split that it
+            names, the validation trace from split "validation".
+        validation_rows: most corpus rows for a validation trace that `record` makes.
+        feature_layers: target layers whose outputs to load; all that the trace holds when not given, none for
+            an empty list.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str | None = None,
+        validation_fraction: float = 0.05,
+        seq_len: int = 512,
+        batch_size: int = 8,
+        num_kept: int | None = None,
+        seed: int = 0,
+        verify: Literal["sizes", "full"] = "sizes",
+        record: Recording | None = None,
+        validation_rows: int | None = 256,
+        feature_layers: list[int] | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {validation_fraction}; give a number between 0 and 1")
+        self.train_path, self.validation_path = train, validation
+        self.validation_fraction, self.seq_len, self.batch_size = validation_fraction, seq_len, batch_size
+        self.num_kept, self.seed, self.verify = num_kept, seed, verify
+        self.feature_layers = feature_layers
+        self.record, self.validation_rows = record, validation_rows
+        self._opened = False
+
+    # ---- Lightning hooks
+
+    def prepare_data(self) -> None:
+        """Records what is missing; a trace that exists must have been recorded with the same settings."""
+        if self.record is None:
+            return
+        _record_if_missing(self.train_path, self.record)
+        if self.validation_path is not None:
+            corpus = replace(self.record.corpus, split="validation", max_rows=self.validation_rows)
+            _record_if_missing(self.validation_path, replace(self.record, corpus=corpus))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens and packs the traces, and says how many tokens there are."""
+        if self._opened:
+            return
+        self.train_trace = open_trace(self.train_path, self.verify)
+        documents = np.arange(len(self.train_trace))
+        if self.validation_path is None:
+            held_out = held_out_documents(self.train_trace, self.validation_fraction)
+            self.validation_trace = self.train_trace
+            validation_documents, documents = documents[held_out], documents[~held_out]
+        else:
+            self.validation_trace = open_trace(self.validation_path, self.verify)
+            self.validation_trace.check_tokenizer(self.tokenizer_fingerprint, "the training trace's")
+            validation_documents = np.arange(len(self.validation_trace))
+        self.train_packing = self._pack(self.train_trace, documents, "train", in_order=False)
+        self.validation_packing = self._pack(
+            self.validation_trace, validation_documents, "validation", in_order=True
+        )
+        self._opened = True
+        if self.trainer is None or self.trainer.is_global_zero:
+            print(self.summary(), file=sys.stderr)
+
+    def train_dataloader(self) -> ResumableLoader:
+        return self._loader(self.train_trace, self.train_packing, shuffle=True)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Validation rows, documents in their order, every one of them."""
+        return self._loader(self.validation_trace, self.validation_packing, shuffle=False)
+
+    # ---- what others ask
+
+    @property
+    def meta(self) -> TraceMeta:
+        """Metadata of the training trace."""
+        return self.train_trace.meta
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.train_trace.meta.tokenizer_fingerprint
+
+    def summary(self) -> str:
+        """Documents, tokens, learned steps and packing efficiency of both traces."""
+        lines = []
+        for name in ("train", "validation"):
+            trace, packing = getattr(self, f"{name}_trace"), getattr(self, f"{name}_packing")
+            documents = np.unique(packing.pieces[:, 0])
+            learned = trace.meta.num_counted
+            if len(documents) < len(trace):
+                learned = sum(int(trace.columns(d).loss_mask.sum()) for d in documents.tolist())
+            lines.append(
+                f"{name}: {len(documents):,} documents, {packing.num_tokens:,} tokens ({learned:,} learned) "
+                f"in {packing.num_rows:,} rows of {packing.seq_len}, {packing.efficiency:.1%} full"
+            )
+        return "\n".join(lines)
+
+    def _pack(self, trace: Trace, documents: Int64[ndarray, " n"], name: str, *, in_order: bool) -> Packing:
+        if not len(documents):
+            raise TraceError(
+                f"{trace.path}: no document is left for {name}; record more rows, change "
+                "validation_fraction, or give a validation trace"
+            )
+        packing = pack(trace.lengths[documents], self.seq_len, in_order=in_order)
+        packing.pieces[:, 0] = documents[packing.pieces[:, 0]]
+        return packing
+
+    def _loader(self, trace: Trace, packing: Packing, *, shuffle: bool) -> ResumableLoader:
+        def fetch(rows: Int64[ndarray, " R"]) -> Batch:
+            return assemble(trace, packing, rows, self.num_kept, self.feature_layers)
+
+        return ResumableLoader(
+            packing.num_rows,
+            self.batch_size,
+            fetch,
+            seed=self.seed,
+            shuffle=shuffle,
+            rank=0 if self.trainer is None else self.trainer.global_rank,
+            world_size=1 if self.trainer is None else self.trainer.world_size,
+        )
+
+
+def held_out_documents(trace: Trace, fraction: float) -> ndarray:
+    """Boolean mask over documents: held out by a hash of their tokens, so the same on every machine."""
+    parts = [
+        int.from_bytes(hashlib.sha256(trace.columns(i).input_ids.tobytes()).digest()[:8], "big") / 2**64
+        for i in range(len(trace))
+    ]
+    return np.asarray(parts) < fraction
+
+
+def _record_if_missing(path: str, recording: Recording) -> None:
+    file = Path(path).expanduser() / TRACE_FILE
+    if not file.exists():
+        record_trace(path, **{name: getattr(recording, name) for name in Recording.__dataclass_fields__})
+        return
+    theirs = with_defaults(TraceMeta.from_json(file.read_text(encoding="utf-8"), file).settings)
+    mine = recording.settings()
+    differing = [
+        f"{key}: {theirs.get(key)} there, {value} now"
+        for key, value in mine.items()
+        if theirs.get(key) != value
+    ]
+    if differing:
+        raise TraceError(
+            f"{file} was recorded with other settings ({'; '.join(differing)}). Delete the folder to record "
+            "it again, name another folder, or leave `record` out to use the trace as it is."
+        )

@@ -1,0 +1,1 @@
+"""Rows and prompts from files, folders, the hub or the standard library."""

@@ -1,0 +1,1 @@
+"""Recording a trace: greedy generation by a local target or a server."""

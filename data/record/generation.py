@@ -1,0 +1,320 @@
+"""Greedy continuations by the target, and its head at every step, from one pass over each token.
+
+Prompts of different lengths are padded on the left with their own positions and mask, so that a batch says
+what each prompt alone would say. Greedy ids and heads come from the same fp32 logits: `top_ids[t, 0]` is the
+greedy token, the lowest id at an exact tie, and the token fed next.
+
+Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K head entries · L layers whose
+outputs are kept · H hidden · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor, nn
+
+from certdraft.certificates import Head
+from certdraft.data.corpus.chat import Prompt
+from certdraft.data.record.loops import loop_onset
+from certdraft.data.trace.recorded_row import Finish, RecordedRow, with_steps
+from certdraft.support import HiddenStates, bits_of, project_fp32
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.cache_utils import DynamicCache
+
+_LOGIT_ENTRIES = 1 << 25  # fp32 logits held at once while a prompt is read: 128 MiB
+_LOOP_CHECK_TOKENS = 32
+
+
+class TargetError(ValueError):
+    """The target cannot be recorded; the message names row and position where there is one."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the target writes, and which steps are learned.
+
+    Args:
+        max_new_tokens: longest continuation; 0 records the corpus' own text, teacher-forced.
+        max_length: longest document, prompt included.
+        corpus_positions: also learn the steps inside the prompt. Always so when `max_new_tokens` is 0.
+        loops: what becomes of a continuation that repeats itself to the end: "cut" drops it from the first
+            repeated token on, "mask" keeps it but learns nothing there, "keep" leaves it alone.
+    """
+
+    max_new_tokens: int = 256
+    max_length: int = 4096
+    corpus_positions: bool = False
+    loops: Literal["cut", "mask", "keep"] = "cut"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0 or self.max_length < 2:
+            raise ValueError(
+                f"max_new_tokens {self.max_new_tokens} must be at least 0 and max_length {self.max_length} "
+                "at least 2"
+            )
+
+    @property
+    def teacher_forced(self) -> bool:
+        return self.max_new_tokens == 0
+
+
+class LogitHead:
+    """hidden [N, H] → logits [N, V] in fp32, whatever the target's dtype.
+
+    A bf16 logit between 16 and 32 is a multiple of 1/8: its argmax and its margins are not the target's. So
+    the last matrix product is done here, with fp32 accumulation and result.
+
+    Raises:
+        TargetError: the target does more than a matrix product there (soft-capped or scaled logits).
+    """
+
+    def __init__(self, target: PreTrainedModel) -> None:
+        layer = target.get_output_embeddings()
+        if not isinstance(layer, nn.Linear):
+            raise TargetError(
+                f"{type(target).__name__} has no linear output layer; its logits cannot be recorded"
+            )
+        self.weight, self.bias = layer.weight.detach(), layer.bias
+        self._check(target)
+
+    def __call__(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        return project_fp32(hidden, self.weight, self.bias)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def _check(self, target: PreTrainedModel) -> None:
+        probe = torch.arange(min(4, self.vocab_size), device=self.weight.device).unsqueeze(0)
+        with torch.inference_mode():
+            theirs = target(input_ids=probe, use_cache=False).logits[0].float()
+            ours = self(target.base_model(input_ids=probe, use_cache=False).last_hidden_state[0])
+        tolerance = 1e-4 if self.weight.dtype == torch.float32 else 2**-5  # bf16 keeps 8 bits
+        # non-finite logits are reported by the recording itself, with row and position
+        off = (theirs - ours).abs().nan_to_num(0.0, 0.0, 0.0) > tolerance * (1 + theirs.abs())
+        if off.any():
+            raise TargetError(
+                f"{type(target).__name__} scales or soft-caps its logits; recording such targets is not "
+                "supported, because its margins would be wrong"
+            )
+
+
+def eos_ids_of(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a text: the generation config's, else the model config's, and the tokenizer's."""
+    return eos_ids_of_configs((target.generation_config, target.config), tokenizer)
+
+
+def eos_ids_of_configs(configs: Iterable[object], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The same from the configs alone; None stands for one that does not exist."""
+    found: set[int] = set()
+    for ids in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return frozenset(found)
+
+
+@torch.inference_mode()
+def record_batch(
+    target: PreTrainedModel,
+    head: LogitHead,
+    prompts: Sequence[Prompt],
+    settings: Generation,
+    *,
+    num_kept: int,
+    eos_ids: frozenset[int],
+    feature_layers: Sequence[int] = (),
+) -> list[RecordedRow]:
+    """Continue a batch of prompts greedily and keep the target's head at every step.
+
+    Args:
+        target: causal language model in eval mode.
+        head: its output layer.
+        prompts: each with at least one token and at most `settings.max_length`.
+        settings: how long, and which steps count.
+        num_kept: K.
+        eos_ids: a row ends with the first of these, which belongs to it.
+        feature_layers: 0-based layers whose outputs are kept too.
+
+    Returns:
+        One row per prompt, in order. Step t holds the distribution of token t + 1; the last step never
+        counts.
+
+    Raises:
+        TargetError: NaN or +inf among the logits, naming row and position.
+    """
+    recording = _Recording(target, head, prompts, settings, num_kept, feature_layers)
+    with recording.taps.recorded():
+        cache = recording.prefill()
+        if not settings.teacher_forced:
+            _decode(recording, cache, eos_ids)
+    return [recording.row(index) for index in range(len(prompts))]
+
+
+class _Recording:
+    """Buffers of one batch on the host, [R, T, …], filled step by step."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        head: LogitHead,
+        prompts: Sequence[Prompt],
+        settings: Generation,
+        num_kept: int,
+        feature_layers: Sequence[int] = (),
+    ) -> None:
+        self.taps = HiddenStates(target.base_model, feature_layers)
+        self.target, self.head, self.prompts, self.settings = target, head, prompts, settings
+        self.given = np.array([len(prompt.ids) for prompt in prompts])
+        self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
+        self.lengths = self.given.copy()
+        self.finish: list[Finish] = ["given"] * len(prompts)
+        steps = (len(prompts), int((self.given + self.budget).max()))
+        self.input_ids = np.zeros(steps, np.int32)
+        self.top_ids = np.zeros((*steps, num_kept), np.int32)
+        self.top_gap = np.zeros((*steps, num_kept), np.float16)
+        self.lse_gap = np.zeros(steps, np.float32)
+        self.entropy = np.zeros(steps, np.float32)
+        shape = (*steps, len(self.taps.layers), head.weight.shape[1])
+        self.hidden = np.zeros(shape, np.uint16) if feature_layers else None
+        for row, prompt in enumerate(prompts):
+            self.input_ids[row, : self.given[row]] = prompt.ids
+
+    def prefill(self) -> DynamicCache | None:
+        """Heads of all prompt positions. Returns the cache that holds them, or None when nothing follows."""
+        from transformers.cache_utils import DynamicCache
+
+        device, width = self.head.weight.device, int(self.given.max())
+        mask = np.arange(width) >= width - self.given[:, None]  # [R, P], padding on the left
+        ids = np.zeros((len(self.prompts), width), np.int64)
+        ids[mask] = np.concatenate([prompt.ids for prompt in self.prompts])
+        positions = (mask.cumsum(1) - 1).clip(0)
+        self.mask = torch.from_numpy(mask).to(device)
+        cache = DynamicCache(config=self.target.config) if self.budget.any() else None
+        hidden = self.target.base_model(
+            input_ids=torch.from_numpy(ids).to(device),
+            attention_mask=None if mask.all() else self.mask.long(),  # None is the cheaper causal one
+            position_ids=torch.from_numpy(positions).to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        rows, columns = mask.nonzero()
+        flat = hidden[self.mask]  # [ΣP, H]
+        if self.hidden is not None:
+            self.hidden[rows, positions[rows, columns]] = bits_of(self.taps.take()[self.mask].bfloat16())
+        size = max(1, _LOGIT_ENTRIES // self.head.vocab_size)
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            self.keep(flat[part], rows[part], positions[rows[part], columns[part]])
+        return cache
+
+    def keep(self, hidden: Float[Tensor, "N H"], rows: ndarray, positions: ndarray) -> None:
+        """Store the heads of these steps."""
+        logits = self.head(hidden)
+        try:
+            head = Head.from_logits(logits, self.top_ids.shape[-1])
+        except ValueError as error:
+            bad = int((~torch.isfinite(logits.logsumexp(-1))).nonzero()[0])
+            row, position = int(rows[bad]), int(positions[bad])
+            known = self.input_ids[row, : max(position + 1, int(self.given[row]))]
+            raise TargetError(
+                f"{self.prompts[row].where}: the target's logits after token "
+                f"{_first_bad_position(self.target, self.head, known, position)} of the document hold NaN or "
+                "+inf; nothing of this shard was written. Check the checkpoint, or try dtype=float32."
+            ) from error
+        self.top_ids[rows, positions] = head.ids.int().cpu().numpy()
+        with np.errstate(over="ignore"):  # a gap above 65504 nats is probability zero in any dtype
+            self.top_gap[rows, positions] = head.gap.cpu().numpy().astype(np.float16)
+        self.lse_gap[rows, positions] = head.lse_gap.cpu().numpy()
+        assert head.entropy is not None
+        self.entropy[rows, positions] = head.entropy.cpu().numpy()
+
+    def row(self, index: int) -> RecordedRow:
+        length = int(self.lengths[index])
+        whole = RecordedRow(
+            self.input_ids[index, :length],
+            np.zeros(length, np.bool_),
+            self.top_ids[index, :length],
+            self.top_gap[index, :length],
+            self.lse_gap[index, :length],
+            self.entropy[index, :length],
+            finish=self.finish[index],
+            where=self.prompts[index].where,
+            hidden=None if self.hidden is None else self.hidden[index, :length],
+        )
+        return with_steps(whole, self.prompts[index], self.settings)
+
+
+def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozenset[int]) -> None:
+    device = recording.head.weight.device
+    slots = np.arange(len(recording.prompts))  # rows the cache still holds
+    alive = recording.budget > 0
+    mask = recording.mask
+    while alive.any():
+        assert cache is not None
+        if alive[slots].mean() <= 0.75:  # finished rows leave the batch
+            stay = torch.from_numpy(alive[slots].nonzero()[0]).to(device)
+            cache.batch_select_indices(stay)
+            mask, slots = mask[stay], slots[alive[slots]]
+        last = recording.lengths[slots] - 1
+        tokens = recording.top_ids[slots, last, 0].astype(np.int64)
+        mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=1)
+        hidden = recording.target.base_model(
+            input_ids=torch.from_numpy(tokens[:, None]).to(device),
+            attention_mask=mask.long(),
+            position_ids=torch.from_numpy(last[:, None] + 1).to(device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, 0]
+        live = alive[slots]
+        rows, positions = slots[live], last[live] + 1
+        kept = torch.from_numpy(live).to(device)
+        recording.input_ids[rows, positions] = tokens[live]
+        recording.keep(hidden[kept], rows, positions)
+        if recording.hidden is not None:
+            recording.hidden[rows, positions] = bits_of(recording.taps.take()[kept, 0].bfloat16())
+        recording.lengths[rows] += 1
+        for row, token in zip(rows.tolist(), tokens[live].tolist(), strict=True):
+            written = int(recording.lengths[row] - recording.given[row])
+            if token in eos_ids:
+                recording.finish[row] = "eos"
+            elif written >= recording.budget[row]:
+                recording.finish[row] = "length"
+            elif not _looping(recording, row, written):
+                continue
+            alive[row] = False
+
+
+def _looping(recording: _Recording, row: int, written: int) -> bool:
+    """Stops a row early once it loops; where it is cut does not depend on when that is noticed."""
+    if recording.settings.loops != "cut" or written % _LOOP_CHECK_TOKENS:
+        return False
+    return loop_onset(recording.input_ids[row, recording.given[row] : recording.lengths[row]]) is not None
+
+
+def _first_bad_position(target: PreTrainedModel, head: LogitHead, ids: ndarray, position: int) -> int:
+    """The token whose step is the first without finite logits; `position` when the row alone has none.
+
+    One NaN value reaches every step of its row through the attention's 0 · NaN, so the step where it shows is
+    not the step it comes from; prefixes tell.
+    """
+    tokens = torch.from_numpy(ids.astype(np.int64)).to(head.weight.device).unsqueeze(0)
+
+    def is_fine(length: int) -> bool:
+        hidden = target.base_model(input_ids=tokens[:, :length], use_cache=False).last_hidden_state[0]
+        return bool(torch.isfinite(head(hidden).logsumexp(-1)).all())
+
+    fine, bad = 0, len(ids)
+    if is_fine(bad):
+        return position
+    while bad - fine > 1:
+        middle = (fine + bad) // 2
+        fine, bad = (middle, bad) if is_fine(middle) else (fine, middle)
+    return bad - 1

@@ -1,0 +1,270 @@
+"""What decides a trace: its settings, checked before anything is written, and its prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from numpy import ndarray
+
+import certdraft
+from certdraft.data.corpus.accounting import Accounting
+from certdraft.data.corpus.chat import Prompts, PromptSet, build_prompts
+from certdraft.data.corpus.corpora import Corpus, CorpusError, read_rows
+from certdraft.data.record.generation import Generation, TargetError
+from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config
+from certdraft.data.trace.recorded_row import RecordedRow
+from certdraft.data.trace.shards import Ledger, RecordingError, bytes_per_token
+from certdraft.support import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Everything that decides the content of a trace; the arguments of `record_trace`.
+
+    Args:
+        target: "embedded", a local folder, or a hub name.
+        corpus: which rows to read.
+        prompts: how rows become token ids.
+        generation: what the target writes, and which steps are learned.
+        tokenizer: where the tokenizer lies, when not beside the target.
+        revision: hub revision of the target.
+        dtype: dtype of the target's weights; logits are fp32 whatever it is.
+        num_kept: K, head entries kept per step.
+        batch_size: prompts per forward pass.
+        shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
+        feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
+            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`, which lies in memory.
+    """
+
+    target: str = EMBEDDED
+    corpus: Corpus = Corpus()
+    prompts: Prompts = Prompts()
+    generation: Generation = Generation()
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: DType = "float32"
+    num_kept: int = 32
+    batch_size: int = 32
+    shard_rows: int = 256
+    feature_layers: tuple[int, ...] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """As `trace.json` stores it."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a recording in which every one has a value: what was not known then had its default."""
+    filled = Recording().settings() | settings
+    for name, default in Recording().settings().items():
+        if isinstance(default, dict) and isinstance(settings.get(name), dict):
+            filled[name] = default | settings[name]
+    return filled
+
+
+def read_prompts(
+    recording: Recording, tokenizer: PreTrainedTokenizerBase, show_progress: bool = True
+) -> tuple[PromptSet, Accounting]:
+    """All prompts of a recording, and where the corpus' rows went.
+
+    Raises:
+        CorpusError: malformed rows, or no prompt left; the accounting is part of the message.
+    """
+    accounting = Accounting("rows")
+    rows = read_rows(recording.corpus, accounting)
+    teacher_forced = recording.generation.teacher_forced
+    with Progress("reading", None, "prompts", enabled=show_progress) as progress:
+        made = build_prompts(rows, tokenizer, recording.prompts, accounting, teacher_forced=teacher_forced)
+        prompts = PromptSet(progress.track(made))
+    if not len(prompts):
+        raise CorpusError(f"corpus {recording.corpus.source}: no row can be used.\n{accounting}")
+    return prompts, accounting
+
+
+def target_revision(target: str, revision: str | None) -> str:
+    """What pins a target's weights: the hub commit, or for a folder a hash of its config and weight files.
+
+    Of each weight file only size and both ends (1 MiB) are hashed: a retrained model differs there, and a
+    target of 16 GB is not read twice.
+    """
+    folder = embedded_target_path() if target == EMBEDDED else Path(target).expanduser()
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        return getattr(AutoConfig.from_pretrained(target, revision=revision), "_commit_hash", None) or str(
+            revision
+        )
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def feature_size(recording: Recording) -> int:
+    """H of the target whose features are kept, from its config; 0 when none are.
+
+    Raises:
+        ValueError: a layer that the target does not have, or documents too long for one shard row.
+    """
+    layers = recording.feature_layers
+    if not layers:
+        return 0
+    config = target_config(recording.target, revision=recording.revision)
+    if len(set(layers)) < len(layers) or not all(0 <= layer < config.num_hidden_layers for layer in layers):
+        raise ValueError(
+            f"feature_layers={list(layers)}: {recording.target} has layers 0 to "
+            f"{config.num_hidden_layers - 1}; name each at most once"
+        )
+    size = int(config.hidden_size)
+    longest = recording.generation.max_length
+    if longest * len(layers) * size >= 1 << 31:
+        raise ValueError(
+            f"{longest} tokens of {len(layers)} × {size} features do not fit into one row of a trace; lower "
+            "generation.max_length"
+        )
+    return size
+
+
+def shard_prompts(shard: int, shard_rows: int, num_prompts: int) -> Int64[ndarray, " n"]:
+    """Indices of the prompts of a shard: consecutive, in corpus order."""
+    return np.arange(shard * shard_rows, min((shard + 1) * shard_rows, num_prompts))
+
+
+def account(rows: list[RecordedRow]) -> tuple[list[RecordedRow], Accounting]:
+    """Rows with something to learn, and where the others went."""
+    accounting, used = Accounting("prompts"), []
+    for row in rows:
+        accounting.read += 1
+        if not row.loss_mask.any():
+            reason = "loops from the start" if row.finish == "loop" else "nothing to learn"
+            accounting.skip(reason, row.where)
+            continue
+        accounting.used += 1
+        used.append(row)
+        if row.finish == "loop":
+            accounting.note(
+                "degenerate loop cut or masked", f"{row.where}, from token {_last_learned(row) + 1}"
+            )
+        for note in row.notes:
+            accounting.note(note, row.where)
+    return used, accounting
+
+
+def _last_learned(row: RecordedRow) -> int:
+    return int(row.loss_mask.nonzero()[0][-1]) + 1
+
+
+def check_settings(recording: Recording) -> None:
+    """Refuses settings that contradict each other.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    for name in ("num_kept", "batch_size", "shard_rows"):
+        if getattr(recording, name) < 1:
+            raise ValueError(f"{name} is {getattr(recording, name)}; give at least 1")
+    generation, longest = recording.generation, recording.prompts.max_prompt_tokens
+    room = generation.max_length - (0 if generation.teacher_forced else 1)
+    if longest > room:
+        raise ValueError(
+            f"prompts.max_prompt_tokens={longest} leaves no room for a continuation in "
+            f"generation.max_length={generation.max_length}; lower the first or raise the second"
+        )
+    feature_size(recording)
+
+
+def check_target(target: PreTrainedModel, prompts: PromptSet, recording: Recording) -> None:
+    """Refuses a target that the prompts or settings do not fit.
+
+    Raises:
+        TargetError: names both numbers.
+    """
+    vocab_size = int(target.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+    check_fit(prompts, recording, vocab_size, getattr(target.config, "max_position_embeddings", None))
+
+
+def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, limit: int | None) -> None:
+    """`check_target` by the target's numbers alone: V, and the positions it knows."""
+    if prompts.max_id >= vocab_size:
+        raise TargetError(
+            f"the tokenizer gives id {prompts.max_id}, but {recording.target} has {vocab_size} embeddings; "
+            "tokenizer and target do not belong together"
+        )
+    if recording.num_kept > vocab_size:
+        raise TargetError(f"num_kept={recording.num_kept} exceeds the vocabulary of {vocab_size}; keep fewer")
+    longest = int(prompts.lengths.max()) + recording.generation.max_new_tokens
+    longest = min(longest, recording.generation.max_length)
+    if limit is not None and longest > limit:
+        raise TargetError(
+            f"documents may reach {longest} tokens, but {recording.target} knows {limit} positions; "
+            f"set generation.max_length={limit} or shorten prompts and continuations"
+        )
+
+
+def check_disk(folder: Path, ledger: Ledger, prompts: PromptSet, recording: Recording) -> None:
+    """Prints the size to expect, at most, and refuses a disk that could not hold it.
+
+    Raises:
+        RecordingError: the disk is too small.
+    """
+    waiting = [s for s in range(ledger.num_shards) if not ledger.is_done(s)]
+    rows = [shard_prompts(s, recording.shard_rows, len(prompts)) for s in waiting]
+    lengths = prompts.lengths[np.concatenate(rows)] if rows else np.zeros(0, np.int64)
+    generation = recording.generation
+    tokens = int(np.minimum(lengths + generation.max_new_tokens, generation.max_length).sum())
+    each = bytes_per_token(recording.num_kept, len(recording.feature_layers) * feature_size(recording))
+    needed = int(tokens * each)
+    free = shutil.disk_usage(folder).free
+    done = ledger.num_shards - len(waiting)
+    resumed = f", {done} of {ledger.num_shards} shards are written already" if done else ""
+    estimate = (
+        f"{len(lengths):,} prompts, at most {tokens:,} tokens of {each:.0f} bytes: up to {_size(needed)}; "
+        f"{_size(free)} free{resumed}"
+    )
+    print(estimate, file=sys.stderr)
+    if needed > free:
+        raise RecordingError(
+            f"{folder}: the disk may not hold this trace ({estimate}). Choose another folder, or lower "
+            f"{'feature_layers, ' if recording.feature_layers else ''}num_kept, generation.max_new_tokens or "
+            "corpus.max_rows."
+        )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic a trace depends on."""
+    import transformers
+
+    return {
+        "certdraft": certdraft.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,1 @@
+"""Recording from an inference server over HTTP."""

@@ -1,0 +1,314 @@
+"""Recording a trace under the Lightning Trainer: `predict` runs the target, a callback writes the shards.
+
+Which rows lie in which shard, and which rows share a batch, follows from the settings alone; so a recording
+that was killed and resumed, or that several processes share, ends in the same bytes as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter
+
+from certdraft.data.corpus.accounting import Accounting
+from certdraft.data.corpus.chat import Prompts, PromptSet
+from certdraft.data.corpus.corpora import Corpus
+from certdraft.data.record.generation import Generation, LogitHead, eos_ids_of, record_batch
+from certdraft.data.record.recording import (
+    DType,
+    Recording,
+    account,
+    check_disk,
+    check_settings,
+    check_target,
+    read_prompts,
+    shard_prompts,
+    target_revision,
+    with_defaults,
+)
+from certdraft.data.record.server.http_server import Server
+from certdraft.data.record.server.server_writer import record_from_server
+from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
+from certdraft.data.trace.arrow_trace import TRACE_FILE, TraceMeta
+from certdraft.data.trace.recorded_row import RecordedRow
+from certdraft.data.trace.shards import Ledger, refuse_foreign_content, stopped
+from certdraft.data.trace.trace_metadata import trace_meta
+from certdraft.support import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DEFAULT = Recording()
+
+
+def record_trace(
+    out_dir: str,
+    target: str = _DEFAULT.target,
+    corpus: Corpus = _DEFAULT.corpus,
+    prompts: Prompts = _DEFAULT.prompts,
+    generation: Generation = _DEFAULT.generation,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    dtype: DType = "float32",
+    num_kept: int = 32,
+    batch_size: int = 32,
+    shard_rows: int = 256,
+    feature_layers: tuple[int, ...] = (),
+    accelerator: str = "auto",
+    devices: int = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    server: Server = Server(),  # noqa: B008, frozen
+) -> TraceMeta:
+    """Record what a target says along its own greedy continuations of a corpus.
+
+    Killed at any moment, the same command goes on at the next unwritten shard; on a finished trace it records
+    damaged shards anew and leaves whole ones alone.
+
+    Args:
+        out_dir: folder of the trace: new, empty, or an unfinished recording with the same settings.
+        target: "embedded", a local folder, or a hub name such as "Qwen/Qwen3-8B".
+        corpus: which rows to read.
+        prompts: how rows become token ids.
+        generation: what the target writes, and which steps are learned.
+        tokenizer: where the tokenizer lies, when not beside the target.
+        revision: hub revision of the target.
+        dtype: dtype of the target's weights; logits are fp32 whatever it is.
+        num_kept: K, head entries kept per step.
+        batch_size: prompts per forward pass.
+        shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
+        feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
+            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`, which lies in memory.
+        accelerator: Lightning accelerator.
+        devices: processes per node; each writes its own shards.
+        num_nodes: nodes; they must share `out_dir`.
+        strategy: Lightning strategy.
+        server: with a url, an inference server that runs the target in this command's place; `target` then
+            names its tokenizer and config, and dtype, batch_size and devices mean nothing.
+
+    Returns:
+        The metadata of the finished trace.
+
+    Raises:
+        ValueError: bad rows, a target that cannot be recorded, a folder in use, a disk too small.
+        FileNotFoundError: no such corpus, target or tokenizer.
+    """
+    recording = Recording(
+        target, corpus, prompts, generation, tokenizer, revision, dtype, num_kept, batch_size, shard_rows,
+        tuple(feature_layers),
+    )  # fmt: skip
+    check_settings(recording)
+    folder = Path(out_dir).expanduser()
+    refuse_foreign_content(folder)
+    if server.url is not None:
+        return record_from_server(folder, recording, server)
+    trainer = _quiet_trainer(accelerator, devices, num_nodes, strategy)
+
+    words = load_tokenizer(tokenizer or target, revision=revision)
+    prompt_set, accounting = read_prompts(recording, words, trainer.is_global_zero)
+    settings = recording.settings() | {
+        "num_prompts": len(prompt_set),
+        "prompts_sha256": prompt_set.sha256(),
+        "target_revision": target_revision(target, revision),
+        "tokenizer_fingerprint": tokenizer_fingerprint(words),
+    }
+    ledger = Ledger(
+        folder,
+        settings,
+        -(-len(prompt_set) // shard_rows),
+        lock=trainer.is_global_zero,
+        with_features=bool(feature_layers),
+        complete=with_defaults,
+    )
+    try:
+        meta = ledger.finished() if trainer.world_size == 1 else None
+        if meta is not None:
+            ledger.close()
+            return meta
+        if trainer.is_global_zero:
+            print(accounting, file=sys.stderr)
+            check_disk(folder, ledger, prompt_set, recording)
+        model = load_target(target, revision=revision, dtype=getattr(torch, dtype))
+        check_target(model, prompt_set, recording)
+        recorder = _Recorder(model, words, prompt_set, ledger, recording)
+        writer = _ShardWriter(ledger, recorder, settings, accounting)
+        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        with _expected_noise():
+            trainer.predict(
+                recorder, dataloaders=_Work(prompt_set, ledger, recording, trainer), return_predictions=False
+            )
+        return TraceMeta.from_json((folder / TRACE_FILE).read_text(encoding="utf-8"), folder / TRACE_FILE)
+    finally:
+        ledger.release()
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One forward batch of one shard: indices of prompts."""
+
+    shard: int
+    prompts: tuple[int, ...]
+    last_of_shard: bool
+
+
+class _Work:
+    """Batches of the unwritten shards of this process, longest prompts first within a shard.
+
+    Without a length: a process whose shards are all done must still take part in the final barrier.
+    """
+
+    def __init__(self, prompts: PromptSet, ledger: Ledger, recording: Recording, trainer: pl.Trainer) -> None:
+        self.prompts, self.ledger, self.recording, self.trainer = prompts, ledger, recording, trainer
+
+    def __iter__(self) -> Iterator[_Unit]:
+        lengths, size = self.prompts.lengths, self.recording.batch_size
+        for shard in range(self.trainer.global_rank, self.ledger.num_shards, self.trainer.world_size):
+            if self.ledger.is_done(shard):
+                continue
+            rows = shard_prompts(shard, self.recording.shard_rows, len(lengths))
+            rows = rows[np.argsort(-lengths[rows], kind="stable")]
+            kept = self.ledger.kept(shard)
+            for start in range(0, len(rows), size):
+                unit = _Unit(shard, tuple(rows[start : start + size].tolist()), start + size >= len(rows))
+                if unit.last_of_shard or not kept.keys() >= set(unit.prompts):
+                    yield unit
+
+
+class _Recorder(pl.LightningModule):
+    """Runs the target on one batch of prompts."""
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptSet,
+        ledger: Ledger,
+        recording: Recording,
+    ) -> None:
+        super().__init__()
+        self.target, self.prompts, self.ledger, self.recording = target, prompts, ledger, recording
+        self.eos_ids = eos_ids_of(target, tokenizer)
+        self.logit_head: LogitHead | None = None
+
+    def transfer_batch_to_device(self, batch: _Unit, device: torch.device, dataloader_idx: int) -> _Unit:
+        return batch
+
+    def predict_step(self, batch: _Unit) -> list[RecordedRow]:
+        if self.logit_head is None:  # after Lightning has moved the target to its device
+            self.logit_head = LogitHead(self.target)
+        return record_batch(
+            self.target,
+            self.logit_head,
+            [self.prompts[index] for index in batch.prompts],
+            self.recording.generation,
+            num_kept=self.recording.num_kept,
+            eos_ids=self.eos_ids,
+            feature_layers=self.recording.feature_layers,
+        )
+
+
+class _ShardWriter(BasePredictionWriter):
+    """Collects the rows of a shard and commits it; at the end rank 0 turns the folder into a trace."""
+
+    def __init__(
+        self, ledger: Ledger, recorder: _Recorder, settings: dict[str, Any], corpus: Accounting
+    ) -> None:
+        super().__init__(write_interval="batch")
+        self.ledger, self.recorder, self.settings, self.corpus = ledger, recorder, settings, corpus
+        self.rows: dict[int, RecordedRow] = {}
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        shards = range(trainer.global_rank, self.ledger.num_shards, trainer.world_size)
+        size, total = self.recorder.recording.shard_rows, len(self.recorder.prompts)
+        waiting = sum(len(shard_prompts(s, size, total)) for s in shards if not self.ledger.is_done(s))
+        self.progress = Progress("recording", waiting, "prompts", enabled=trainer.is_global_zero)
+        self.progress.__enter__()
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: list[RecordedRow],
+        batch_indices: Any,
+        batch: _Unit,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        fresh = dict(zip(batch.prompts, prediction, strict=True))
+        self.rows |= fresh
+        if batch.last_of_shard:
+            whole = self.ledger.kept(batch.shard) | self.rows  # batches from before a kill, and ours
+            rows, accounting = account([whole[index] for index in sorted(whole)])
+            self.ledger.commit(batch.shard, rows, accounting)
+            self.rows.clear()
+        else:
+            self.ledger.keep(batch.shard, fresh)
+        self.progress.advance(len(prediction), sum(len(row.input_ids) for row in prediction))
+        if trainer.received_sigterm:
+            raise stopped(self.ledger.folder)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.progress.__exit__(None, None, None)
+        trainer.strategy.barrier("all shards written")
+        if trainer.is_global_zero:
+            self.ledger.finish(self._meta())
+        trainer.strategy.barrier("trace finished")
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        if hasattr(self, "progress"):
+            self.progress.__exit__(None, None, None)
+
+    def _meta(self) -> TraceMeta:
+        recorder = self.recorder
+        return trace_meta(
+            self.ledger,
+            recorder.recording,
+            self.settings,
+            self.corpus,
+            vocab_size=recorder.target.get_output_embeddings().weight.shape[0],
+            dtype=recorder.recording.dtype,
+            versions={"pytorch-lightning": version("pytorch-lightning")},
+        )
+
+
+def _quiet_trainer(accelerator: str, devices: int, num_nodes: int, strategy: str) -> pl.Trainer:
+    with _expected_noise():
+        return pl.Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=strategy,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+
+@contextlib.contextmanager
+def _expected_noise() -> Iterator[None]:
+    """Silences what Lightning says about devices, and its warning that it cannot see our batch indices."""
+    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,1 @@
+"""The trace: its schema, its shards, and its metadata."""

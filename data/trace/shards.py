@@ -1,0 +1,339 @@
+"""Files that appear whole or not at all, and the ledger of a recording in progress.
+
+While a trace is being recorded its folder holds `.recording/`: the settings, a lock, and one note per
+finished shard, and the batches of shards that are not whole yet. A shard counts as written when its note
+exists; `trace.json` appears last. So a kill at any moment costs at most the batches in progress, and the same
+command goes on with the next one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from certdraft.data.corpus.accounting import Accounting
+from certdraft.data.trace.arrow_trace import (
+    TRACE_FILE,
+    ShardInfo,
+    TraceMeta,
+    file_sha256,
+    shard_problem,
+    trace_schema,
+)
+from certdraft.data.trace.partial_shards import read_part, write_part
+from certdraft.data.trace.recorded_row import RecordedRow
+
+_FOLDER = ".recording"
+_BATCH_VALUES = 1 << 28  # list values of one Arrow batch; offsets are int32
+
+
+class RecordingError(ValueError):
+    """A recording that cannot start, go on or finish; the message says what to do."""
+
+
+def stopped(folder: Path) -> SystemExit:
+    """What ends a recording that was asked to stop by SIGTERM, after saying how to go on."""
+    print(f"stopped: what was recorded is kept in {folder}; the same command goes on there", file=sys.stderr)
+    return SystemExit(128 + signal.SIGTERM)
+
+
+def bytes_per_token(num_kept: int, feature_values: int = 0) -> float:
+    """Bytes a trace needs for a token: ids, mask bit, K ids and gaps, lse_gap, entropy, L·H features."""
+    return 4 + 1 / 8 + num_kept * (4 + 2) + 4 + 4 + 2 * feature_values
+
+
+def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a temporary file, then syncs and renames it: whole or not at all.
+
+    Raises:
+        RecordingError: the disk is full.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.rename(file)
+        _sync_folder(file.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise RecordingError(
+            f"{file}: the disk is full ({error.strerror}); what was written before is intact. Free some "
+            "space and run the same command again: it goes on with this file."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes JSON (text is taken as such) whole or not at all."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(file, write)
+
+
+def write_shard(file: Path, rows: Sequence[RecordedRow], schema: pa.Schema) -> ShardInfo:
+    """Writes one Arrow stream file whole, and returns its counts and hash. Equal rows give equal bytes."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as handle, pa.ipc.new_stream(handle, schema) as stream:
+            for part in _batches(rows):
+                stream.write_batch(_record_batch(part, schema))
+
+    write_atomically(file, write)
+    return ShardInfo(
+        file=file.name,
+        rows=len(rows),
+        tokens=sum(len(row.input_ids) for row in rows),
+        counted=sum(int(row.loss_mask.sum()) for row in rows),
+        bytes=file.stat().st_size,
+        sha256=file_sha256(file),
+    )
+
+
+class Ledger:
+    """The recording in one folder: what must be recorded, what is done, and who is writing.
+
+    Args:
+        folder: output folder; created, empty, an unfinished recording of the same settings, or a finished
+            one.
+        settings: everything that decides the trace's content. Compared when a recording goes on.
+        num_shards: number of shards.
+        lock: false for ranks that write on behalf of a process holding the lock.
+        with_features: rows carry features of the target.
+        complete: fills in settings that were not known when an older recording was begun.
+
+    Raises:
+        RecordingError: the folder holds something else, or a recording with other settings, or is being
+            written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        num_shards: int,
+        lock: bool = True,
+        with_features: bool = False,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
+        self._complete = complete
+        self.folder, self.notes, self.settings = folder, folder / _FOLDER, settings
+        self.num_shards, self.schema = num_shards, trace_schema(with_features)
+        self._lock = FileLock(self.notes / "lock") if lock else None
+        if self._lock is not None:
+            self._claim()
+
+    def is_done(self, shard: int) -> bool:
+        return self._note(shard).exists()
+
+    def commit(self, shard: int, rows: Sequence[RecordedRow], accounting: Accounting) -> None:
+        """Writes a shard, then the note that says so."""
+        info = write_shard(self.folder / shard_name(shard), rows, self.schema)
+        write_json(self._note(shard), asdict(info) | {"accounting": accounting.to_dict()})
+        for part in self._parts(shard):
+            part.unlink()
+
+    def keep(self, shard: int, rows: Mapping[int, RecordedRow]) -> None:
+        """Writes some rows, by number of their prompt, of a shard that is not whole yet."""
+        file = self.notes / f"{shard_name(shard)}.part-{min(rows)}"
+        batch = _record_batch(list(rows.values()), self.schema)
+        write_atomically(file, lambda temporary: write_part(temporary, rows, batch))
+
+    def kept(self, shard: int) -> dict[int, RecordedRow]:
+        """What `keep` wrote of a shard."""
+        rows: dict[int, RecordedRow] = {}
+        for part in self._parts(shard):
+            rows |= read_part(part)
+        return rows
+
+    def shards(self) -> tuple[ShardInfo, ...]:
+        """All finished shards in order."""
+        notes = [self._note(shard) for shard in range(self.num_shards)]
+        missing = [note.name for note in notes if not note.exists()]
+        if missing:
+            raise RecordingError(
+                f"{self.notes} lacks {missing[0]}: not every process writes to this folder; nodes must share "
+                "it"
+            )
+        return tuple(ShardInfo(**json.loads(note.read_text(encoding="utf-8"))) for note in notes)
+
+    def finish(self, meta: TraceMeta) -> None:
+        """Makes the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
+        write_datasets_files(self.folder, meta, self.schema)
+        write_json(self.folder / TRACE_FILE, meta.to_json())
+        self.close()
+
+    def finished(self) -> TraceMeta | None:
+        """The metadata, when the folder is a whole trace already."""
+        file = self.folder / TRACE_FILE
+        if not file.exists() or not all(self.is_done(shard) for shard in range(self.num_shards)):
+            return None
+        return TraceMeta.from_json(file.read_text(encoding="utf-8"), file)
+
+    def close(self) -> None:
+        """Removes the notes and the lock; only for a whole trace."""
+        shutil.rmtree(self.notes, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _parts(self, shard: int) -> list[Path]:
+        return sorted(self.notes.glob(f"{shard_name(shard)}.part-*"))
+
+    def _note(self, shard: int) -> Path:
+        return self.notes / f"{shard_name(shard)}.json"
+
+    def _claim(self) -> None:
+        assert self._lock is not None
+        refuse_foreign_content(self.folder)
+        self.notes.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RecordingError(
+                f"{self.folder} is being written by another process (it holds {self._lock.lock_file}); "
+                "wait for it, or choose another folder"
+            ) from error
+        try:
+            self._resume()
+        except BaseException:
+            self.close() if (self.folder / TRACE_FILE).exists() else self.release()
+            raise
+
+    def _resume(self) -> None:
+        file = self.notes / "settings.json"
+        if (self.folder / TRACE_FILE).exists():
+            self._reopen()
+        elif any(self.is_done(shard) or self._parts(shard) for shard in range(self.num_shards)):
+            self._refuse_difference(json.loads(file.read_text(encoding="utf-8")), "an unfinished recording")
+        write_json(file, self.settings)
+        for shard in range(self.num_shards):  # a note vouches for its file only while the file is as it was
+            note = self._note(shard)
+            if note.exists():
+                info = ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
+                if shard_problem(self.folder / info.file, info, "full") is not None:
+                    note.unlink()
+        for leftover in (*self.folder.glob(".*.tmp"), *self.notes.glob(".*.tmp")):
+            leftover.unlink()
+        for shard_file in self.folder.glob("shard-*.arrow"):
+            if not (self.notes / f"{shard_file.name}.json").exists():
+                shard_file.unlink()
+
+    def _reopen(self) -> None:
+        """A finished trace becomes a recording again, so that damaged shards alone are recorded anew."""
+        file = self.folder / TRACE_FILE
+        meta = TraceMeta.from_json(file.read_text(encoding="utf-8"), file)
+        self._refuse_difference(meta.settings, "a trace")
+        for shard, info in enumerate(meta.shards):
+            write_json(self._note(shard), asdict(info))
+
+    def _refuse_difference(self, theirs: dict[str, Any], what: str) -> None:
+        mine, theirs = _flat(self.settings), _flat(self._complete(theirs))
+        keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if keys:
+            shown = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in keys[:4])
+            raise RecordingError(
+                f"{self.folder} holds {what} with other settings ({shown}{'; …' if len(keys) > 4 else ''}). "
+                "Use the same settings to go on, or give another folder."
+            )
+
+
+def refuse_foreign_content(folder: Path) -> None:
+    """Refuses a folder that holds anything but a recording or a trace.
+
+    Raises:
+        RecordingError: names what is there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RecordingError(f"{folder} is a file; give a folder that is empty or does not exist yet")
+    if not folder.is_dir() or (folder / _FOLDER).is_dir() or (folder / TRACE_FILE).exists():
+        return
+    other = sorted(path.name for path in folder.iterdir())
+    if other:
+        raise RecordingError(
+            f"{folder} already holds {', '.join(other[:3])}{' …' if len(other) > 3 else ''}; "
+            "give a folder that is empty or does not exist yet"
+        )
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.arrow"
+
+
+def write_datasets_files(folder: Path, meta: TraceMeta, schema: pa.Schema) -> None:
+    """`state.json` and `dataset_info.json`, which make the folder readable for `datasets.load_from_disk`."""
+    from datasets import DatasetInfo, Features
+
+    info = DatasetInfo(
+        description=f"certdraft trace of {meta.target}", features=Features.from_arrow_schema(schema)
+    )
+    write_json(folder / "dataset_info.json", {k: v for k, v in asdict(info).items() if v is not None})
+    files = [{"filename": shard.file} for shard in meta.shards]
+    fingerprint = meta.shards[0].sha256[:16] if meta.shards else "0" * 16
+    state: dict[str, Any] = {
+        "_data_files": files,
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+    }
+    write_json(
+        folder / "state.json", state | {"_format_type": None, "_output_all_columns": False, "_split": None}
+    )
+
+
+def _batches(rows: Sequence[RecordedRow]) -> list[list[RecordedRow]]:
+    parts: list[list[RecordedRow]] = []
+    size = _BATCH_VALUES
+    for row in rows:
+        more = row.top_ids.size if row.hidden is None else max(row.top_ids.size, row.hidden.size)
+        if size + more > _BATCH_VALUES:
+            parts.append([])
+            size = 0
+        parts[-1].append(row)
+        size += more
+    return parts
+
+
+def _record_batch(rows: list[RecordedRow], schema: pa.Schema) -> pa.RecordBatch:
+    columns = []
+    for column in schema:
+        values = [getattr(row, column.name).reshape(-1) for row in rows]
+        offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+        flat = pa.array(np.concatenate(values), type=column.type.value_type)
+        columns.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=column.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

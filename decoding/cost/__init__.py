@@ -1,0 +1,1 @@
+"""Latency models, and trees sized by them (CaDDTree, arXiv 2606.01813)."""

@@ -1,0 +1,226 @@
+"""CostAware: a tree as large as pays on this machine, and no tree where drafting does not pay at all.
+
+Source: CaDDTree, arXiv 2606.01813 (marginal drafters, one pass). The `lambda` rule, the plain rounds and the
+treatment of autoregressive drafters are ours; see `docs/decoding.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+from certdraft.decoding.cost.cost_model import CostModel
+from certdraft.decoding.cost.stopping import Stop, take_lambda, take_ratio, take_safe
+from certdraft.decoding.target_runner import device_name, fingerprint
+from certdraft.decoding.trees.builders import (
+    Growth,
+    Propose,
+    TreeBuilder,
+    grow_exactly,
+    positive,
+    positive_temperature,
+)
+from certdraft.decoding.trees.tree import Node, Tree
+
+_WARM_UP = 8  # drafted rounds before "drafting does not pay" may be concluded
+_LEARNING_RATE = 0.05  # of the log temperature, per relative error of one round; ten times that at first
+_TRIAL = 4  # draft tokens of a trial
+
+
+class Throughput:
+    """Discounted tokens per second over rounds.
+
+    Args:
+        decay: weight of a round relative to the next one, in (0, 1].
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay, self.tokens, self.seconds, self.rounds = decay, 0.0, 0.0, 0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """One round."""
+        self.tokens = self.decay * self.tokens + tokens
+        self.seconds = self.decay * self.seconds + seconds
+        self.rounds += 1
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second; 0 before the first round."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class CostAware(TreeBuilder):
+    """The best-first tree cut where the next node costs more than it is expected to earn.
+
+    Seconds come from the cost model, never from the wall clock, so the trees of a run can be reproduced. The
+    builder remembers throughput and temperature from round to round and from prompt to prompt; `reset`
+    forgets them.
+
+    A marginal drafter's tree is one cut of the stream. For a conditional one each further drafter pass is a
+    decision of its own: the unread nodes of the current cut are read, best first, as long as their expected
+    best child (mass times the mean top probability seen this round) raises the rule's objective by more than
+    the pass and the extra nodes cost. That estimate is a heuristic; the cut of what is known is exact.
+
+    Trials: a drafter so modest that by its own word no token is worth verifying would never be found to be
+    right. So while the temperature is learned, a drafted round in which nothing pays verifies the best few
+    tokens all the same: each time after one that was right, ever more rarely after ones that were not.
+
+    Plain rounds: when the drafted rounds of late earned fewer tokens per second than plain decoding would,
+    rounds go undrafted, and one in `probe` drafts again to see whether that has changed.
+
+    Args:
+        cost_model: curves measured on this machine for this target and drafter, or the path of their JSON.
+        stop: "lambda" (long-run throughput), "ratio" (the paper's), "safe" (best ratio for any non-decreasing
+            curve) or "fixed" (always `budget` nodes and every round drafted).
+        budget: most draft tokens in one tree, >= 1.
+        max_depth: longest path, >= 1.
+        temperature: of the drafter's softmax, > 0; None learns the one at which the expected accepted length
+            is the realised one, starting at 1. A drafter's q(token) need not be its chance of being the
+            target's greedy token, and masses that promise too little stop trees too early.
+        rate: tokens per second for "lambda"; None learns it, starting at the speed of plain decoding.
+        probe: rounds from one attempt to draft to the next while drafting does not pay, >= 1; 1 always
+            drafts.
+        decay: forgetting of the throughput per round, in (0, 1].
+    """
+
+    def __init__(
+        self,
+        cost_model: CostModel | str | Path,
+        stop: Stop = "lambda",
+        budget: int = 64,
+        max_depth: int = 8,
+        temperature: float | None = None,
+        rate: float | None = None,
+        probe: int = 16,
+        decay: float = 0.98,
+    ) -> None:
+        if stop not in get_args(Stop):
+            raise ValueError(f"CostAware.stop is '{stop}'; choose one of {', '.join(get_args(Stop))}")
+        if rate is not None and not rate > 0:
+            raise ValueError(
+                f"CostAware.rate is {rate}; it is a speed in tokens per second and must be above 0"
+            )
+        if not 0 < decay <= 1:
+            raise ValueError(f"CostAware.decay is {decay}; it must be in (0, 1]")
+        self.cost_model = cost_model if isinstance(cost_model, CostModel) else CostModel.load(cost_model)
+        self.stop: Stop = stop
+        self.budget = positive("CostAware.budget", budget)
+        self.max_depth = positive("CostAware.max_depth", max_depth)
+        self.temperature = (
+            None if temperature is None else positive_temperature("CostAware.temperature", temperature)
+        )
+        self.rate, self.probe, self.decay = rate, positive("CostAware.probe", probe), decay
+        self.reset()
+
+    def __repr__(self) -> str:
+        return f"cost_aware(stop={self.stop}, budget={self.budget})"
+
+    def reset(self) -> None:
+        """Forgets throughput and temperature."""
+        self._all, self._drafted = Throughput(self.decay), Throughput(0.9)
+        self._learned, self._lessons = 1.0, 0  # temperature, and the rounds it was learned from
+        self._idle, self._patience, self._trying = (
+            0,
+            1,
+            False,
+        )  # drafted rounds without a node, before a trial
+        self._waited = 0  # rounds since the last drafted one
+        self._spent: float | None = None  # seconds of drafting in the round under way
+
+    def prepare(self, target: object, drafter: object) -> None:
+        """Refuses a cost model of another device, target or drafter; called by the loop before each text."""
+        self.cost_model.require(
+            device=device_name(target.device) if hasattr(target, "device") else "*",
+            target=getattr(target, "fingerprint", "*"),
+            drafter=fingerprint(drafter),
+        )
+
+    def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
+        """See `TreeBuilder.build`."""
+        self._spent = None
+        depth = min(self.max_depth, max_depth)
+        verify = self.cost_model.verify_curve(context, self.budget)
+        if depth == 0 or not self._drafting_pays(verify[0]):
+            return Tree.root_only(root)
+        growth = Growth(propose, root, self.budget, depth, self.temperature or self._learned)
+        if self.stop == "fixed":
+            nodes = grow_exactly(growth, self.budget, None)
+        else:
+            nodes = self._cut(growth, context, verify)
+            while batch := self._worth_reading(growth, nodes, context, verify):
+                growth.read(batch)
+                nodes = self._cut(growth, context, verify)
+        self._trying = not nodes and self.temperature is None and self._idle >= self._patience
+        if self._trying:
+            nodes = list(islice(growth.stream(), min(_TRIAL, self.budget)))
+        self._spent = self._draft_s(growth, context)
+        return growth.tree(nodes)
+
+    def observe(self, tree: Tree, committed: int, context: int) -> None:
+        """What the round came to; called by the loop."""
+        seconds = self.cost_model.verify_s(tree.num_nodes, context) + (self._spent or 0.0)
+        self._all.add(committed, seconds)
+        if self._spent is None:
+            self._waited += 1
+        else:
+            self._drafted.add(committed, seconds)
+            self._waited = 0
+            self._learn(tree, committed - 1)
+
+    def _learn(self, tree: Tree, accepted: int) -> None:
+        """Moves the temperature to where the expected length would have been the accepted one."""
+        if not tree.num_nodes:
+            self._idle += 1
+            return
+        error = (accepted - tree.expected_accepted) / (1 + tree.expected_accepted)
+        speed = max(_LEARNING_RATE, 10 * _LEARNING_RATE / (1 + self._lessons))
+        step = speed * min(max(error, -1.0), 1.0) if speed > _LEARNING_RATE else speed * error
+        self._learned = min(max(self._learned * math.exp(-step), 0.05), 4.0)
+        self._lessons, self._idle = self._lessons + 1, 0
+        if self._trying:
+            self._patience = 0 if accepted else min(max(1, 2 * self._patience), self.probe)
+
+    def _drafting_pays(self, plain_s: float) -> bool:
+        if self.stop == "fixed" or self._drafted.rounds < _WARM_UP or self._drafted.rate * plain_s >= 1.0:
+            return True
+        return self._waited + 1 >= self.probe
+
+    def _draft_s(self, growth: Growth, context: int) -> float:
+        return sum(self.cost_model.draft_s(read, context) for read in growth.passes)
+
+    def _rate(self, plain_s: float) -> float:
+        """Plain decoding is always possible, so the best long-run throughput is never below it."""
+        return self.rate if self.rate is not None else max(self._all.rate, 1.0 / plain_s)
+
+    def _cut(self, growth: Growth, context: int, verify: list[float]) -> list[Node]:
+        stream = growth.stream()
+        if self.stop == "lambda":
+            return take_lambda(stream, self._rate(verify[0]), verify)
+        if self.stop == "safe":
+            return take_safe(stream, self._draft_s(growth, context), verify, growth.max_depth)
+        return take_ratio(stream, self._draft_s(growth, context), verify)
+
+    def _worth_reading(
+        self, growth: Growth, nodes: list[Node], context: int, verify: list[float]
+    ) -> list[Node]:
+        """The unread nodes to give one more drafter pass to; none when the pass would not pay."""
+        unread = growth.unread(nodes)[: self.budget - len(nodes)]
+        if not unread:
+            return []
+        top, size = growth.mean_top_probability(), len(nodes)
+        spent, phi = self._draft_s(growth, context), math.fsum(math.exp(node.logmass) for node in nodes)
+        rate = self._rate(verify[0])
+        gain, best, count = 0.0, 0.0, 0
+        now = (1.0 + phi) / (spent + verify[size])
+        for number, node in enumerate(unread, start=1):
+            gain += math.exp(node.logmass) * top
+            cost = self.cost_model.draft_s(number, context) + verify[size + number] - verify[size]
+            if self.stop == "lambda":
+                value = gain - rate * cost
+            else:
+                value = (1.0 + phi + gain) / (spent + verify[size] + cost) - now
+            if value > best:
+                best, count = value, number
+        return unread[:count]

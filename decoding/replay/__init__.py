@@ -1,0 +1,1 @@
+"""Exact replay of decoding along the greedy text of a target."""

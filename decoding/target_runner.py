@@ -1,0 +1,127 @@
+"""The target's side of a round: one tree pass over a KV cache, and its compaction.
+
+`TargetRunner` is a thin adapter around a transformers causal LM. Anything with the members of `Target` can
+stand in for it, which is how tests decode hand-made distributions. Letters: N committed tokens, S
+= 1 + n tree slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from certdraft.decoding.trees.tree import Tree
+from certdraft.drafters import CachedLM, TreeCache
+
+
+class Target(Protocol):
+    """What the loop asks of a target; the state returned by `start` is opaque to it."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions the model can read; None = no limit."""
+        ...
+
+    def start(self, ids: Sequence[int]) -> Any:
+        """State with these tokens committed."""
+        ...
+
+    def verify(self, state: Any, tree: Tree) -> Float[Tensor, "S V"]:
+        """fp32 next-token logits after every slot of the tree, from one pass."""
+        ...
+
+    def features(self, state: Any) -> Float[Tensor, "S L H"] | None:
+        """Outputs of the tapped layers in the latest pass; asked for only when the drafter reads them."""
+        ...
+
+    def keep(self, state: Any, path: Sequence[int]) -> None:
+        """Commits the slots of a root path, drops the others."""
+        ...
+
+
+class TargetRunner:
+    """A causal LM as a target.
+
+    Args:
+        model: any transformers causal LM with full attention; used in its own dtype and on its own device.
+        taps: decoder layers whose outputs the drafter reads; see `certdraft.drafters.Drafter.taps`.
+    """
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[int] = ()) -> None:
+        self.model, self.taps = model, tuple(taps)
+        self.lm = CachedLM(model, taps)
+        self.fingerprint = fingerprint(model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the language-model head."""
+        return self.lm.vocab_size
+
+    @property
+    def max_context(self) -> int | None:
+        """`max_position_embeddings` of the config."""
+        return context_limit(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.lm.device
+
+    def start(self, ids: Sequence[int]) -> TreeCache:
+        """See `Target.start`."""
+        return self.lm.prefill(ids)
+
+    def verify(self, state: TreeCache, tree: Tree) -> Float[Tensor, "S V"]:
+        """See `Target.verify`."""
+        return self.lm.extend(state, tree.tokens, tree.parents)
+
+    def features(self, state: TreeCache) -> Float[Tensor, "S L H"] | None:
+        """See `Target.features`; None without taps."""
+        return state.features
+
+    def keep(self, state: TreeCache, path: Sequence[int]) -> None:
+        """See `Target.keep`."""
+        state.keep(path)
+
+
+def context_limit(model: object) -> int | None:
+    """The most positions a model was built for, None when it does not say."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def fingerprint(model: object) -> str:
+    """What latency depends on: class, parameter shapes and dtypes, attention kernel; not the weights."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        return name
+    shapes = sorted(f"{key} {tuple(value.shape)} {value.dtype}" for key, value in model.named_parameters())
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", "")
+    digest = hashlib.sha256("\n".join([*shapes, str(attention)]).encode()).hexdigest()
+    return f"{name} {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M {digest[:12]}"
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The machine as a cost model records it: GPU name, or CPU model and threads."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = "CPU"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            model = next(
+                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model
+            )
+    except OSError:
+        pass
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"

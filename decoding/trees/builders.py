@@ -1,0 +1,305 @@
+"""Tree builders: from a drafter's distributions to the draft tree that one target pass will verify.
+
+A builder is a small object with one method, `build`. It asks the drafter through `propose`, never sees its
+state, and returns a `Tree`. Two kinds of drafter answer differently:
+
+* *conditional* (autoregressive): each node it reads yields the distribution of that node's children; the mass
+  of a node is its path probability, and a deeper tree costs more drafter passes;
+* *marginal* (parallel): reading the root yields one distribution per draft depth, [D, V]; the mass of a node
+  is the product of marginals, and the tree costs no further pass.
+
+Letters: K nodes of one drafter pass, V vocabulary, D draft depth. Sources: DDTree arXiv 2604.12989 for the
+order; the conditional version is ours, its exactness argument is in `BestFirst`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+from typing import Literal, Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from certdraft.decoding.trees.ranking import top_rows
+from certdraft.decoding.trees.tree import Node, NodeStream, Row, Tree, tree_from_nodes
+
+Ranks = tuple[int, ...]
+
+
+class Propose(Protocol):
+    """The drafter's side of one round.
+
+    The first call must be `propose([root], [-1])`; nodes are then numbered 0, 1, ... in the order they were
+    given, and `parents` refers to those numbers.
+    """
+
+    kind: Literal["conditional", "marginal"]
+
+    def __call__(self, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "K V"]:
+        """fp32 logits after each node, [K, V]; from a marginal drafter one row per draft depth, [D, V]."""
+        ...
+
+
+class TreeBuilder(Protocol):
+    """What the loop needs: a tree for this round.
+
+    Optional: `observe(tree, committed, context)` is called after each round with the tree, the tokens it
+    committed and the context length it started from.
+    """
+
+    def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
+        """The draft tree hanging from `root`.
+
+        Args:
+            propose: the drafter.
+            root: the last committed token.
+            max_depth: draft tokens that can still be used on one path, >= 0.
+            context: committed tokens before the root.
+        """
+        ...
+
+
+class Chain(TreeBuilder):
+    """The drafter's own greedy continuation: one path of `depth` draft tokens.
+
+    Args:
+        depth: draft tokens per round, >= 1.
+    """
+
+    def __init__(self, depth: int = 4) -> None:
+        self.depth = positive("Chain.depth", depth)
+
+    def __repr__(self) -> str:
+        return f"chain(depth={self.depth})"
+
+    def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
+        """See `TreeBuilder.build`; one drafter pass per draft token, the last token is not read."""
+        depth = min(self.depth, max_depth)
+        if depth == 0:
+            return Tree.root_only(root)
+        tokens, logmass, total = [root], [0.0], 0.0
+        rows = top_rows(propose(tokens, (-1,)), 1)
+        if propose.kind == "marginal":
+            rows = rows[:depth]
+        else:
+            for node in range(1, depth):
+                rows += top_rows(propose(rows[-1].ids, (node - 1,)), 1)
+        for row in rows:
+            total += row.logp[0]
+            tokens.append(row.ids[0])
+            logmass.append(total)
+        read = 1 if propose.kind == "marginal" else len(rows)
+        return Tree(
+            tuple(tokens),
+            tuple(range(-1, len(rows))),
+            tuple(logmass),
+            (*range(read), *(-1 for _ in range(len(rows) + 1 - read))),
+        )
+
+
+class StaticTree(TreeBuilder):
+    """A fixed shape: every node at draft depth d - 1 has its `widths[d - 1]` most probable children.
+
+    Args:
+        widths: children per node, depth by depth, each >= 1; `(4, 2, 1)` has 4 + 8 + 8 = 20 nodes.
+    """
+
+    def __init__(self, widths: Sequence[int] = (4, 2, 1)) -> None:
+        if not widths:
+            raise ValueError(
+                "StaticTree.widths is empty; give the number of children at each depth, such as (4, 2, 1)"
+            )
+        self.widths = tuple(positive("StaticTree.widths", width) for width in widths)
+
+    def __repr__(self) -> str:
+        return f"static(widths={'x'.join(map(str, self.widths))})"
+
+    def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
+        """See `TreeBuilder.build`; one drafter pass per depth."""
+        widths = self.widths[:max_depth]
+        if not widths:
+            return Tree.root_only(root)
+        tokens, parents, logmass, drafter_ids = [root], [-1], [0.0], [0]
+        marginal = propose.kind == "marginal"
+        logits = propose([root], [-1])
+        level, read = [0], 1
+        for depth, width in enumerate(widths):
+            if marginal:
+                if depth == logits.shape[0]:
+                    break
+                rows = top_rows(logits[depth : depth + 1], _fits("StaticTree.widths", width, logits)) * len(
+                    level
+                )
+            else:
+                if depth:
+                    logits = propose(
+                        [tokens[slot] for slot in level], [drafter_ids[parents[slot]] for slot in level]
+                    )
+                    for slot in level:
+                        drafter_ids[slot], read = read, read + 1
+                rows = top_rows(logits, _fits("StaticTree.widths", width, logits))
+            following = []
+            for slot, row in zip(level, rows, strict=True):
+                for token, logp in zip(row.ids, row.logp, strict=True):
+                    following.append(len(tokens))
+                    tokens.append(token)
+                    parents.append(slot)
+                    logmass.append(logmass[slot] + logp)
+                    drafter_ids.append(-1)
+            level = following
+        return Tree(tuple(tokens), tuple(parents), tuple(logmass), tuple(drafter_ids))
+
+
+class Growth:
+    """The part of the drafter's tree of prefixes that is known so far in this round, as rows for a
+    `NodeStream`.
+
+    Args:
+        propose: the drafter; it reads the root here.
+        root: the last committed token.
+        width: children kept per node; a tree of `width` nodes never needs more (DDTree, lemma 1).
+        max_depth: prefixes longer than this do not exist, >= 1.
+        temperature: of the drafter's softmax.
+        rows: what the drafter says after the root, where it has been read before.
+    """
+
+    def __init__(
+        self,
+        propose: Propose,
+        root: int,
+        width: int,
+        max_depth: int,
+        temperature: float,
+        rows: list[Row] | None = None,
+    ) -> None:
+        self.root, self.width, self.temperature = root, width, temperature
+        self._propose = propose
+        if rows is None:
+            rows = top_rows(propose([root], [-1]), width, temperature)
+        self.marginal = propose.kind == "marginal"
+        self.max_depth = min(max_depth, len(rows)) if self.marginal else max_depth
+        self._levels = rows
+        self._rows: dict[Ranks, Row] = {(): rows[0]}
+        self._numbers: dict[Ranks, int] = {(): 0}
+        self.passes: list[int] = [1]  # nodes read by each drafter pass
+
+    def stream(self) -> NodeStream:
+        """A fresh stream over everything known."""
+        return NodeStream(self.row)
+
+    def row(self, ranks: Ranks) -> Row | None:
+        """The distribution after a prefix, None beyond `max_depth` or where the drafter has not read yet."""
+        if len(ranks) >= self.max_depth:
+            return None
+        return self._levels[len(ranks)] if self.marginal else self._rows.get(ranks)
+
+    def unread(self, nodes: Sequence[Node]) -> list[Node]:
+        """The nodes whose children are unknown but may exist."""
+        if self.marginal:
+            return []
+        return [node for node in nodes if len(node.ranks) < self.max_depth and node.ranks not in self._rows]
+
+    def read(self, nodes: Sequence[Node]) -> None:
+        """One drafter pass over nodes whose parents have been read."""
+        logits = self._propose([node.token for node in nodes], self.parents(nodes))
+        self.receive(nodes, top_rows(logits, self.width, self.temperature))
+
+    def parents(self, nodes: Sequence[Node]) -> list[int]:
+        """Numbers of the nodes' parents among those read, the root being 0."""
+        return [self._numbers[node.ranks[:-1]] for node in nodes]
+
+    def receive(self, nodes: Sequence[Node], rows: Sequence[Row]) -> None:
+        """What the drafter says after each of these nodes, numbered in this order."""
+        for node, row in zip(nodes, rows, strict=True):
+            self._numbers[node.ranks] = len(self._numbers)
+            self._rows[node.ranks] = row
+        self.passes.append(len(nodes))
+
+    def mean_top_probability(self) -> float:
+        """Mean probability of the most probable child over the nodes read so far, in (0, 1]."""
+        return sum(math.exp(row.logp[0]) for row in self._rows.values()) / len(self._rows)
+
+    def tree(self, nodes: Sequence[Node]) -> Tree:
+        """The tree of the first nodes of a stream."""
+        return tree_from_nodes(self.root, nodes, lambda ranks: self._numbers.get(ranks, -1))
+
+
+class BestFirst(TreeBuilder):
+    """The `budget` most probable prefixes under the drafter: the tree with the largest expected accepted
+    length.
+
+    Exact for both kinds of drafter, among prefixes of at most `max_depth` tokens. With a marginal drafter it
+    is DDTree: one pass, then the heap. With a conditional one, each pass reads every unread node among the
+    `budget - 1` best known prefixes, until there is none. Such a node's best child may be as probable as the
+    node, so no exact method can leave it unread; a node outside cannot have a descendant inside, since masses
+    only fall and known prefixes only get overtaken. Hence the tree is exact, and the number of passes, at
+    most 1 + the depth of the tree, is the least possible. `frontier` trades passes for wasted nodes: it caps
+    the nodes read per pass, best first; the tree is the same for every value.
+
+    Args:
+        budget: draft tokens to verify in one target pass, >= 1.
+        max_depth: longest path, >= 1; the number of drafter passes a conditional drafter may cost.
+        temperature: of the drafter's softmax, > 0.
+        frontier: nodes read per drafter pass, None = all.
+
+    Source: arXiv 2604.12989, propositions 1-3 (marginals).
+    """
+
+    def __init__(
+        self, budget: int = 16, max_depth: int = 8, temperature: float = 1.0, frontier: int | None = None
+    ) -> None:
+        self.budget = positive("BestFirst.budget", budget)
+        self.max_depth = positive("BestFirst.max_depth", max_depth)
+        self.frontier = None if frontier is None else positive("BestFirst.frontier", frontier)
+        self.temperature = positive_temperature("BestFirst.temperature", temperature)
+
+    def __repr__(self) -> str:
+        return f"best_first(budget={self.budget}, max_depth={self.max_depth})"
+
+    def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
+        """See `TreeBuilder.build`."""
+        depth = min(self.max_depth, max_depth)
+        if depth == 0:
+            return Tree.root_only(root)
+        growth = Growth(propose, root, self.budget, depth, self.temperature)
+        nodes = grow_exactly(growth, self.budget, self.frontier)
+        return growth.tree(nodes)
+
+
+def grow_exactly(growth: Growth, budget: int, frontier: int | None) -> list[Node]:
+    """Read until the `budget` most probable prefixes are certain; see `BestFirst`."""
+    while True:
+        nodes, unread = best_known(growth, budget, frontier)
+        if not unread:
+            return nodes
+        growth.read(unread)
+
+
+def best_known(growth: Growth, budget: int, frontier: int | None) -> tuple[list[Node], list[Node]]:
+    """The `budget` most probable known prefixes, and those of them that must be read to be certain of it."""
+    nodes = list(islice(growth.stream(), budget))
+    return nodes, growth.unread(nodes[: budget - 1])[:frontier]
+
+
+def positive(name: str, value: int) -> int:
+    """The value, refused below 1 in the name of its argument."""
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it counts tokens and must be at least 1")
+    return int(value)
+
+
+def positive_temperature(name: str, value: float) -> float:
+    """The value, refused unless above 0 in the name of its argument."""
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; a softmax needs a temperature above 0")
+    return float(value)
+
+
+def _fits(name: str, width: int, logits: Tensor) -> int:
+    if width > logits.shape[-1]:
+        raise ValueError(
+            f"{name} asks for {width} children but the drafter's vocabulary has {logits.shape[-1]} tokens"
+        )
+    return width

@@ -1,0 +1,87 @@
+"""The most probable next tokens of a logits row, in a fixed order, and the refusal of rows that are not
+numbers.
+
+Order: by logit, then by id, the lowest first, so that rank 0 is the greedy token and a rank means the same in
+the live loop, in replay and on every machine (`torch.topk` promises no order among equal values). Letters: K
+rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from certdraft.decoding.trees.tree import Row
+
+
+class NonFiniteLogits(ValueError):
+    """Drafter logits hold NaN or +inf, or nothing but -inf; the loop decodes such a round without a draft."""
+
+
+def top_rows(logits: Float[Tensor, "K V"], width: int, temperature: float = 1.0) -> list[Row]:
+    """The `width` most probable tokens of each row with their log-probabilities, nats, <= 0.
+
+    Args:
+        logits: fp32 next-token logits.
+        width: tokens to keep per row, >= 1; clipped to V.
+        temperature: divides the logits before the softmax, > 0; does not change the order.
+
+    Raises:
+        NonFiniteLogits: a row holds NaN or +inf, or is -inf everywhere.
+    """
+    size = logits.shape[-1]
+    width = min(width, size)
+    if width == 1:
+        values, ids = logits.max(dim=-1, keepdim=True)  # the first maximum, hence the lowest id
+    else:
+        values, ids = logits.topk(min(width + 1, size), dim=-1)
+        tied = (values[:, 1:] == values[:, :-1]).any(-1)
+        values, ids = values[:, :width], ids[:, :width]
+        for row in tied.nonzero().flatten().tolist():  # usual for bf16 logits
+            candidates = (logits[row] >= values[row, -1]).nonzero().flatten()  # ascending ids
+            order = logits[row, candidates].sort(descending=True, stable=True).indices
+            ids[row] = candidates[order[:width]]
+    if temperature != 1.0:
+        values, logits = values / temperature, logits / temperature
+    logp = (values - logits.logsumexp(dim=-1, keepdim=True)).clamp_max_(0.0).tolist()
+    for index, row in enumerate(logp):
+        if not math.isfinite(row[0]):
+            raise NonFiniteLogits(
+                f"row {index} of {len(logp)} drafter logits is not finite: its maximum is {values[index, 0]}"
+            )
+    return [Row(*pair) for pair in zip(logp, ids.tolist(), strict=True)]
+
+
+def greedy_ids(logits: Float[Tensor, "K V"]) -> list[int]:
+    """The target's greedy token of each row, the lowest id at exact ties.
+
+    Raises:
+        ValueError: a row's maximum is NaN or infinite.
+    """
+    values, ids = logits.max(dim=-1)  # the first maximum
+    for index, value in enumerate(values.tolist()):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"target logits are not finite (row {index} of this pass has maximum {value}), so it has no "
+                "greedy token. Check the target's weights and dtype (float16 overflows early)."
+            )
+    return ids.tolist()
+
+
+def rank_of(logits: Float[Tensor, "K V"], tokens: Int[Tensor, " K"]) -> Int[Tensor, " K"]:
+    """Rank of each token in its row, in the order above; 0 is the greedy token.
+
+    Raises:
+        NonFiniteLogits: as `top_rows`.
+    """
+    best = logits.amax(dim=-1)
+    if not bool(best.isfinite().all()):
+        raise NonFiniteLogits(
+            f"{int((~best.isfinite()).sum())} of {len(best)} rows of drafter logits are not finite"
+        )
+    own = logits.gather(-1, tokens[:, None])
+    lower = torch.arange(logits.shape[-1], device=logits.device) < tokens[:, None]
+    return (logits > own).sum(-1) + ((logits == own) & lower).sum(-1)

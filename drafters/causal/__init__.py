@@ -1,0 +1,1 @@
+"""Causal drafters: any small causal LM with the vocabulary of the target."""

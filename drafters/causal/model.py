@@ -1,0 +1,296 @@
+"""Causal drafters: any small causal LM with the target's vocabulary, fresh, pretrained or with LoRA.
+
+Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, H hidden, V vocabulary.
+"""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from certdraft.drafters.causal.lora import LoraSettings, add_adapters
+from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
+from certdraft.drafters.lm.tree_cache import TreeCache
+from certdraft.drafters.protocol import Drafter
+from certdraft.support import load_causal_lm, project_fp32
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+class CausalDrafter(Drafter):
+    """A small causal LM that drafts token by token; it reads tokens only.
+
+    Exactly one of `config` and `pretrained` is given. A fresh network needs the target's vocabulary size, in
+    `vocab_size`, in `config`, or later through `build`.
+
+    Args:
+        config: of a fresh network: the keys of its transformers config (Qwen3Config unless `model_type` says
+            otherwise). All sizes must be given; the class's own defaults describe a large model.
+        pretrained: folder or hub id of a causal LM to start from.
+        lora: train low-rank adapters on `pretrained` instead of all its weights.
+        vocab_size: entries of the target's vocabulary.
+        init_from_target: start a fresh network with the target's embeddings and language-model head; needs
+            the target's hidden size. See `build`.
+        dtype: of the parameters; None: the checkpoint's, fp32 for a fresh network.
+        attention: implementation; sdpa is the fast one.
+        gradient_checkpointing: recompute activations in the backward pass, for memory.
+
+    Raises:
+        ValueError: both or neither of `config` and `pretrained`; an unknown or missing config key; LoRA or
+            `init_from_target` where they mean nothing; weights that do not fit.
+        FileNotFoundError: `pretrained` is not there, or the hub cannot be reached.
+
+    Examples:
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+        >>> drafter = CausalDrafter(config=sizes | heads, vocab_size=64)
+        >>> drafter.logits(torch.zeros(1, 5, dtype=torch.long)).shape
+        torch.Size([1, 5, 64])
+    """
+
+    kind: Literal["conditional", "marginal"] = "conditional"
+
+    def __init__(
+        self,
+        config: dict[str, Any] | None = None,
+        pretrained: str | None = None,
+        lora: LoraSettings | None = None,
+        *,
+        vocab_size: int | None = None,
+        init_from_target: bool = False,
+        dtype: Literal["float32", "bfloat16"] | None = "float32",
+        attention: Literal["sdpa", "eager"] = "sdpa",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if (config is None) == (pretrained is None):
+            raise ValueError(
+                "a causal drafter needs either config (fresh weights) or pretrained (a folder or hub id)."
+            )
+        if config is None and init_from_target:
+            raise ValueError(
+                "init_from_target overwrites embeddings; it is for a fresh config, not for pretrained."
+            )
+        if config is not None and lora is not None:
+            raise ValueError(
+                "lora freezes the network it adapts; it is for pretrained, not for a fresh config."
+            )
+        self.config, self.pretrained, self.lora = config, pretrained, lora
+        self.init_from_target = init_from_target
+        self.dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
+        self.attention: Literal["sdpa", "eager"] = attention
+        self.gradient_checkpointing = gradient_checkpointing
+        self.network: nn.Module | None = None
+        if config is not None:
+            sized = config.get("vocab_size", vocab_size)
+            if vocab_size not in (None, sized):
+                raise ValueError(f"config says vocab_size {sized}, the argument {vocab_size}; leave one out.")
+            fresh_config(config, sized or 1)  # refuse a bad config now, wherever `build` happens
+            if sized is not None:
+                self._adopt(self._fresh(sized))
+        else:
+            model = load_causal_lm(str(pretrained), dtype=self.dtype, attention=attention)
+            self._adopt(model)
+            if vocab_size not in (None, self.vocab_size):
+                self.build(int(vocab_size))  # raises, naming both sizes
+
+    def build(self, vocab_size: int, target: PreTrainedModel | None = None) -> "CausalDrafter":
+        """Fit the drafter to its target; to be called once, before the optimiser is made.
+
+        Creates a fresh network that did not know its vocabulary, refuses one of another vocabulary, and
+        copies the target's embeddings and head where `init_from_target` asks for it.
+
+        Args:
+            vocab_size: entries of the target's vocabulary.
+            target: the target, read by `init_from_target` only.
+
+        Returns:
+            The drafter itself.
+
+        Raises:
+            ValueError: another vocabulary; `init_from_target` without a target or with another hidden size.
+        """
+        if self.network is None:
+            self._adopt(self._fresh(vocab_size))
+        if self.vocab_size != vocab_size:
+            raise ValueError(
+                f"the drafter {self.pretrained or '(from config)'} has a vocabulary of {self.vocab_size}, "
+                f"the target of {vocab_size}. Draft tokens are the target's tokens: start from one with the "
+                "target's tokenizer and padded vocabulary, or from a fresh config."
+            )
+        if self.init_from_target:
+            self._copy_embeddings(target)
+        return self
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, LoRA layers in place where there are any."""
+        if self.network is None:
+            raise ValueError("this drafter has no network yet: give vocab_size, or call build(vocab_size).")
+        network: Any = self.network
+        return network.get_base_model() if self.lora else network
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, equal to the target's."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def max_context(self) -> int | None:
+        """`max_position_embeddings` of the network."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V H"]:
+        """Weight of the language-model head, for losses that never hold all logits."""
+        head: Any = self.model.get_output_embeddings()
+        return head.weight
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """Hidden states after the final norm; see `Drafter.hidden`. `features` are not read.
+
+        Raises:
+            ValueError: document_ids without position_ids.
+        """
+        mask = None
+        if document_ids is not None:
+            if position_ids is None:
+                raise ValueError("document_ids need position_ids that restart with every document.")
+            mask = document_mask(document_ids, self.model.dtype)
+        # use_cache=False: with a cache, transformers ignores restarting positions and documents would mix.
+        output = self.model.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
+        )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
+        """Logits of the next token; see `Drafter.head`."""
+        head: Any = self.model.get_output_embeddings()
+        return project_fp32(hidden, head.weight, head.bias)
+
+    def start(
+        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> TreeCache:
+        """See `Drafter.start`. The drafter must be in eval mode."""
+        return self._lm.prefill(ids)
+
+    def draft(
+        self,
+        state: TreeCache,
+        tokens: Int[Tensor, " K"] | Sequence[int],
+        parents: Sequence[int] | Int[Tensor, " K"],
+    ) -> Float[Tensor, "K V"]:
+        """See `Drafter.draft`."""
+        return self._lm.extend(state, tokens, parents)
+
+    def commit(
+        self, state: TreeCache, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> None:
+        """See `Drafter.commit`: keys and values of the path stay, the rest goes."""
+        state.keep(path)
+
+    def _fresh(self, vocab_size: int) -> PreTrainedModel:
+        assert self.config is not None
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            fresh_config(self.config, vocab_size),
+            attn_implementation=self.attention,
+            dtype=self.dtype or torch.float32,
+        )
+        return model
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        split_causal_lm(model)  # refuses what training and decoding would get wrong
+        if self.gradient_checkpointing:
+            # transformers 5.23 renamed it and warns at the old name
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        self.network = add_adapters(model, self.lora) if self.lora else model
+        self._lm = CachedLM(self.model)
+
+    @torch.no_grad()
+    def _copy_embeddings(self, target: PreTrainedModel | None) -> None:
+        if target is None:
+            raise ValueError(
+                "init_from_target needs the target model, but only its vocabulary size was given."
+            )
+        networks: tuple[Any, Any] = self.model, target
+        mine, theirs = (network.get_input_embeddings().weight for network in networks)
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"init_from_target: the target's embeddings are {tuple(theirs.shape)}, the drafter's "
+                f"{tuple(mine.shape)}; set hidden_size to {theirs.shape[1]} or init_from_target to false."
+            )
+        head = networks[1].get_output_embeddings().weight
+        if self.head_weight is mine and head is not theirs:
+            raise ValueError(
+                "init_from_target: the target's head is not its embeddings, so both cannot be copied to one "
+                "matrix; set tie_word_embeddings to false."
+            )
+        mine.copy_(theirs)
+        self.head_weight.copy_(head)
+
+
+def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
+    """The transformers config of a fresh network.
+
+    Args:
+        keys: of the config class that `model_type` names ("qwen3" when absent).
+        vocab_size: the target's; stands in when `keys` has none.
+
+    Raises:
+        ValueError: an unknown model_type, an unknown key (transformers would ignore it), or a size left out.
+    """
+    keys = {"vocab_size": vocab_size} | keys
+    model_type: str = keys.pop("model_type", "qwen3")
+    try:
+        known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta"}
+    except ValueError as error:
+        raise ValueError(f"drafter config: transformers knows no model_type {model_type!r}.") from error
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(
+                f"drafter config: {model_type} has no key {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+            )
+    missing = [key for key in _SIZES if key in known and keys.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"drafter config: {', '.join(missing)} missing; the defaults describe a large model."
+        )
+    return AutoConfig.for_model(model_type, **keys)
+
+
+def document_mask(document_ids: Int[Tensor, "R T"], dtype: torch.dtype) -> Float[Tensor, "R 1 T T"]:
+    """Additive attention mask of packed rows: 0 for earlier tokens of the same document, lowest elsewhere.
+
+    Padding (−1) sees earlier padding and itself, so no softmax is empty.
+
+    Examples:
+        >>> (document_mask(torch.tensor([[0, 0, 1]]), torch.float32)[0, 0] == 0).int().tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    num = document_ids.shape[-1]
+    visible = document_ids[:, :, None] == document_ids[:, None, :]  # [R, T, T]
+    visible &= torch.ones(num, num, dtype=torch.bool, device=document_ids.device).tril()
+    mask = torch.zeros(visible.shape, dtype=dtype, device=document_ids.device)
+    return mask.masked_fill_(visible.logical_not_(), torch.finfo(dtype).min)[:, None]

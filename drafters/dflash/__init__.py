@@ -1,0 +1,1 @@
+"""DFlash block drafters (arXiv 2602.06036)."""

@@ -1,0 +1,205 @@
+"""DFlash block drafters on disk: z-lab's layout, that of speculators, and transformers' own.
+
+z-lab: config.json of a small Qwen3 with `dflash_config`; vLLM, SGLang, TensorRT-LLM, llama.cpp and OpenVINO
+read it. speculators: vLLM and speculators. transformers' own class is MuseGlimmerAssistantModel, the same
+network with two tensors renamed, for `generate(assistant_model=…, speculation_type="dflash")`.
+
+None of them holds embeddings or a head: those are the target's.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from certdraft.drafters.dflash.config import BlockConfig
+from certdraft.drafters.features.layer_ids import check_taps, convert
+from certdraft.drafters.formats.format_files import (
+    Json,
+    Weights,
+    read_weights,
+    sizes_from_json,
+    sizes_to_json,
+)
+from certdraft.drafters.formats.speculators import speculators_section
+
+_NATIVE = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+_IDS = "aux_hidden_state_layer_ids"
+_OWN = {"block_size", "num_target_layers", "dflash_config", "vocab_size", "num_hidden_layers"}
+_SPECULATORS = {
+    *(
+        "architectures",
+        "speculators_model_type",
+        "speculators_version",
+        "speculators_config",
+        "block_size",
+        _IDS,
+    ),
+    *(
+        "transformer_layer_config",
+        "draft_vocab_size",
+        "mask_token_id",
+        "sample_from_anchor",
+        "dtype",
+        "torch_dtype",
+    ),
+    *("sliding_window_non_causal", "tie_word_embeddings", "transformers_version", "auto_map"),
+}
+
+
+def dflash_config(config: BlockConfig, vocab_size: int, num_target_layers: int, dtype: torch.dtype) -> Json:
+    """config.json of z-lab's layout.
+
+    Raises:
+        ValueError: target layers that engines would read as others.
+    """
+    taps = check_taps(config.target_layer_ids or (), num_target_layers)
+    return _inner(config, vocab_size, dtype) | {
+        "architectures": ["DFlashDraftModel"],
+        "block_size": config.block_size,
+        "num_target_layers": num_target_layers,
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(convert(taps, "tap", "dflash")),
+        },
+    }
+
+
+def speculators_config(
+    config: BlockConfig,
+    vocab_size: int,
+    num_target_layers: int,
+    dtype: torch.dtype,
+    *,
+    num_tokens: int,
+    target: str,
+    architecture: str,
+) -> Json:
+    """config.json of the layout of speculators; arguments as in `speculators_section`."""
+    taps = check_taps(config.target_layer_ids or (), num_target_layers)
+    return {
+        "architectures": ["DFlashSpeculator"],
+        **speculators_section("dflash", num_tokens, target, architecture),
+        "transformer_layer_config": _inner(config, vocab_size, dtype),
+        "draft_vocab_size": vocab_size,
+        "block_size": config.block_size,
+        _IDS: list(convert(taps, "tap", "speculators")),
+        "mask_token_id": config.mask_token_id,
+        "sample_from_anchor": False,
+        "sliding_window_non_causal": True,  # false makes vLLM 0.32 draw every layer causally
+        "tie_word_embeddings": False,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def native_config(config: BlockConfig, num_target_layers: int, dtype: torch.dtype) -> Json:
+    """config.json of transformers' own class."""
+    taps = check_taps(config.target_layer_ids or (), num_target_layers)
+    return sizes_to_json(config, dtype) | {
+        "architectures": ["MuseGlimmerAssistantModel"],
+        "model_type": "muse_glimmer_assistant",
+        "num_hidden_layers": config.num_hidden_layers,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(convert(taps, "tap", "dflash")),
+    }
+
+
+def _inner(config: BlockConfig, vocab_size: int, dtype: torch.dtype) -> Json:
+    return sizes_to_json(config, dtype) | {
+        "model_type": "qwen3",
+        "num_hidden_layers": config.num_hidden_layers,
+        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "vocab_size": vocab_size,
+    }
+
+
+def native_names(weights: Weights) -> Weights:
+    """Tensors under the names of transformers' class."""
+    return {_NATIVE.get(name, name): value for name, value in weights.items()}
+
+
+def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
+    """A block drafter in any of the three layouts, whoever wrote it.
+
+    Returns:
+        The config, the target's vocabulary size where the folder says it, and the tensors under the names of
+        `BlockDrafter`.
+
+    Raises:
+        FileNotFoundError: no such folder, or files missing.
+        ValueError: a config or tensors that mean something else here.
+    """
+    folder = Path(folder).expanduser()
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json there; give a folder with a DFlash drafter.")
+    if (folder / "mask_embedding.pt").is_file():
+        raise ValueError(f"{folder} has a mask embedding of its own, which certdraft does not compute.")
+    config: Json = json.loads(file.read_text(encoding="utf-8"))
+    weights = read_weights(folder)
+    if config.get("model_type") == "muse_glimmer_assistant":
+        names = {new: old for old, new in _NATIVE.items()}
+        weights = {names.get(name, name): value for name, value in weights.items()}
+        own = {"block_size", "mask_token_id", "target_layer_ids", "num_hidden_layers", "vocab_size"}
+        inner = {**config, "use_sliding_window": False}  # windows are in layer_types alone
+        settings: Json = {key: config.get(key) for key in own - {"vocab_size"}}
+    elif "transformer_layer_config" in config:
+        inner, own = config["transformer_layer_config"], _OWN
+        settings = _from_speculators(config, str(file))
+    else:
+        inner, own = config, _OWN
+        settings = _from_zlab(config, str(file))
+    sizes = sizes_from_json(inner, own, str(file))
+    missing = [key for key, value in settings.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"{file} lacks {', '.join(sorted(missing))}; each engine would take another default."
+        )
+    block = BlockConfig(
+        **sizes,
+        num_hidden_layers=inner["num_hidden_layers"],
+        block_size=settings["block_size"],
+        mask_token_id=settings["mask_token_id"],
+        target_layer_ids=check_taps(settings["target_layer_ids"]),
+    )
+    return block, inner.get("vocab_size"), weights
+
+
+def _from_zlab(config: Json, where: str) -> Json:
+    section: Json = config.get("dflash_config") or {}
+    unknown = sorted(section.keys() - {"mask_token_id", "target_layer_ids", "block_size"})
+    if unknown:
+        raise ValueError(
+            f"{where}: dflash_config has keys that certdraft does not know: {', '.join(unknown)}."
+        )
+    sizes = {size for size in (config.get("block_size"), section.get("block_size")) if size is not None}
+    if len(sizes) > 1:
+        raise ValueError(f"{where} names two block sizes, {sorted(sizes)}.")
+    return {
+        "block_size": sizes.pop() if sizes else None,
+        "mask_token_id": section.get("mask_token_id"),
+        "target_layer_ids": section.get("target_layer_ids"),
+        "num_hidden_layers": config.get("num_hidden_layers"),
+    }
+
+
+def _from_speculators(config: Json, where: str) -> Json:
+    unknown = sorted(config.keys() - _SPECULATORS)
+    vocab = config["transformer_layer_config"].get("vocab_size")
+    if unknown or config.get("sample_from_anchor") or config.get("draft_vocab_size", vocab) != vocab:
+        raise ValueError(
+            f"{where} is no DFlash drafter of speculators that certdraft knows: unknown keys {unknown}, "
+            f"sample_from_anchor {config.get('sample_from_anchor')}, draft vocabulary "
+            f"{config.get('draft_vocab_size')} of {vocab}."
+        )
+    ids = config.get(_IDS)
+    return {
+        "block_size": config.get("block_size"),
+        "mask_token_id": config.get("mask_token_id"),
+        "target_layer_ids": None if ids is None else convert(ids, "speculators", "tap"),
+        "num_hidden_layers": config["transformer_layer_config"].get("num_hidden_layers"),
+    }

@@ -1,0 +1,140 @@
+"""Static rules of DFlash block drafters: z-lab's layout, that of speculators, and transformers' own."""
+
+from collections.abc import Iterator
+
+from certdraft.drafters.eagle3.lint import check_speculators
+from certdraft.drafters.formats.lint_files import (
+    SIZES,
+    Config,
+    Finding,
+    Folder,
+    check_equal,
+    check_numbers,
+    check_rope,
+    check_tensors,
+    decoder_shapes,
+    error,
+)
+
+
+def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
+    """z-lab's layout: vLLM, SGLang, TensorRT-LLM, llama.cpp and OpenVINO."""
+    config = folder.config
+    section = config.get("dflash_config") or {}
+    size = config.get("block_size", section.get("block_size"))
+    if section.get("block_size", size) != size:
+        yield error("block_size", f"is {size}, dflash_config says {section['block_size']}.")
+    yield from check_equal(config, {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"})
+    yield from check_numbers(config, ("num_target_layers",))
+    yield from _window(config)
+    ids, layers = section.get("target_layer_ids"), config.get("num_target_layers")
+    mask = section.get("mask_token_id")
+    yield from _body(folder, config, (ids, "dflash_config.target_layer_ids"), mask, size, layers, target)
+
+
+def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]:
+    """The layout of speculators: vLLM and speculators."""
+    config = folder.config
+    inner = config.get("transformer_layer_config") or {}
+    at = "transformer_layer_config."
+    yield from check_equal(inner, {"model_type": "qwen3"}, at)
+    yield from _window(inner, at)
+    yield from check_speculators(config, "dflash")
+    if config.get("sliding_window_non_causal", True) is not True:
+        yield error("sliding_window_non_causal", "is false, with which vLLM 0.32 makes every layer causal.")
+    yield from check_equal(config, {"sample_from_anchor": False})
+    vocab = inner.get("vocab_size")
+    if config.get("draft_vocab_size") != vocab:
+        yield error(
+            "draft_vocab_size", f"is {config.get('draft_vocab_size')!r}; must be vocab_size, {vocab!r}."
+        )
+    name = "aux_hidden_state_layer_ids"
+    ids = config.get(name)
+    taps = [number - 1 for number in ids] if isinstance(ids, list) else ids  # it counts hidden states
+    layers = target.get("num_hidden_layers") if target else None
+    mask, size = config.get("mask_token_id"), config.get("block_size")
+    yield from _body(folder, inner, (taps, name), mask, size, layers, target, at)
+
+
+def lint_transformers(folder: Folder, target: Config | None) -> Iterator[Finding]:
+    """transformers' own layout (`speculation_type="dflash"`)."""
+    config = folder.config
+    yield from check_equal(
+        config, {"architectures": ["MuseGlimmerAssistantModel"], "model_type": "muse_glimmer_assistant"}
+    )
+    names = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+    layers = target.get("num_hidden_layers") if target else None
+    ids, mask, size = (config.get(key) for key in ("target_layer_ids", "mask_token_id", "block_size"))
+    yield from _body(folder, config, (ids, "target_layer_ids"), mask, size, layers, target, names=names)
+
+
+def _body(
+    folder: Folder,
+    config: Config,
+    layer_ids: tuple[object, str],
+    mask: object,
+    block_size: object,
+    layers: object,
+    target: Config | None,
+    at: str = "",
+    names: dict[str, str] | None = None,
+) -> Iterator[Finding]:
+    """What the layouts share: `layer_ids` as taps with the key they came from, `layers` of the target."""
+    ids, key = layer_ids
+    sizes = SIZES if names is None else tuple(size for size in SIZES if size != "vocab_size")
+    problems = list(check_numbers(config, sizes, at))
+    yield from problems
+    yield from check_rope(config, at)
+    if config.get("attention_bias"):
+        yield error(f"{at}attention_bias", "is true; the format has no biases.")
+    if not isinstance(block_size, int) or block_size < 2:
+        yield error("block_size", f"is {block_size!r}; must be at least 2 (the anchor and one draft token).")
+    num = config.get("num_hidden_layers")
+    if config.get("layer_types") != ["full_attention"] * (num if isinstance(num, int) else 0):
+        yield error(
+            f"{at}layer_types", f"is {config.get('layer_types')!r}; must be full_attention, {num} times."
+        )
+    vocab = target.get("vocab_size") if target else config.get("vocab_size")
+    if type(mask) is not int or mask < 0 or (isinstance(vocab, int) and mask >= vocab):
+        yield error(
+            "mask_token_id", f"is {mask!r}; must be a row of the target's embeddings, 0 to {vocab} - 1."
+        )
+    if not isinstance(ids, list) or not ids or not all(type(number) is int for number in ids):
+        yield error(
+            key, f"is {ids!r}; must list the target's layers, because each engine has another default."
+        )
+        return
+    if min(ids) < 0 or len(set(ids)) < len(ids) or ids != sorted(ids):
+        yield error(key, f"names layers {ids}; must be different ones, ascending, from 0 on.")
+    known = target.get("num_hidden_layers") if target else layers
+    if target and isinstance(layers, int) and layers != known:
+        yield error("num_target_layers", f"is {layers}, the target has {known}.")
+    if isinstance(known, int) and max(ids) > known - 2:
+        yield error(
+            key, f"names layers {ids}; the last one every engine hands out of {known} is {known - 2}."
+        )
+    if problems:
+        return  # no sizes to compare tensors with
+    h = config["hidden_size"]
+    if target and (target.get("hidden_size"), target.get("vocab_size")) != (
+        h,
+        config.get("vocab_size", vocab),
+    ):
+        yield error(
+            f"{at}hidden_size, vocab_size",
+            f"are {h} and {config.get('vocab_size')}; the target's embeddings, which the drafter shares, are "
+            f"{target.get('vocab_size')} by {target.get('hidden_size')}.",
+        )
+    required: dict[str, tuple[int, ...]] = {
+        "fc.weight": (h, len(ids) * h),
+        "hidden_norm.weight": (h,),
+        "norm.weight": (h,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        required |= decoder_shapes(config, f"layers.{layer}.", norms=True)
+    yield from check_tensors(folder, {(names or {}).get(name, name): s for name, s in required.items()})
+
+
+def _window(config: Config, at: str = "") -> Iterator[Finding]:
+    if config.get("sliding_window") is not None or config.get("use_sliding_window"):
+        yield error(f"{at}sliding_window", "is set; engines window the layers differently. Write null.")

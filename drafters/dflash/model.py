@@ -1,0 +1,325 @@
+"""BlockDrafter: drafts a whole block in one pass from the target's features (DFlash, arXiv 2602.06036).
+
+A block is the root (the anchor) and B − 1 mask tokens. Every layer reads the fused target features of the
+committed tokens as keys and values through its own projections, and the block itself, in both directions.
+Position k of the block drafts the token at position k: nothing is shifted. Embeddings and head are the
+target's, frozen.
+
+Letters: R rows, T tokens of a row, A anchors of a row, B block size, N committed tokens, L tapped layers,
+H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from certdraft.drafters.dflash.config import BlockConfig, BlockLayer
+from certdraft.drafters.dflash.export import read_dflash
+from certdraft.drafters.features.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
+from certdraft.drafters.features.feature_layers import block_layers, checked
+from certdraft.drafters.features.grouped_attention import grouped_attention
+from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
+from certdraft.drafters.formats.format_files import Weights
+from certdraft.drafters.formats.warm_start import check_belongs, folder_of
+from certdraft.drafters.lm.tree_cache import TreeCache
+from certdraft.drafters.training_paths import Paths, reach, steps_from
+from certdraft.support import project_fp32
+
+_ANCHORS_AT_ONCE = 64  # a row, where every position is one
+
+
+class BlockDrafter(FeatureDrafter):
+    """A block-diffusion drafter: all depths of a round at once, as marginals.
+
+    Args:
+        config: sizes, block, target layers; for `pretrained` its own are used.
+        pretrained: folder or hub id of a published DFlash drafter to start from.
+        num_anchors: full blocks trained per row of a batch, at random places that count.
+        init_from_target: start with the target's final norm, for targets whose head is not their embeddings
+            (with tied ones a fresh block would draft its own mask token, confidently).
+        short_until: share of the training in which blocks of one mask are trained, as many more as make the
+            same number of tokens; None: half for a fresh drafter, nothing for a published one.
+        dtype: of the parameters.
+        gradient_checkpointing: recompute each layer in the backward pass, for memory.
+
+    Raises:
+        ValueError: no anchors, a block without a mask; `short_until` outside [0, 1); `config` given with
+            `pretrained`; a checkpoint this class cannot reproduce.
+        FileNotFoundError: `pretrained` is not there.
+    """
+
+    kind: Literal["conditional", "marginal"] = "marginal"
+    config: BlockConfig
+
+    def __init__(
+        self,
+        config: BlockConfig | None = None,
+        pretrained: str | None = None,
+        *,
+        num_anchors: int = 512,
+        init_from_target: bool = False,
+        short_until: float | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(config, pretrained, init_from_target, short_until, dtype, gradient_checkpointing)
+        self.config, self.num_anchors = config or BlockConfig(), num_anchors
+        if num_anchors < 1 or self.config.block_size < 2 or self.config.num_hidden_layers < 1:
+            raise ValueError(
+                f"num_anchors {num_anchors}, block_size {self.config.block_size}, num_hidden_layers "
+                f"{self.config.num_hidden_layers}: need at least 1, 2 and 1."
+            )
+
+    # ---- the network
+
+    def build(
+        self, vocab_size: int, target: PreTrainedModel | None = None, mask_token_id: int | None = None
+    ) -> Self:
+        """Makes the network for a target; to be called once, before the optimiser is made.
+
+        Args:
+            vocab_size: entries of the target's vocabulary.
+            target: the target.
+            mask_token_id: stands in where the config names none; a spare row of the target's embedding.
+
+        Returns:
+            The drafter itself.
+
+        Raises:
+            ValueError: no target, one that does not fit, or no mask token.
+        """
+        target = self._check_target(vocab_size, target)
+        self.num_target_layers = num = int(target.config.num_hidden_layers)
+        self.ends = TargetEnds.of(target)
+        if self.pretrained is not None:
+            self._restore(self.pretrained, target)
+            return self
+        layers = self.config.target_layer_ids
+        layers = block_layers(num, self.config.num_hidden_layers) if layers is None else checked(layers, num)
+        mask = self.config.mask_token_id if self.config.mask_token_id is not None else mask_token_id
+        if mask is None or not 0 <= mask < vocab_size:
+            raise ValueError(
+                f"mask_token_id is {mask}; it must be a row of the target's embedding (0 to "
+                f"{vocab_size - 1}) that no text uses: the first id after the tokenizer's last, or a "
+                "reserved token."
+            )
+        self.config = completed(self.config, target, target_layer_ids=layers, mask_token_id=mask)
+        self._make()
+        initialise(self)
+        if self.init_from_target and self.ends.norm is not None:
+            with torch.no_grad():
+                self.norm.weight.copy_(self.ends.norm)
+        return self
+
+    def _restore(self, name: str, target: PreTrainedModel) -> None:
+        folder = folder_of(name)
+        config, vocab_size, weights = read_dflash(folder)
+        self.config = completed(config, target)
+        self.taps = checked(config.target_layer_ids or (), self.num_target_layers)
+        check_belongs(folder, self, vocab_size, weights)
+        self.adopt(weights, str(folder))
+
+    def adopt(self, weights: Weights, where: str) -> None:
+        """See `FeatureDrafter.adopt`."""
+        self._make()
+        self._load(weights, where)
+
+    def _make(self) -> None:
+        config = self.config
+        hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
+        self.taps = config.target_layer_ids or ()
+        self.fc = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
+        self.hidden_norm = RMSNorm(hidden, eps)
+        self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(hidden, eps)
+        self._settle()
+
+    @property
+    def head_weight(self) -> Float[Tensor, "V H"]:
+        """The target's head, frozen, for losses that never hold all logits."""
+        return self._ends.head.detach()
+
+    def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
+        """Logits of drafted positions, by the target's head."""
+        return project_fp32(hidden, self.head_weight)
+
+    # ---- training
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """Hidden states of the first drafted position, every token an anchor; see `Drafter.hidden`.
+
+        Costs B times a causal forward.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        return self._everywhere(input_ids, position_ids, document_ids, features, 1)[:, :, 0]
+
+    def paths(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        loss_mask: Bool[Tensor, "R T"],
+        features: Float[Tensor, "R T L H"] | None = None,
+        depth: int | None = None,
+        every: bool = False,
+    ) -> Paths:
+        """Blocks of `depth` masks at random anchors, full ones at every counted step; see `Drafter.paths`."""
+        size = self.config.block_size
+        depth = min(depth or (1 if self._short and not every else size - 1), size - 1)
+        mask = reach(loss_mask, document_ids, depth)
+        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
+        if every:
+            starts = mask[..., 0].flatten().nonzero().squeeze(-1)
+            hidden = self._everywhere(input_ids, position_ids, document_ids, features, depth)
+            hidden, mask = hidden.flatten(0, 1)[starts], mask.flatten(0, 1)[starts]
+        else:
+            anchors, chosen = sample_anchors(mask[..., 0], self.num_anchors * size // (1 + depth))
+            context = self._context(self._features(features), position_ids)
+            blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors, depth)
+            starts = (rows + anchors)[chosen]
+            hidden, mask = blocks[chosen][:, 1:], mask.flatten(0, 1)[starts]
+        return Paths(hidden, steps_from(starts, mask), mask)
+
+    def _everywhere(
+        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor | None, depth: int
+    ) -> Float[Tensor, "R T D H"]:
+        context = self._context(self._features(features), positions)
+        parts = []
+        for start in range(0, ids.shape[1], _ANCHORS_AT_ONCE):
+            anchors = torch.arange(start, min(start + _ANCHORS_AT_ONCE, ids.shape[1]), device=ids.device)
+            blocks = self._blocks(
+                ids, positions, documents, context, anchors.expand(len(ids), -1), self.config.block_size - 1
+            )
+            parts.append(blocks[:, :, 1 : depth + 1])
+        return torch.cat(parts, 1)
+
+    def _context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
+        """Keys and values of the context, layer by layer."""
+        fused = self.hidden_norm(self.fc(features.flatten(-2)))
+        return [layer.self_attn.keys_values(fused, positions) for layer in self._layers]
+
+    def _blocks(
+        self,
+        ids: Int[Tensor, "R T"],
+        positions: Int[Tensor, "R T"],
+        documents: Int[Tensor, "R T"],
+        context: list[KeysValues],
+        anchors: Int[Tensor, "R A"],
+        depth: int,
+    ) -> Float[Tensor, "R A 1+D H"]:
+        """Normed states of blocks of `depth` masks at the anchors; blocks do not see each other."""
+        size, mask_id = 1 + depth, known(self.config.mask_token_id)
+        tokens = torch.full((*anchors.shape, size), mask_id, device=ids.device)
+        tokens[..., 0] = ids.gather(1, anchors)
+        places = positions.gather(1, anchors)[..., None] + torch.arange(size, device=ids.device)
+        index = torch.arange(ids.shape[1], device=ids.device)
+        own_document = documents.gather(1, anchors)[..., None]
+        visible = (index < anchors[..., None]) & (documents[:, None] == own_document)  # [R, A, T]
+        x = self.embed(tokens).flatten(1, 2)
+        for layer, (keys, values) in zip(self._layers, context, strict=True):
+            run = (layer, x, keys, values, places.flatten(1), visible)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._train_layer, *run, use_reentrant=False)
+            else:
+                x = self._train_layer(*run)
+        normed: Tensor = self.norm(x)
+        return normed.unflatten(1, (-1, size))
+
+    def _train_layer(
+        self, layer: BlockLayer, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, visible: Tensor
+    ) -> Tensor:
+        """One layer over all blocks of a row: [R, A·B, H]."""
+        read, attention = layer.input_layernorm(x), layer.self_attn
+        groups = (-1, x.shape[1] // visible.shape[1])
+        own = tuple(part.unflatten(2, groups) for part in attention.keys_values(read, places))
+        queries = attention.queries(read, places).unflatten(2, groups)
+        mixed = grouped_attention(queries, (keys, values), (own[0], own[1]), visible)
+        return layer.finish(x, mixed.flatten(2, 3))
+
+    @property
+    def _layers(self) -> list[BlockLayer]:
+        return [*self.layers]
+
+    # ---- decoding
+
+    @torch.no_grad()
+    def start(
+        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> TreeCache:
+        """See `Drafter.start`; features at every token of `ids`."""
+        state = TreeCache(len(self._layers), len(ids) + 256)
+        if len(ids):
+            self._extend(state, self._features(features, len(ids)))
+        return state
+
+    @torch.no_grad()
+    def draft(
+        self,
+        state: TreeCache,
+        tokens: Int[Tensor, " K"] | Sequence[int],
+        parents: Sequence[int] | Int[Tensor, " K"],
+    ) -> Float[Tensor, "D V"]:
+        """See `Drafter.draft`; only the last token, the root, is read: the features tell of those before.
+
+        Raises:
+            ValueError: more tokens than a chain of committed ones.
+        """
+        if [int(p) for p in parents] != list(range(-1, len(tokens) - 1)):
+            raise ValueError(
+                f"a block drafter reads one chain a round, not parents {[int(p) for p in parents]}."
+            )
+        size, mask_id, device = self.config.block_size, known(self.config.mask_token_id), self._device
+        block = torch.tensor([int(tokens[-1]), *[mask_id] * (size - 1)], device=device)
+        positions = torch.arange(state.length, state.length + size, device=device)[None]
+        x = self.embed(block)[None]
+        for layer, cached in zip(self._layers, state.layers, strict=True):
+            read = layer.input_layernorm(x)
+            queries = layer.self_attn.queries(read, positions)
+            keys, values = cached.update(*layer.self_attn.keys_values(read, positions))
+            x = layer.finish(x, cached_attention(queries, keys, values, None))
+            cached.truncate(state.length)
+        return self.head(self.norm(x)[0, 1:])
+
+    @torch.no_grad()
+    def commit(
+        self, state: TreeCache, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
+    ) -> None:
+        """See `Drafter.commit`; the features of the committed tokens become context."""
+        if features is None and not len(path):
+            return
+        self._extend(state, self._features(features))
+
+    def _extend(self, state: TreeCache, features: Float[Tensor, "N L H"]) -> None:
+        num = len(features)
+        positions = torch.arange(state.length, state.length + num, device=features.device)[None]
+        for cached, kv in zip(state.layers, self._context(features[None], positions), strict=True):
+            cached.update(*kv)
+        state.length += num
+
+
+def sample_anchors(eligible: Bool[Tensor, "R T"], num: int) -> tuple[Int[Tensor, "R A"], Bool[Tensor, "R A"]]:
+    """At most `num` eligible positions of each row, drawn without replacement from torch's generator.
+
+    Returns:
+        Positions in ascending order, and which of them are eligible: rows with fewer are filled up.
+    """
+    most = max(int(eligible.sum(-1).max()), 1)
+    drawn = torch.rand(eligible.shape, device=eligible.device).masked_fill_(~eligible, -1.0)
+    anchors = drawn.topk(min(num, most), -1).indices.sort(-1).values
+    return anchors, eligible.gather(1, anchors)

@@ -1,0 +1,1 @@
+"""Parts shared by drafters that read hidden states of the target."""

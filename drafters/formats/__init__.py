@@ -1,0 +1,1 @@
+"""Exported folders: writing, metadata, reloading and static checks."""

@@ -1,0 +1,196 @@
+"""What the formats of feature-reading drafters share: layer sizes as JSON and back, weights in and out.
+
+Reading fails closed. A key that changes what the network computes must have the one value that certdraft
+computes; a key nobody here knows is refused by name; so is a tensor too many or too few. A checkpoint that is
+read at all is read right.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from certdraft.drafters.features.transformer_layer import LayerSizes
+
+Json = dict[str, Any]
+Weights = dict[str, Tensor]
+
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+# Keys with one value certdraft computes.
+_FIXED: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1.0,
+    "use_sliding_window": False,
+    "tie_word_embeddings": False,
+    "is_causal": False,
+}
+# Keys that change nothing: what text means, how weights were drawn, who wrote the file.
+_IDLE = frozenset(
+    {"_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label"}
+    | {
+        "initializer_range",
+        "label2id",
+        "max_window_layers",
+        "modules_to_save",
+        "pad_token_id",
+        "pretraining_tp",
+    }
+    | {"problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache", "model_max_length"}
+    | {"output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward"}
+)
+
+
+def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
+    """The keys of a transformers config for one kind of layer, the rotary base under old and new names."""
+    theta, name = sizes.rope_theta, str(dtype).removeprefix("torch.")
+    return {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.num_key_value_heads,
+        "head_dim": sizes.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": sizes.rms_norm_eps,
+        "max_position_embeddings": sizes.max_position_embeddings,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rope_theta": theta,
+        "rope_scaling": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "dtype": name,
+        "torch_dtype": name,
+    }
+
+
+def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
+    """Arguments of `LayerSizes`, once nothing in the config speaks against them.
+
+    Args:
+        config: of the network.
+        own: keys that the format itself reads.
+        where: for messages.
+
+    Raises:
+        ValueError: a key that is missing, unknown, or asks for what certdraft does not compute.
+    """
+    layer_types = config.get("layer_types") or []
+    if set(layer_types) - {"full_attention"} or (
+        config.get("sliding_window") and config.get("use_sliding_window", 1)
+    ):
+        raise ValueError(
+            f"{where} has sliding-window layers (layer_types {layer_types}, sliding_window "
+            f"{config.get('sliding_window')}); only full attention is supported."
+        )
+    for key, value in _FIXED.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{where} says {key} {config[key]!r}; only {value!r} is supported.")
+    missing = [key for key in _REQUIRED if not config.get(key)]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; engines would guess, certdraft does not.")
+    known = {
+        *_REQUIRED,
+        *_FIXED,
+        *_IDLE,
+        *own,
+        "architectures",
+        "model_type",
+        "head_dim",
+        "num_key_value_heads",
+    }
+    known |= {"layer_types", "sliding_window", "rope_theta", "rope_scaling", "rope_parameters"}
+    unknown = sorted(config.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"{where} has keys that certdraft does not know: {', '.join(unknown)}. They may change what the "
+            "network computes; remove them once you know that they do not."
+        )
+    heads = config["num_attention_heads"]
+    return {
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "rms_norm_eps": config["rms_norm_eps"],
+        "rope_theta": _rope_theta(config, where),
+        "max_position_embeddings": config["max_position_embeddings"],
+    }
+
+
+def _rope_theta(config: Json, where: str) -> float:
+    modern, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    kinds = {section.get("rope_type", section.get("type", "default")) for section in (modern, scaling)}
+    if kinds != {"default"} or modern.keys() - {"rope_type", "rope_theta", "type", "partial_rotary_factor"}:
+        raise ValueError(f"{where} scales its rotary positions ({modern or scaling}); that is not supported.")
+    found = {value for value in (config.get("rope_theta"), modern.get("rope_theta")) if value is not None}
+    if len(found) != 1:
+        raise ValueError(f"{where}: rope_theta must be said once or twice alike, found {sorted(found)}.")
+    return float(found.pop())
+
+
+def write_folder(directory: Path, config: Json, weights: Weights) -> None:
+    """config.json and model.safetensors."""
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    stored = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_weights(folder: Path) -> Weights:
+    """Every tensor of a folder, from safetensors, their shards, or a pickle that holds only tensors.
+
+    Raises:
+        FileNotFoundError: none of these, or a shard missing.
+        ValueError: a file that cannot be read.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
+    if not names:
+        raise FileNotFoundError(f"{folder}: no model.safetensors or pytorch_model.bin there.")
+    weights: Weights = {}
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: the index lists it, but it is not there.")
+        try:
+            weights |= (
+                load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+            )
+        except Exception as error:  # safetensors, zipfile and pickle each have their own
+            raise ValueError(f"{file} cannot be read ({error}); copy or write it again.") from error
+    return weights
+
+
+def check_names(weights: Weights, expected: Mapping[str, Tensor], where: str) -> None:
+    """Compare names and shapes with those of a network.
+
+    Raises:
+        ValueError: missing, unknown, or of another shape; all are named.
+    """
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
+    both = weights.keys() & expected.keys()
+    shaped = [
+        f"{name} {list(weights[name].shape)} for {list(expected[name].shape)}"
+        for name in sorted(both)
+        if weights[name].shape != expected[name].shape
+    ]
+    problems = {"missing": missing, "unknown": unknown, "of another shape": shaped}
+    said = [f"{what}: {', '.join(names[:6])}" for what, names in problems.items() if names]
+    if said:
+        raise ValueError(f"the tensors of {where} do not fit its config: {'; '.join(said)}.")

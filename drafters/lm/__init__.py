@@ -1,0 +1,1 @@
+"""Causal LMs: loading, and tree decoding with a cache."""

@@ -1,0 +1,189 @@
+"""Tree decoding with a cache around any causal LM: prefill, extend, keep.
+
+`CachedLM` binds a model, `TreeCache` is the state of one sequence. The same two serve the target (verify all
+draft tokens in one pass) and causal drafters (draft a tree level by level).
+
+Assumed: batch 1, full attention in every layer, positions given by `position_ids`, logits = head(hidden).
+Masks are additive floats, because eager attention reads a boolean mask wrongly without a word.
+Letters: N committed tokens, K nodes of one pass, L tapped layers, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from certdraft.drafters.lm.tree_cache import TreeCache
+from certdraft.support import HiddenStates, project_fp32
+
+_POST_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The two halves of a causal LM: tokens → hidden (after the final norm), and hidden → logits.
+
+    Args:
+        model: a transformers causal LM whose logits are exactly `head(hidden)`.
+
+    Returns:
+        `(body, head)`, modules of `model` itself, sharing its parameters.
+
+    Raises:
+        ValueError: the model has no output embeddings, changes its logits after the head (soft-capping,
+            scaling), or does not attend to all previous tokens in every layer.
+    """
+    name, config, head = type(model).__name__, model.config, model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        raise ValueError(
+            f"{name} has no separate language-model head; use a causal LM such as Qwen3ForCausalLM."
+        )
+    changed = [key for key in _POST_HEAD if getattr(config, key, None) not in (None, 1.0)]
+    if changed:
+        raise ValueError(
+            f"{name} changes its logits after the head ({', '.join(changed)} in its config); use one whose "
+            "logits are lm_head(hidden), such as Qwen3 or Llama."
+        )
+    partial = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
+    if partial:
+        raise ValueError(
+            f"{name} has {', '.join(sorted(partial))} layers; tree decoding needs full_attention in each."
+        )
+    return model.base_model, head
+
+
+class CachedLM:
+    """A causal LM that decodes token trees with a cache: the machinery under targets and causal drafters.
+
+    Args:
+        model: a transformers causal LM with eager or sdpa attention, used where and as it is.
+        taps: 0-based decoder layers whose outputs `TreeCache.features` shall hold (before the final norm).
+
+    Examples:
+        One round of greedy tree decoding:
+
+            lm = CachedLM(model)
+            cache = lm.prefill(prompt_ids[:-1])
+            logits = lm.extend(cache, [prompt_ids[-1], 7, 9], [-1, 0, 0])  # root and two siblings
+            cache.keep([0, 2])                                             # root and the second sibling
+    """
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[int] = ()) -> None:
+        self.model = model
+        self.body, self.head = split_causal_lm(model)
+        self._embeddings: Any = model.get_input_embeddings()
+        self.taps = tuple(taps)
+        self.num_layers = int(model.config.num_hidden_layers)
+        if model.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"attention {model.config._attn_implementation!r} cannot follow a tree; load "
+                f"{type(model).__name__} with attn_implementation='sdpa' or 'eager'."
+            )
+        if not all(0 <= tap < self.num_layers for tap in self.taps):
+            raise ValueError(f"taps {self.taps} must be layers 0 to {self.num_layers - 1} of the model.")
+        self._outputs = HiddenStates(self.body, self.taps)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the language-model head."""
+        return int(self.model.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go and logits come from."""
+        device: torch.device = self._embeddings.weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states; logits are fp32 whatever it is."""
+        dtype: torch.dtype = self._embeddings.weight.dtype
+        return dtype
+
+    def prefill(self, ids: Int[Tensor, " N"] | Sequence[int], room: int = 256) -> TreeCache:
+        """A cache holding `ids` as committed tokens.
+
+        No logits: the next token's come from the first `extend`, which feeds the last known token.
+
+        Args:
+            ids: token ids, possibly none.
+            room: tokens to reserve beyond them; the cache doubles when it is full.
+
+        Returns:
+            The state; `length` is the number of ids, `features` [N, L, H] when layers are tapped.
+
+        Raises:
+            ValueError: the model is in training mode, where dropout would make its logits random.
+        """
+        if self.model.training:
+            raise ValueError(
+                f"{type(self.model).__name__} is in training mode; call .eval() before decoding."
+            )
+        ids = torch.as_tensor(ids, dtype=torch.long, device=self.device).reshape(1, -1)
+        num = ids.shape[1]
+        cache = TreeCache(self.num_layers, num + room)
+        if num:
+            positions = torch.arange(num, device=self.device)[None]
+            self._forward(cache, ids, positions, None)
+            cache.length = num
+        return cache
+
+    def extend(
+        self,
+        cache: TreeCache,
+        tokens: Int[Tensor, " K"] | Sequence[int],
+        parents: Sequence[int] | Int[Tensor, " K"] | None = None,
+    ) -> Float[Tensor, "K V"]:
+        """Append nodes to the round in one pass and return the next-token logits after each.
+
+        Args:
+            cache: the state; grows by K nodes.
+            tokens: token id of each new node.
+            parents: for each new node the number of its parent in this round (an earlier node, of this call
+                or a previous one), −1 for a child of the last committed token. None: a chain, continuing
+                the latest node.
+
+        Returns:
+            fp32 logits of the token after each new node, in the order given.
+
+        Raises:
+            ValueError: no tokens, a parent that is not an earlier node, or lengths that differ.
+        """
+        ids = torch.as_tensor(tokens, dtype=torch.long)
+        num, old = ids.numel(), cache.num_nodes
+        if parents is None:
+            parents = range(old - 1, old + num - 1)
+        elif isinstance(parents, Tensor):
+            parents = parents.tolist()
+        if num == 0 or len(parents) != num:
+            raise ValueError(
+                f"{num} tokens and {len(parents)} parents; each token, at least one, needs a parent."
+            )
+        cache.append(parents)
+        positions = torch.tensor(cache.depths[old:]).add_(cache.length)
+        mask = cache.mask(num, self.dtype, self.device)
+        hidden = self._forward(cache, ids.view(1, -1).to(self.device), positions[None].to(self.device), mask)
+        with torch.no_grad():
+            return self.project(hidden[0])
+
+    def project(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
+        """fp32 logits from hidden states after the final norm."""
+        head: Any = self.head
+        return project_fp32(hidden, head.weight, head.bias)
+
+    @torch.no_grad()
+    def _forward(self, cache: TreeCache, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Last hidden state [1, K, H] of one pass; writes the cache and the tapped features."""
+        with self._outputs.recorded():
+            hidden: Tensor = self.body(
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache.past,
+                use_cache=True,
+            ).last_hidden_state
+            if self.taps:
+                cache.features = self._outputs.take()[0]  # [K, L, H]
+        return hidden

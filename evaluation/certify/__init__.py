@@ -1,0 +1,1 @@
+"""Certificates over a trace, with and without a drafter."""

@@ -1,0 +1,1 @@
+"""Measurements of drafters: acceptance, acceptance length, speed, statistics."""

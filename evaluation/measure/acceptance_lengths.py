@@ -1,0 +1,212 @@
+"""Acceptance lengths: how many tokens a target pass commits, depth by depth, and why rounds end.
+
+The rounds come from real decoding (`bench`) or from replaying the target's recorded greedy text with the
+drafter alone, which gives the same rounds without the target: a tight τ for a fraction of the time.
+
+Axis letters: N prompts. τ = Σ tokens / Σ target passes over all prompts, bonus tokens included.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from certdraft.decoding import Round, TreeBuilder, greedy_ranks, replay
+from certdraft.evaluation.measure.document_features import TargetFeatures
+from certdraft.evaluation.measure.expected_vs_accepted import Promises
+from certdraft.evaluation.measure.statistics import pooled_ratio
+from certdraft.evaluation.measure.trace_reading import Document
+
+
+@dataclass
+class Lengths:
+    """Rounds of one drafter and one builder over N prompts.
+
+    Attributes:
+        tokens: per prompt, tokens committed.
+        passes: per prompt, target passes.
+        groups: per prompt, what else it is pooled by.
+        reached: per draft depth 1.., rounds whose tree is that deep and whose shallower tokens were accepted.
+        accepted: per draft depth, rounds that accepted it.
+        rejections: rounds that ended by a rejection, by cause; see `Lengths.add`.
+        promises: expected against realised accepted tokens.
+        nodes: draft tokens verified in all rounds.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    rejections: dict[str, int] = field(
+        default_factory=lambda: {
+            "rounds": 0,
+            "rejected": 0,
+            "numerical_tie": 0,
+            "not_in_tree": 0,
+            "not_in_top_m": 0,
+            "unknown": 0,
+        }  # fmt: skip
+    )
+    promises: Promises = field(default_factory=Promises)
+    nodes: int = 0
+
+    def add(
+        self,
+        rounds: Sequence[Round],
+        ranks: Sequence[int],
+        lead: Sequence[float],
+        top_m: int,
+        tie_gap: float,
+        groups: tuple[str, ...] = (),
+    ) -> None:
+        """Count one prompt.
+
+        A round is rejected when its accepted path is shorter than its tree is deep. The cause is read off the
+        token the target chose instead: *numerical tie* when the target itself leads by at most `tie_gap` nats
+        there, *not in top-m* when the drafter ranks it below `top_m`, else *not in the tree*: the drafter had
+        it, the tree did not spend a node on it.
+
+        Args:
+            rounds: in order.
+            ranks: rank of every committed token under the drafter, 0 = its first choice; used where a round
+                does not know the rank itself. Empty: unknown.
+            lead: the target's lead at every committed token, nats.
+            top_m: drafter ranks that count as "had it".
+            tie_gap: nats.
+            groups: what else the prompt is pooled by.
+        """
+        self.tokens.append(sum(r.committed for r in rounds))
+        self.passes.append(len(rounds))
+        self.groups.append(groups)
+        self.promises.add(rounds)
+        done = 0
+        for r in rounds:
+            self.nodes += r.nodes
+            while len(self.reached) < r.depth:
+                self.reached.append(0)
+                self.accepted.append(0)
+            for depth in range(1, min(r.accepted + 1, r.depth) + 1):
+                self.reached[depth - 1] += 1
+                self.accepted[depth - 1] += depth <= r.accepted
+            self.rejections["rounds"] += 1
+            at = done + r.accepted
+            if r.accepted < r.depth and r.committed > r.accepted:
+                rank = ranks[at] if r.bonus_rank is None and at < len(ranks) else r.bonus_rank
+                self.rejections["rejected"] += 1
+                self.rejections[_cause(rank, lead[at], top_m, tie_gap)] += 1
+            done += r.committed
+
+    def counts(self) -> tuple[ndarray, ndarray]:
+        """Tokens and target passes per prompt, [N] each."""
+        return np.array(self.tokens), np.array(self.passes)
+
+    def summary(self, seed: int = 0) -> dict[str, Any]:
+        """The JSON form; τ with an interval over prompts."""
+        tokens, passes = self.counts()
+        return {
+            "prompts": len(tokens),
+            "tokens": int(tokens.sum()),
+            "target_passes": int(passes.sum()),
+            "tau": vars(pooled_ratio(tokens, passes, seed=seed)),
+            "per_request_mean": float(np.mean(tokens / passes)),
+            "nodes_per_pass": self.nodes / int(passes.sum()),
+            "depths": [
+                {"depth": d, "reached": r, "accepted": a}
+                for d, (r, a) in enumerate(zip(self.reached, self.accepted, strict=True), start=1)
+            ],
+            "rejections": dict(self.rejections),
+            "promises": self.promises.summary(seed),
+            "groups": [
+                {
+                    "group": name,
+                    "prompts": len(at),
+                    "tau": vars(pooled_ratio(tokens[at], passes[at], seed=seed)),
+                }
+                for name, at in members(self.groups).items()
+            ],
+        }
+
+
+def _cause(rank: int | None, lead: float, top_m: int, tie_gap: float) -> str:
+    if lead <= tie_gap:
+        return "numerical_tie"
+    if rank is None:
+        return "unknown"
+    return "not_in_top_m" if rank >= top_m else "not_in_tree"
+
+
+def members(groups: Sequence[tuple[str, ...]]) -> dict[str, list[int]]:
+    """Group → the prompts in it, in order of first appearance.
+
+    Examples:
+        >>> members([("a", "a: x"), ("a",), ()])
+        {'a': [0, 1], 'a: x': [0]}
+    """
+    found: dict[str, list[int]] = {}
+    for index, names in enumerate(groups):
+        for name in names:
+            found.setdefault(name, []).append(index)
+    return found
+
+
+def replay_lengths(
+    drafter: Any,
+    documents: Sequence[Document],
+    builders: Mapping[str, TreeBuilder],
+    *,
+    top_m: int = 4,
+    tie_gap: float = 1e-3,
+    features: TargetFeatures | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Lengths]:
+    """Acceptance lengths of a drafter on recorded greedy texts, without the target.
+
+    Args:
+        drafter: any drafter.
+        documents: prompts and greedy continuations.
+        builders: label → tree builder; each starts afresh here.
+        top_m: see `Lengths.add`.
+        tie_gap: see `Lengths.add`.
+        features: for a drafter that reads the target's layers; see `features_for`.
+        progress: called after each document.
+
+    Returns:
+        label → rounds.
+    """
+    found = {label: Lengths() for label in builders}
+    mine = {label: fresh(builder) for label, builder in builders.items()}
+    for document in documents:
+        along = None if features is None else features.along([*document.prompt, *document.text[:-1]])
+        ranks = ranks_of(drafter, document.prompt, document.text, features)
+        for label, builder in mine.items():
+            result = replay(drafter, document.prompt, document.text, builder, features=along)
+            found[label].add(result.rounds, ranks, document.lead, top_m, tie_gap, document.groups)
+        progress()
+    return found
+
+
+def fresh(builder: TreeBuilder) -> TreeBuilder:
+    """A copy that remembers nothing: what a cost-aware tree learns with one drafter is not another's."""
+    made = copy.deepcopy(builder)
+    if forget := getattr(made, "reset", None):
+        forget()
+    return made
+
+
+def ranks_of(
+    drafter: Any, prompt: Sequence[int], tokens: Sequence[int], features: TargetFeatures | None = None
+) -> list[int]:
+    """Rank of each token under the drafter given the true text; empty for one that drafts all depths at once,
+    whose ranks depend on where a round starts."""
+    if drafter.kind != "conditional":
+        return []
+    along = None if features is None else features.along([*prompt, *tokens[:-1]])
+    if along is not None and not hasattr(drafter, "paths"):
+        return []
+    return greedy_ranks(drafter, prompt, tokens, along)

@@ -1,0 +1,301 @@
+"""`certdraft compare`: training runs and evaluation reports side by side on one page.
+
+A folder with metrics.csv is a training run: its validation curves, its best values and its settings are
+shown. A folder with report.json is an evaluation: every drafter in it is shown with its intervals. When
+numbers are not about the same text, the page says so first.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from certdraft.evaluation.report.compare_plots import Curve, curves, intervals
+from certdraft.evaluation.report.page import (
+    Figure,
+    Page,
+    Section,
+    Table,
+    claim_directory,
+    interval,
+    number,
+    write_json,
+    write_page,
+)
+from certdraft.evaluation.report.provenance import provenance
+
+_SCHEMA = "certdraft.evaluate/1"
+_KINDS = _RUN, _REPORT = "metrics.csv", "report.json"
+_TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
+# Settings that say where a run lies, not what it is.
+_PLACES = (
+    "config", "name", "runs_dir", "ckpt_path", "allow_change", "trainer.default_root_dir",
+    "checkpoint.dirpath",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as it lies on disk.
+
+    Attributes:
+        label: how the page calls it.
+        curves: metric → (steps, values).
+        settings: dotted key → value.
+    """
+
+    label: str
+    curves: Mapping[str, tuple[list[int], list[float]]]
+    settings: Mapping[str, Any]
+
+    def best(self, metric: str) -> tuple[float, int]:
+        """The metric's best value and its step; losses and divergences are best when small."""
+        steps, values = self.curves[metric]
+        pick = min if metric.endswith("_nats") else max
+        value = pick(values)
+        return value, steps[values.index(value)]
+
+
+def compare(runs: list[str], out: str | None = None, title: str = "") -> Path:
+    """Put training runs and evaluation reports side by side on one self-contained page.
+
+    Args:
+        runs: folders of training runs (runs/NAME/TIME) or of `certdraft evaluate` reports, two or more.
+        out: new folder for compare.html, compare.json, tables.md and figures; runs/compare/TIME if not given.
+        title: title of the page.
+
+    Returns:
+        Path of the HTML page.
+
+    Raises:
+        FileNotFoundError: a folder holds neither metrics.csv nor report.json.
+        ValueError: fewer than two things to compare, or a report of another schema.
+        FileExistsError: `out` is in use.
+    """
+    folders = {kind: [Path(run) for run in runs if (Path(run) / kind).is_file()] for kind in _KINDS}
+    for run in runs:
+        if not any(Path(run) in found for found in folders.values()):
+            raise FileNotFoundError(
+                f"{run}: neither metrics.csv (a training run) nor report.json (an evaluation) lies there; "
+                "give folders such as runs/NAME/TIME"
+            )
+    trained = [read_run(f, n) for f, n in zip(folders[_RUN], labels(folders[_RUN]), strict=True)]
+    read = [read_report(folder / _REPORT) for folder in folders[_REPORT]]
+    reports = list(zip(labels(folders[_REPORT]), read, strict=True))
+    drafters = entries(reports)
+    if len(trained) + len(drafters) < 2:
+        raise ValueError(f"compare needs two runs or drafters; {', '.join(runs) or 'nothing'} holds fewer")
+    folder = claim_directory(out or Path("runs", "compare", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    sections = [
+        *([training_section(trained, folder)] if trained else []),
+        *([settings_section(trained)] if len(trained) > 1 else []),
+        *([drafter_section(drafters, folder)] if drafters else []),
+    ]
+    page = Page(
+        title=title or "Comparison",
+        lead=f"{len(trained)} training runs and {len(drafters)} evaluated drafters.",
+        headline=headline(trained, drafters),
+        sections=sections,
+        provenance=provenance(),
+        warnings=warnings(trained, reports),
+    )
+    write_json(
+        folder / "compare.json",
+        {
+            "schema": "certdraft.compare/1",
+            "runs": {r.label: {m: r.best(m)[0] for m in r.curves} for r in trained},
+            "drafters": drafters,
+        },
+    )
+    written = write_page(page, folder, "compare.html")
+    print(f"report: {written}", file=sys.stderr)
+    return written
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Short names that differ: a run's name, or as many trailing parts of each path as tell them apart.
+
+    Examples:
+        >>> labels([Path("runs/ce/2026-11-22_10-00-00"), Path("runs/kl/2026-11-22_11-00-00")])
+        ['ce', 'kl']
+        >>> labels([Path("runs/ce/2026-11-22_10-00-00"), Path("runs/ce/2026-11-22_11-00-00")])
+        ['2026-11-22_10-00-00', '2026-11-22_11-00-00']
+    """
+    parts = [folder.absolute().parts for folder in folders]
+    names = [p[-2] if _TIME.match(p[-1]) else p[-1] for p in parts]
+    depth = 1
+    while len(set(names)) < len(set(parts)):
+        names, depth = ["/".join(p[-depth:]) for p in parts], depth + 1
+    return names
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key; an empty group is a value.
+
+    Examples:
+        >>> flat({"trainer": {"max_steps": 5, "logger": {}}})
+        {'trainer.max_steps': 5, 'trainer.logger': {}}
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Curves and settings of a training run.
+
+    Raises:
+        ValueError: metrics.csv holds no validation metric yet.
+    """
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            for metric, value in row.items():
+                if metric.startswith("val/") and value:
+                    steps, values = found.setdefault(metric, ([], []))
+                    steps.append(int(row["step"]) + 1)
+                    values.append(float(value))
+    if not found:
+        raise ValueError(
+            f"{folder / 'metrics.csv'} holds no validation metric yet; train past the first validation"
+        )
+    config = folder / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return Run(label, found, flat(settings))
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """A report.json.
+
+    Raises:
+        ValueError: not one of this schema.
+    """
+    data = json.loads(file.read_text(encoding="utf-8"))
+    if data.get("schema") != _SCHEMA:
+        raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {_SCHEMA!r}")
+    return data
+
+
+def entries(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Drafter label → quantity → interval, over all reports."""
+    found = {}
+    for label, report in reports:
+        for name, entry in report["drafters"].items():
+            row = {f"coverage@{c['m']}": c["all"] for c in entry["acceptance"]["coverage"]}
+            for c in entry["acceptance"]["coverage"]:
+                if c["low_margin"] is not None:
+                    row[f"low-margin coverage@{c['m']}"] = c["low_margin"]
+            row |= {f"τ {builder}": length["tau"] for builder, length in entry["lengths"].items()}
+            for method in (report["bench"] or {"methods": []})["methods"]:
+                if method["drafter"] == name:
+                    row[f"speed-up {method['builder']}"] = method["speedup"]
+            found[name if len(reports) == 1 else f"{label}: {name}"] = row
+    return found
+
+
+def headline(trained: Sequence[Run], drafters: Mapping[str, Mapping[str, Any]]) -> Table:
+    """The few numbers of everything: expected or replayed τ, and coverage@4."""
+    rows = [
+        [
+            run.label,
+            number(_best(run, "val/tau_expected")),
+            number(_best(run, "val/coverage@4")),
+            "validation",
+        ]
+        for run in trained
+    ]
+    for name, row in drafters.items():
+        tau = next((value for key, value in row.items() if key.startswith("τ ")), None)
+        rows.append([name, interval(tau), interval(row.get("coverage@4")), "evaluation"])
+    return Table(
+        caption="Acceptance length and coverage",
+        columns=("", "τ", "coverage@4", "measured by"),
+        rows=rows,
+        note="Validation: best value of the run, τ expected of a chain along the trace. Evaluation: with "
+        "95 % intervals over prompts, τ of the first decoder.",
+        name="headline",
+    )
+
+
+def training_section(trained: Sequence[Run], folder: Path) -> Section:
+    """Best values of every metric, and the curves."""
+    metrics = sorted({metric for run in trained for metric in run.curves})
+    rows = []
+    for metric in metrics:
+        cells = []
+        for run in trained:
+            value, step = run.best(metric) if metric in run.curves else (None, 0)
+            cells.append("–" if value is None else f"{number(value, 4)} @ {step:,}")
+        rows.append([metric.removeprefix("val/"), *cells])
+    shown = [m for m in ("val/tau_expected", "val/coverage@4", "val/low_margin_coverage@4") if m in metrics]
+    lines = {m: [Curve(r.label, *r.curves[m]) for r in trained if m in r.curves] for m in shown}
+    path = curves(
+        folder / "training.png", {m.removeprefix("val/"): lines[m] for m in shown}, "optimiser steps"
+    )
+    figure = Figure(
+        path, "Validation along training.", "Validation metrics against optimiser steps", wide=True
+    )
+    columns = ("metric", *(run.label for run in trained))
+    table = Table("Best value of each run, and its step", columns, rows, name="runs")
+    return Section("Training", tables=(table,), figures=(figure,) if shown else ())
+
+
+def settings_section(trained: Sequence[Run]) -> Section:
+    """The settings that differ between runs."""
+    keys = sorted({key for run in trained for key in run.settings})
+    rows = []
+    for key in keys:
+        values = [str(run.settings.get(key, "–")) for run in trained]
+        if len(set(values)) > 1 and key not in _PLACES:
+            rows.append([key, *values])
+    columns = ("setting", *(run.label for run in trained))
+    return Section(
+        "What was different",
+        tables=(Table("Settings that differ", columns, rows, name="settings", text_columns=len(columns)),),
+    )
+
+
+def drafter_section(drafters: Mapping[str, Mapping[str, Any]], folder: Path) -> Section:
+    """Every quantity of every drafter, and a figure of τ."""
+    quantities = list(dict.fromkeys(quantity for row in drafters.values() for quantity in row))
+    rows = [[q, *(interval(row.get(q)) for row in drafters.values())] for q in quantities]
+    taus = [q for q in quantities if q.startswith("τ ")]
+    path = intervals(
+        folder / "tau.png",
+        {name: {q[2:]: row[q] for q in taus if q in row} for name, row in drafters.items()},
+        "acceptance length τ, tokens per target pass",
+    )
+    alt = "Acceptance length of each drafter under each decoder"
+    figure = Figure(path, "Acceptance length, with 95 % intervals.", alt)
+    table = Table("Evaluated drafters", ("quantity", *drafters), rows, name="drafters")
+    return Section("Drafters", tables=(table,), figures=(figure,))
+
+
+def warnings(trained: Sequence[Run], reports: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Why some of these numbers may not be compared."""
+    said = []
+    if len({report["provenance"].get("sha-256 of trace.json") for _, report in reports}) > 1:
+        said.append("The evaluations used different traces: their differences are not the drafters' alone.")
+    if len({report["provenance"].get("machine") for _, report in reports}) > 1:
+        said.append("The evaluations were made on different machines: compare no speeds.")
+    data = ("data.init_args.validation", "data.init_args.validation_rows")
+    if any(len({str(run.settings.get(key)) for run in trained}) > 1 for key in data):
+        said.append("The runs validated on different traces: their validation metrics are not comparable.")
+    return said
+
+
+def _best(run: Run, metric: str) -> float | None:
+    return run.best(metric)[0] if metric in run.curves else None

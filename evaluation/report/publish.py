@@ -1,0 +1,195 @@
+"""Reports as W&B runs: tables, figures, the page itself, and what was measured with which files.
+
+Nothing is sent unless this is called, and WANDB_MODE=offline keeps everything on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from certdraft.evaluation.report.provenance import read_parts
+
+_KINDS = {"report.json": "evaluation", "certify.json": "certificates", "compare.json": "comparison"}
+Rows = tuple[Sequence[str], list[list[Any]]]
+
+
+def headline(report: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers a sweep can rank decoders by, of the report's last drafter under its first decoder.
+
+    Args:
+        report: content of report.json.
+
+    Returns:
+        "eval/tau" (replayed), "eval/coverage@4"; with a target also "eval/tau_decoded", "eval/speedup" and
+        "eval/tokens_per_s".
+    """
+    name, entry = list(report["drafters"].items())[-1]
+    found = {f"eval/coverage@{row['m']}": row["all"]["value"] for row in entry["acceptance"]["coverage"]}
+    if entry["lengths"]:
+        found["eval/tau"] = next(iter(entry["lengths"].values()))["tau"]["value"]
+    methods = [m for m in (report["bench"] or {"methods": []})["methods"] if m["drafter"] == name]
+    for key, label in (("tau", "tau_decoded"), ("speedup", "speedup"), ("tokens_per_s", "tokens_per_s")):
+        if methods:
+            found[f"eval/{label}"] = methods[0][key]["value"]
+    return {key: value for key, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def tables(report: Mapping[str, Any]) -> dict[str, Rows]:
+    """report.json as tables of plain numbers: name → (columns, rows).
+
+    "coverage" has one row per drafter and m; "by_margin" one per drafter, rule and margin bucket, with the
+    number of steps and the certified and realised shares; "lengths" one per drafter and decoder; "decoding"
+    the same, timed.
+    """
+    coverage, margins, lengths = [], [], []
+    for name, entry in report["drafters"].items():
+        for row in entry["acceptance"]["coverage"]:
+            low = row["low_margin"] or {"value": None}
+            coverage.append([name, row["m"], *_interval(row["all"]), low["value"]])
+        for rule in entry["acceptance"]["rules"]:
+            for bucket in rule["buckets"]:
+                realised = (bucket["realised"] or {"value": None})["value"]
+                shares = [bucket["steps"], bucket["certified"], realised]
+                margins.append([name, rule["rule"], bucket["low"], bucket["high"], *shares])
+        for builder, row in entry["lengths"].items():
+            lengths.append([name, builder, *_interval(row["tau"]), row["nodes_per_pass"]])
+    found: dict[str, Rows] = {
+        "coverage": (("drafter", "m", "coverage", "low", "high", "low_margin_coverage"), coverage),
+        "by_margin": (
+            ("drafter", "rule", "margin_low", "margin_high", "steps", "certified", "realised"),
+            margins,
+        ),
+        "lengths": (("drafter", "decoder", "tau", "low", "high", "nodes_per_pass"), lengths),
+    }
+    if report["bench"]:
+        rows = [
+            [
+                m["drafter"],
+                m["builder"],
+                *_interval(m["tau"]),
+                *_interval(m["speedup"]),
+                m["tokens_per_s"]["value"],
+            ]
+            for m in report["bench"]["methods"]
+        ]
+        columns = (
+            "drafter",
+            "decoder",
+            "tau",
+            "low",
+            "high",
+            "speedup",
+            "speedup_low",
+            "speedup_high",
+            "tokens_per_s",
+        )
+        found["decoding"] = (columns, rows)
+    return found
+
+
+def publish(
+    folder: str,
+    project: str = "certdraft",
+    export: str | None = None,
+    run: str | None = None,
+    name: str | None = None,
+) -> None:
+    """Send a report to W&B: its tables and figures, the page, and the drafter with what it was made from.
+
+    With WANDB_MODE=offline, or without an account, nothing leaves the machine: `wandb sync` sends it later.
+
+    Args:
+        folder: folder of a report that `certdraft evaluate`, `certify` or `compare` wrote.
+        project: W&B project.
+        export: folder of the exported drafter; becomes an artifact of type "model".
+        run: folder of the training run it came from: its settings become the W&B run's, its traces are named
+            in the artifact's lineage.
+        name: of the W&B run; the folder's name when not given.
+
+    Raises:
+        FileNotFoundError: no report in `folder`, no export, no run.
+    """
+    import wandb
+
+    place = Path(folder)
+    kind, report = _read(place)
+    settings = _settings(run)
+    with wandb.init(
+        project=project,
+        name=name or place.name,
+        job_type=kind,
+        dir=place,
+        config=settings,
+        reinit="create_new",
+    ) as active:
+        logged: dict[str, Any] = {path.stem: wandb.Image(str(path)) for path in sorted(place.glob("*.png"))}
+        for page in sorted(place.glob("*.html")):
+            logged[page.stem] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
+        if kind == "evaluation":
+            logged |= {n: wandb.Table(columns=list(c), data=rows) for n, (c, rows) in tables(report).items()}
+            logged |= headline(report)
+        active.log(logged)
+        lineage = _traces(run, report)
+        for trace in lineage:
+            _use(active, wandb.Artifact(f"trace-{trace['sha256'][:12]}", "dataset", metadata=trace), trace)
+        if export is not None:
+            drafter = wandb.Artifact(
+                f"drafter-{Path(export).name}", "model", metadata=_facts(export, lineage)
+            )
+            drafter.add_dir(export)
+            active.log_artifact(drafter)
+    print(f"published {place} to the W&B project {project}", file=sys.stderr)
+
+
+def _read(place: Path) -> tuple[str, dict[str, Any]]:
+    for file, kind in _KINDS.items():
+        if (place / file).is_file():
+            return kind, json.loads((place / file).read_text(encoding="utf-8"))
+    raise FileNotFoundError(f"{place}: no {', '.join(_KINDS)} there; give the folder of a report")
+
+
+def _settings(run: str | None) -> dict[str, Any]:
+    if run is None:
+        return {}
+    import yaml
+
+    config = Path(run) / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"{config}: no such file; give the folder of a training run, runs/NAME/TIME")
+    return {"cli": yaml.safe_load(config.read_text(encoding="utf-8"))}
+
+
+def _traces(run: str | None, report: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The traces a result stands on: of the run, then of the report; each with its hash."""
+    parts = read_parts(Path(run)) if run else []
+    found = [{"use": use, **trace} for use, trace in parts[-1]["data"].items()] if parts else []
+    facts = report.get("provenance", {})
+    if "sha-256 of trace.json" in facts:
+        found.append({"use": "test", "path": facts["trace"], "sha256": facts["sha-256 of trace.json"]})
+    return found
+
+
+def _use(active: Any, artifact: Any, trace: Mapping[str, str]) -> None:
+    """Puts a trace.json into the run's lineage; W&B cannot offline, and gets the hash alone."""
+    file = Path(trace["path"]) / "trace.json"
+    if active.offline or not file.is_file():
+        active.config.update({f"trace_{trace['use']}": trace["sha256"]})
+        return
+    artifact.add_file(str(file))
+    active.use_artifact(artifact)
+
+
+def _facts(export: str, lineage: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    file = Path(export) / "drafter.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; give a folder that `certdraft export` wrote")
+    return {**json.loads(file.read_text(encoding="utf-8")), "traces": [dict(trace) for trace in lineage]}
+
+
+def _interval(value: Mapping[str, float]) -> list[float]:
+    return [value["value"], value["low"], value["high"]]

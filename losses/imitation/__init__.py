@@ -1,0 +1,1 @@
+"""Baselines: losses that make the drafter imitate the target."""

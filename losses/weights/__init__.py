@@ -1,0 +1,1 @@
+"""Weights of token positions and draft paths, and the reduction."""

@@ -1,0 +1,206 @@
+"""Step weights as configuration: how much each counted step matters; the training module multiplies.
+
+    weights = step_weights(target, loss_mask, document_ids, nll)          # [N], no gradient
+
+A weight may depend on the target alone, or on how likely the drafter finds the greedy text around the step
+(`needs_nll`), which costs one more forward product with the output layer. Steps are those where `loss_mask`
+is true, in that order; a path is D consecutive steps of one document. "mean" divides by the sum of the
+weights, so a learning rate tuned for one weighting fits the others. Axes: R rows · T tokens of a row ·
+N counted steps · D draft depth.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from certdraft.losses.target import OnlineTarget, TargetBatch
+from certdraft.losses.weights.path_weights import (
+    Form,
+    budget_weights,
+    estimated_budget_nats,
+    fold,
+    path_mask,
+    prefix_weights,
+    windows,
+)
+from certdraft.losses.weights.reduction import low_margin_weight
+
+
+class StepWeights(nn.Module):
+    """Base of all step weights.
+
+    Attributes:
+        needs_nll: the weights depend on the drafter, through −log q(g) of every counted step.
+    """
+
+    needs_nll: bool = False
+
+    def forward(
+        self,
+        target: TargetBatch | OnlineTarget,
+        loss_mask: Bool[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        nll: Float[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, " N"]:
+        """Weights ≥ 0 of the counted steps, without gradient.
+
+        Args:
+            target: the target at the counted steps.
+            loss_mask: true at the counted steps.
+            document_ids: equal within a document; see `Batch`.
+            nll: −log q(g) at the counted steps, nats: the per-step loss of `HardCE`.
+        """
+        raise NotImplementedError
+
+
+class LowMarginWeights(StepWeights):
+    """`low_margin_weight`: more weight where the target itself can hardly decide.
+
+    Args:
+        threshold: margin p(x0) − p(x1) below which a step counts as low, in [0, 1].
+        boost: weight of the low-margin steps, ≥ 0.
+    """
+
+    def __init__(self, threshold: float = 0.1, boost: float = 2.0) -> None:
+        super().__init__()
+        self.threshold, self.boost = threshold, boost
+
+    def forward(
+        self,
+        target: TargetBatch | OnlineTarget,
+        loss_mask: Bool[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        nll: Float[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, " N"]:
+        if isinstance(target, OnlineTarget):
+            raise ValueError(
+                "LowMarginWeights: an online target has no margins before its logits are computed; train on "
+                "a recorded trace."
+            )
+        return low_margin_weight(target, self.threshold, self.boost)
+
+
+class PathWeights(StepWeights):
+    """Base of weights that follow a step through all draft paths it lies on.
+
+    Every counted step starts a path of up to D steps, as a round of speculative decoding may. A subclass
+    weighs the steps of a path; a step's weight is the sum over the paths that contain it.
+
+    Args:
+        depth: D, draft tokens of a path.
+    """
+
+    needs_nll = True
+
+    def __init__(self, depth: int = 8) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"{type(self).__name__}: depth={depth} must be at least 1.")
+        self.depth = depth
+
+    def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
+        """Weights of the steps of every path; 0 outside."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(
+        self,
+        target: TargetBatch | OnlineTarget,
+        loss_mask: Bool[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        nll: Float[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, " N"]:
+        if nll is None:
+            raise ValueError(f"{type(self).__name__} needs the nll of every counted step.")
+        placed = nll.new_zeros(loss_mask.shape).masked_scatter_(loss_mask, nll)
+        inside = path_mask(loss_mask, document_ids, self.depth)
+        on_paths = self.on_paths(windows(placed, self.depth), inside)
+        return fold(on_paths)[loss_mask]
+
+
+class PrefixWeights(PathWeights):
+    """D-PACE on every path: a step weighs what the accepted length would gain from it (`prefix_weights`).
+
+    With smoothing = 0 the weighted `HardCE` follows the gradient of the expected accepted length of a chain
+    whose acceptance chance is q(g).
+
+    *When to use.* Chains; peers train block drafters with smoothing = 0.5 (arXiv:2605.18810).
+
+    Args:
+        depth: D, draft tokens of a path.
+        smoothing: in [0, 1); 0 trusts the drafter's own chances.
+    """
+
+    def __init__(self, depth: int = 8, smoothing: float = 0.5) -> None:
+        super().__init__(depth)
+        if not 0.0 <= smoothing < 1.0:
+            raise ValueError(f"PrefixWeights: smoothing={smoothing} is not in [0, 1).")
+        self.smoothing = smoothing
+
+    def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
+        return prefix_weights((-nll).exp(), inside, self.smoothing)
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, smoothing={self.smoothing}"
+
+
+class BudgetWeights(PathWeights):
+    """A loss for best-first trees of a node budget: weigh steps by what the tree loses at them.
+
+    *Where it comes from.* A best-first tree keeps the greedy path to depth k iff s_k = Σ_{i≤k} −log q(g_i) is
+    below the tree's threshold b = −log λ: a condition on a likelihood, not on a rank. `budget_loss` is a
+    smooth count of the tokens lost to it; these are its derivatives, summed over all paths through a step.
+
+    *What it bounds.* With `HardCE` the gradient is that of Σ_paths budget_loss, and budget_loss ≥ the draft
+    tokens that a tree with threshold b loses on that path. With `MarginDiscountedCE` the weights stay the
+    same, the loss they weigh is smaller: a heuristic, not a bound.
+
+    *When to use.* Best-first trees, as a second phase after a few hundred steps of a cross-entropy: from
+    scratch every path is beyond the threshold, where "sigmoid" is silent.
+
+    The threshold of a tree is not known while training. `budget_nats` fixes it; by default it is estimated on
+    every batch (`estimated_budget_nats`).
+
+    Args:
+        node_budget: B, draft tokens verified in one pass.
+        depth: D, deepest level of the tree.
+        budget_nats: b, nats; estimated from B on every batch when not given.
+        temperature: width of the threshold, nats, > 0.
+        form: "sigmoid" (bounded) or "softplus" (for a weak drafter).
+        base: weight every step gets on top, ≥ 0, so that no step is forgotten entirely.
+    """
+
+    def __init__(
+        self,
+        node_budget: int = 32,
+        depth: int = 8,
+        budget_nats: float | None = None,
+        temperature: float = 1.0,
+        form: Form = "sigmoid",
+        base: float = 0.1,
+    ) -> None:
+        super().__init__(depth)
+        if node_budget < 1 or not temperature > 0.0 or base < 0.0 or form not in ("sigmoid", "softplus"):
+            raise ValueError(
+                f"BudgetWeights: node_budget={node_budget}, temperature={temperature}, base={base}, "
+                f"form={form!r}; need node_budget >= 1, temperature > 0 nats, base >= 0, sigmoid or softplus."
+            )
+        self.node_budget, self.budget_nats, self.base = node_budget, budget_nats, base
+        self.temperature, self.form = temperature, form
+
+    def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
+        budget: float | Tensor | None = self.budget_nats
+        if budget is None:
+            budget = estimated_budget_nats(nll[inside[..., 0]], inside[inside[..., 0]], self.node_budget)
+        weights = budget_weights(nll, budget, inside, self.temperature, self.form)
+        weights[..., 0] += self.base * inside[..., 0]
+        return weights
+
+    def extra_repr(self) -> str:
+        budget = "estimated" if self.budget_nats is None else self.budget_nats
+        return (
+            f"node_budget={self.node_budget}, depth={self.depth}, budget_nats={budget}, "
+            f"temperature={self.temperature}, form={self.form!r}, base={self.base}"
+        )

@@ -1,0 +1,15 @@
+from .causal_lm import load_causal_lm as load_causal_lm
+from .causal_lm import quiet as quiet
+from .files import appearing_folder as appearing_folder
+from .files import sha256_of as sha256_of
+from .files import sync_folder as sync_folder
+from .files import write_file as write_file
+from .files import write_json as write_json
+from .files import write_text as write_text
+from .fp32 import project_fp32 as project_fp32
+from .hidden_states import HiddenStates as HiddenStates
+from .hidden_states import bits_of as bits_of
+from .hub import HUB_TIMEOUT_S as HUB_TIMEOUT_S
+from .hub import hub_answers as hub_answers
+from .hub import hub_endpoint as hub_endpoint
+from .progress import Progress as Progress

@@ -1,0 +1,54 @@
+"""Logits in fp32: the one projection behind every margin, greedy token and certificate.
+
+A bf16 logit between 16 and 32 is a multiple of 1/8, so bf16 logits tie, and their argmax and margins are not
+those of the model. Recording, online targets, validation, evaluation and decoding all project here.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+_BLOCK_VALUES = 1 << 19  # weight values widened at once on a CPU: 2 MiB of fp32 stay in its cache
+
+
+def project_fp32(
+    hidden: Float[Tensor, "*step H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None = None
+) -> Float[Tensor, "*step V"]:
+    """hidden @ weight.T + bias, accumulated and returned in fp32 (float64 stays float64).
+
+    Autocast does not apply. Low-precision factors are read as they are: products of two bf16 numbers are
+    exact in fp32, so only the order of the sums differs from a widened copy of the weights, which is never
+    made as a whole. Differentiable.
+
+    Args:
+        hidden: hidden states after the final norm, any float dtype.
+        weight: output embedding; the dtype may differ from that of `hidden`.
+        bias: of the output layer, if it has one.
+    """
+    wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.dtype == wide:
+            return F.linear(hidden.to(wide), weight, None if bias is None else bias.to(wide))
+        flat = hidden.flatten(0, -2)
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            logits = F.linear(flat.to(wide), weight.to(wide))
+        elif weight.is_cuda and hidden.dtype == weight.dtype and wide == torch.float32:
+            logits = torch.mm(flat, weight.t(), out_dtype=torch.float32)
+        else:
+            logits = _by_blocks(flat.to(wide), weight)
+        if bias is not None:
+            logits = logits + bias.to(wide)
+        return logits.unflatten(0, hidden.shape[:-1])
+
+
+def _by_blocks(hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "N V"]:
+    """The product with a weight of another dtype, widened a block of rows at a time."""
+    logits = hidden.new_empty(len(hidden), len(weight))
+    rows = max(1, _BLOCK_VALUES // weight.shape[1])
+    for begin in range(0, len(weight), rows):
+        block = weight[begin : begin + rows].to(hidden.dtype)
+        logits[:, begin : begin + rows] = hidden @ block.t()
+    return logits

@@ -1,0 +1,184 @@
+"""The command line as typed: help without torch, one-line errors with the nearest name, exit codes."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from certdraft.train.commands.cli import COMMANDS, guard, main
+from certdraft.train.commands.parser import check_syntax, explain
+
+Write = Callable[..., str]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """stderr of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    said = capsys.readouterr().err
+    assert exit_.value.code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_help_version_and_typos_import_no_torch() -> None:
+    code = (
+        "import sys; from certdraft.train.commands.cli import main\n"
+        "for args in ([], ['--help'], ['--version'], ['fitt'], ['--config', 'x']):\n"
+        "    try: main(args)\n"
+        "    except SystemExit as stop: print('exit', stop.code)\n"
+        "assert not {'torch', 'pytorch_lightning', 'transformers', 'jsonargparse'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("usage:") == 2
+    assert done.stdout.count("exit 2") == 2
+    assert "did you mean 'fit'?" in done.stderr
+    assert "the command comes first" in done.stderr
+
+
+def test_both_scripts_are_this_program() -> None:
+    for name in ("certdraft", "lightning"):
+        script = Path(sys.executable).with_name(name)
+        done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
+        assert f"usage: {name} COMMAND" in done.stdout
+    python = [sys.executable, "-m", "certdraft", "--version"]
+    assert subprocess.run(python, capture_output=True, text=True, check=True).stdout.startswith("certdraft ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([name, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: certdraft {name}" in capsys.readouterr().out.replace(" [options]", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--trainer.max_step", "3"], "did you mean '--trainer.max_steps'?"),
+        (["--trainer.max_steps", "many"], "trainer.max_steps: expected <class 'int'>. Got value: many"),
+        (["--model.optimiser.lr", "1"], "DrafterModule has no option 'optimiser"),
+        (["--model.optimizer.lrr", "1"], "OptimizerSettings has no option 'lrr'; did you mean 'lr'?"),
+        (["--model.loss", "MarginDiscountCE"], "did you mean 'MarginDiscountedCE'?"),
+        (["--model.loss.mm", "1"], "has no option 'mm'"),
+        (["--model.loss", "nowhere.yaml"], "no such file: nowhere.yaml"),
+        (
+            ["--data.sequence_len", "1"],
+            "TraceDataModule has no option 'sequence_len'; did you mean 'seq_len'?",
+        ),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+    ],
+)
+def test_wrong_flags_name_the_nearest(
+    arguments: list[str],
+    expected: str,
+    settings: dict[str, Any],
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings["model"]["loss"] = {"class_path": "PoolDiscountedCE"}
+    assert expected in fails(capsys, "fit", "--config", write(settings), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"trainer": {"max_step": 3}}, "did you mean '--trainer.max_steps'?"),
+        ({"trainr": {"max_steps": 3}}, "did you mean '--trainer.max_steps'?"),
+        ({"model": {"optimizer": {"warmup": 3}}}, "did you mean 'warmup_steps'?"),
+        ({"data": {"train": "nowhere"}}, "nowhere"),
+        ({"trainer": {"max_steps": 0, "max_epochs": 1}}, "trainer.max_steps"),
+    ],
+)
+def test_wrong_yaml_names_the_nearest(
+    change: dict[str, Any],
+    expected: str,
+    settings: dict[str, Any],
+    write: Write,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for key, value in change.items():
+        settings[key] = {**settings.get(key, {}), **value}
+    assert expected in fails(capsys, "fit", "--config", write(settings))
+    assert not list(Path(settings["runs_dir"]).glob("*/*/checkpoints/*"))
+
+
+def test_unreadable_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.yaml" in fails(capsys, "fit", "--config", "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [b\nc: {")
+    check_syntax([])
+    assert "broken.yaml" in fails(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
+
+
+def test_plain_commands_are_strict_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean '--draft_length'?" in fails(
+        capsys, "export", "--run", "x", "--out", "y", "--draft_lenght", "3"
+    )
+    assert "x: no checkpoint there" in fails(capsys, "export", "--run", "x", "--out", "y")
+
+
+def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(error: BaseException) -> Callable[[], None]:
+        def raise_it() -> None:
+            raise error
+
+        return raise_it
+
+    cases = [
+        (ValueError("rows: none"), 2, "certdraft x: error: rows: none\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.bin"),
+            2,
+            "no space left on the disk while writing a.bin",
+        ),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "b"), 2, "no such file or folder: b"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            ValueError(
+                "Does not validate against any of the Union subtypes\nSubtypes: [A, B]\nErrors:\n  - no hub\n"
+                "  - Expected a <class 'NoneType'>\nGiven value type: <dict>\nGiven value: Namespace()"
+            ),
+            2,
+            "certdraft x: error: no hub\n",
+        ),
+    ]
+    for error, code, text in cases:
+        with pytest.raises(SystemExit) as exit_:
+            guard(act(error), "certdraft x")
+        assert exit_.value.code == code
+        assert text in capsys.readouterr().err
+    asked, ignored = signal.default_int_handler, signal.SIG_IGN
+    for before, after, code in ((asked, ignored, 130), (asked, asked, 1), (ignored, ignored, 1)):
+        handlers = iter((before, after))
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "getsignal", lambda _, handlers=handlers: next(handlers))
+            with pytest.raises(SystemExit) as exit_:
+                guard(act(SystemExit(1)), "certdraft x")
+        assert exit_.value.code == code
+    with pytest.raises(KeyError):  # a bug keeps its traceback
+        guard(act(KeyError("x")), "certdraft x")
+    monkeypatch.setenv("CERTDRAFT_DEBUG", "1")
+    with pytest.raises(ValueError, match="rows"):
+        guard(act(ValueError("rows")), "certdraft x")
+
+
+def test_explain_keeps_the_deepest_complaint() -> None:
+    message = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'LightningModule'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'certdraft.losses.PoolDiscountedCE':
+        Parser key "m":
+          Expected a <class 'int'>. Got value: x
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>"""
+    assert explain(message) == "model.m: expected <class 'int'>. Got value: x"
+    assert explain("something\n  else") == "something else" or "something" in explain("something\n  else")

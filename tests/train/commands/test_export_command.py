@@ -1,0 +1,70 @@
+"""`certdraft export` and `certdraft lint` on runs of drafters that read their target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from certdraft.data import load_target
+from certdraft.drafters import load_drafter, read_facts
+from certdraft.train.commands.cli import main
+
+EAGLE = {
+    "class_path": "EagleDrafter",
+    "init_args": {
+        "unroll": 2,
+        "max_lost_coverage": 1.0,
+        "config": {"target_layer_ids": [0], "draft_vocab_size": 200},
+    },
+}
+BLOCK = {
+    "class_path": "BlockDrafter",
+    "init_args": {
+        "num_anchors": 8,
+        "config": {"num_hidden_layers": 1, "block_size": 4, "target_layer_ids": [0]},
+    },
+}
+
+
+@pytest.mark.parametrize(("drafter", "format", "length"), [(EAGLE, "eagle3", 4), (BLOCK, "dflash", 3)])
+def test_a_run_becomes_a_folder(
+    tiny: Path,
+    settings: dict[str, Any],
+    write: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    drafter: dict[str, Any],
+    format: str,
+    length: int,
+) -> None:
+    settings["model"] |= {"drafter": drafter, "target": {"name": str(tiny / "target")}}
+    settings["trainer"] |= {"max_steps": 2, "val_check_interval": 2}
+    main(["fit", "--config", write(settings)])
+    run, out = next((tmp_path / "runs" / "tiny").iterdir()), tmp_path / "out"
+    main(["export", "--run", str(run), "--out", str(out)])
+    facts = read_facts(out)
+    assert (facts["format"], facts["draft_length"]) == (format, length)
+    assert facts["facts"]["target_architecture"] == "Qwen3ForCausalLM"
+
+    loaded = load_drafter(out, target=load_target(str(tiny / "target")))
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    trained = {n.removeprefix("drafter."): v for n, v in content["state_dict"].items() if "drafter." in n}
+    assert trained.keys() == loaded.state_dict().keys()
+    best = run / "checkpoints" / "best.ckpt"
+    if not best.exists():
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in trained.items())
+
+    capsys.readouterr()
+    main(["lint", "--path", str(out), "--target", str(tiny / "target")])
+    assert f"{out}: no error" in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rope_theta": 7.0}))
+    with pytest.raises(SystemExit) as stop:
+        main(["lint", "--path", str(out)])
+    assert stop.value.code == 2
+    assert "error: rope_theta: is 7.0" in capsys.readouterr().err

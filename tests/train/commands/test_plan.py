@@ -1,0 +1,146 @@
+"""Plans: sizes from configs, formulas against what really happens, and words instead of surprises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from certdraft.data import bytes_per_token
+from certdraft.train.plan.formulas import DEVICES, activation_bytes, decode_step_s, state_bytes, step_flop
+from certdraft.train.plan.model_sizes import ModelSizes, sizes_of
+from certdraft.train.plan.plan_command import load_config, plan
+
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 208, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "body"), [("Qwen/Qwen3-8B", 8.19e9, 6.95e9), ("Qwen/Qwen3-0.6B", 0.596e9, 0.44e9)]
+)
+def test_published_sizes(name: str, parameters: float, body: float) -> None:
+    sizes = sizes_of(name)
+    assert sizes.parameters == pytest.approx(parameters, rel=0.01)
+    assert sizes.body == pytest.approx(body, rel=0.01)
+
+
+def test_sizes_of_a_folder_and_of_keys(tmp_path: Path) -> None:
+    network = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=3))
+    network.config.save_pretrained(tmp_path)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    for sizes in (sizes_of(str(tmp_path)), sizes_of({**SIZES, "num_hidden_layers": 3})):
+        assert (sizes.parameters, sizes.layers, sizes.query, sizes.key_value) == (count, 3, 96, 32)
+        assert sizes.embedding == 128 * 64
+    with pytest.raises(FileNotFoundError, match="no config of '/nowhere' here.*config.json"):
+        sizes_of("/nowhere")
+
+
+def saved_bytes(layers: int, checkpointing: bool) -> int:
+    """What autograd really keeps of a forward pass of 3 × 61 tokens under bf16 autocast."""
+    network = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=layers)).train()
+    if checkpointing:
+        enable = (
+            getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})
+    storages: dict[int, int] = {}
+    kept = []
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    casts = {2 * parameter.numel() for parameter in network.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.nbytes() not in casts:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    ids, positions = torch.zeros(3, 61, dtype=torch.long), torch.arange(61).expand(3, 61)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        network.model(
+            input_ids=ids, position_ids=positions, attention_mask=torch.zeros(3, 1, 61, 61), use_cache=False
+        )
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_saves(checkpointing: bool) -> None:
+    def estimated(layers: int) -> float:
+        return activation_bytes(sizes_of({**SIZES, "num_hidden_layers": layers}), 3 * 61, checkpointing)
+
+    measured = saved_bytes(4, checkpointing) - saved_bytes(2, checkpointing)
+    assert estimated(4) - estimated(2) == pytest.approx(measured, rel=0.05)
+
+
+def test_state_is_what_the_optimiser_holds() -> None:
+    network = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=2))
+    optimizer = torch.optim.AdamW(network.parameters())
+    network(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    held = sum(p.nbytes + p.grad.nbytes for p in network.parameters())
+    held += sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.ndim)
+    count = sum(p.numel() for p in network.parameters())
+    assert state_bytes(count, 0, "32-true") == held
+    assert state_bytes(count, 0, "bf16-mixed") == held + 2 * count
+
+
+def test_arithmetic_is_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    network = Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=2))
+    sizes = sizes_of({**SIZES, "num_hidden_layers": 2})
+    with FlopCounterMode(display=False) as counter:
+        network(input_ids=torch.zeros(2, 32, dtype=torch.long)).logits.sum().backward()
+    counted = counter.get_total_flops()
+    assert step_flop(sizes, 64, 64, 32, sizes.parameters, False) == pytest.approx(counted, rel=0.1)
+
+
+def test_a_plan_in_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(nodes=2, devices=8, prompts=1000, out=str(tmp_path / "plan.json"))
+    said = capsys.readouterr().out
+    assert "2 node(s) × 8 × h100" in said
+    assert "assumed: mfu 0.4" in said
+    assert found.fits
+    assert found.trace_gb == pytest.approx(1000 * 700 * bytes_per_token(32) / 1e9)
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
+    one = plan(prompts=1000)
+    assert found.record_hours == pytest.approx(one.record_hours / 16)
+    shared = plan(nodes=2, devices=8, fsdp2=True)
+    key = "weights, gradients, AdamW"
+    assert shared.train_memory_gb[key] < found.train_memory_gb[key] / 3
+    big = plan(batch_size=32, checkpointing=False)
+    assert not big.fits
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert plan(mfu=0.2).step_seconds == pytest.approx(2 * one.step_seconds)
+
+
+def test_decoding_reads_the_weights_or_computes() -> None:
+    sizes, device = sizes_of("Qwen/Qwen3-8B"), DEVICES["h100"]
+    alone, many = (decode_step_s(sizes, rows, 500, device, 0.4) for rows in (1, 4096))
+    assert alone == pytest.approx(2 * sizes.parameters / (3350e9 * 0.7), rel=0.02)
+    assert many > 4 * alone
+
+
+def test_configs_name_files_relative_to_themselves(tmp_path: Path) -> None:
+    (tmp_path / "drafter").mkdir()
+    (tmp_path / "drafter" / "a.yaml").write_text("class_path: CausalDrafter\ninit_args: {config: x}\n")
+    (tmp_path / "run.yaml").write_text("model: {drafter: drafter/a.yaml}\n")
+    assert load_config(tmp_path / "run.yaml")["model"]["drafter"]["init_args"] == {"config": "x"}
+    with pytest.raises(FileNotFoundError, match=r"plan: no config .*nowhere\.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+    (tmp_path / "empty.yaml").write_text("seed_everything: 0\n")
+    with pytest.raises(ValueError, match="names no config; give --target and --drafter"):
+        plan(run=str(tmp_path / "empty.yaml"))
+
+
+def test_lora_trains_little() -> None:
+    sizes: ModelSizes = sizes_of("Qwen/Qwen3-0.6B")
+    assert sizes.adapters(32) == pytest.approx(20.2e6, rel=0.01)  # all linear layers

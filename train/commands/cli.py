@@ -1,0 +1,207 @@
+"""The command line: `certdraft`, `lightning` and `python -m certdraft` are this one program.
+
+A table answers help, version and misspelt commands without importing torch; the chosen command is imported
+only then. Wrong input ends in one paragraph and exit code 2; CERTDRAFT_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from certdraft import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: "module:function" to import when it is called, and one line of help."""
+
+    target: str
+    summary: str
+
+
+TRAINER = "certdraft.train.commands.lightning_cli:run"
+COMMANDS = {
+    "demo": Command("certdraft.train.commands.demo:demo", "all of it on the embedded target, in minutes"),
+    "doctor": Command(
+        "certdraft.train.commands.doctor:doctor", "what this machine has, and what stands in the way"
+    ),
+    "plan": Command(
+        "certdraft.train.plan.plan_command:plan", "memory, disk and time of a run, before it is started"
+    ),
+    "trace": Command("certdraft.data:record_trace", "record what a target says along its own greedy text"),
+    "certify": Command("certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace"),
+    "fit": Command(TRAINER, "train a drafter (LightningCLI)"),
+    "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)"),
+    "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)"),
+    "predict": Command(TRAINER, "run a LightningModule over data (LightningCLI)"),
+    "sweep": Command("certdraft.train.commands.sweep:sweep", "run a W&B sweep file here, without W&B"),
+    "reproduce": Command(
+        "certdraft.train.runs.run_record:reproduce", "run a run again, and compare the weights"
+    ),
+    "export": Command(
+        "certdraft.train.commands.export_command:export_run", "a checkpoint as a folder that engines load"
+    ),
+    "lint": Command(
+        "certdraft.train.commands.export_command:lint", "check a folder before an engine reads it wrongly"
+    ),
+    "profile": Command("certdraft.evaluation:run_profile", "cost of drafting and verifying on this machine"),
+    "evaluate": Command("certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed"),
+    "arbitrate": Command(
+        "certdraft.arbitration:run_arbitrate", "a policy that lets the drafter speak where it knows better"
+    ),
+    "compare": Command(
+        "certdraft.evaluation.report.compare:compare", "runs and reports side by side on one page"
+    ),
+    "publish": Command("certdraft.evaluation.report.publish:publish", "a report and an export as a W&B run"),
+    "completion": Command(
+        "certdraft.train.commands.completion:completion", "completion script of your shell"
+    ),
+}
+
+_EXAMPLE = "certdraft fit --config configs/demo.yaml"
+_ENVIRONMENT = {
+    # Nothing is reported to anyone unless the user turned it on.
+    "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "1",
+    # What Lightning's command line does in a way that jsonargparse would like to see changed.
+    "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
+}  # fmt: skip
+_LIBRARY_ERRORS = {"MisconfigurationException", "SafetensorError"}  # by name: importing them costs seconds
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+        argv: arguments after the program's name; the process's own by default.
+
+    Raises:
+        SystemExit: code 2 for wrong input, 130 after Ctrl-C.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    prog = _program()
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
+    if not args or args[0] in ("-h", "--help"):
+        print(usage(prog))
+        return
+    if args[0] in ("-V", "--version"):
+        print(f"certdraft {__version__}")
+        return
+    name = args[0]
+    if name not in COMMANDS:
+        raise SystemExit(_unknown(prog, name))
+    guard(lambda: _load(COMMANDS[name])(name, args[1:], f"{prog} {name}"), f"{prog} {name}")
+
+
+def captured(args: Sequence[str]) -> tuple[int, str, str]:
+    """What a command line that only prints says (`--help`, `--print_config`).
+
+    Returns:
+        Exit code, standard output, standard error.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(args)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+def guard(act: Callable[[], Any], label: str) -> Any:
+    """Calls `act`; what the user can mend becomes one paragraph on stderr and exit code 2."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a script's background jobs
+    try:
+        return act()
+    except KeyboardInterrupt:
+        print(f"{label}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SystemExit as stop:
+        # Lightning's way of saying that Ctrl-C ended a run: it ignores further ones and exits with 1.
+        if stop.code == 1 and not ignored and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise SystemExit(130) from None
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say to a closed pipe
+        raise SystemExit(141) from None
+    except Exception as error:
+        if os.environ.get("CERTDRAFT_DEBUG") or not _mendable(error):
+            raise
+        print(f"{label}: error: {_paragraph(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def usage(prog: str) -> str:
+    """The top-level help text."""
+    rows = "\n".join(f"  {name:<10} {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: {prog} COMMAND [options]\n\n"
+        f"Train drafters for speculative decoding against acceptance certificates.\n\n{rows}\n\n"
+        f"  {prog} COMMAND --help          options of a command\n"
+        f"  {prog} COMMAND --print_config  its settings as YAML\n"
+        f"  {prog} --version\n\nstart with `{prog} demo`, then `{_EXAMPLE}`"
+    )
+
+
+def _unknown(prog: str, name: str) -> int:
+    if name.startswith("-"):
+        message = f"the command comes first: {prog} COMMAND {name} …"
+    else:
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        message = f"no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    print(f"{prog}: error: {message}\ncommands: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
+def _load(command: Command) -> Callable[[str, list[str], str], Any]:
+    module, _, attribute = command.target.partition(":")
+    if command.target == TRAINER:
+        return getattr(import_module(module), attribute)
+
+    def run(name: str, args: list[str], prog: str) -> Any:
+        from jsonargparse import auto_cli
+
+        from certdraft.train.commands.parser import StrictParser, check_syntax
+
+        check_syntax(args)
+        function = getattr(import_module(module), attribute)
+        return auto_cli(function, args, as_positional=False, parser_class=StrictParser, prog=prog)
+
+    return run
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return name if name in ("certdraft", "lightning") else "certdraft"
+
+
+def _mendable(error: Exception) -> bool:
+    """Whether the message is meant for the user; bugs (KeyError, TypeError, …) keep their traceback."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, ValueError | OSError) or bool(names & _LIBRARY_ERRORS)
+
+
+def _paragraph(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; free some and run the same command again"
+    if isinstance(error, FileNotFoundError) and error.filename and error.errno is not None:
+        return f"no such file or folder: {error.filename}"
+    if str(error).startswith("Does not validate against any"):  # an error of a constructor, wrapped
+        from certdraft.train.commands.parser import explain
+
+        return explain(str(error))
+    return str(error).strip() or type(error).__name__

@@ -1,0 +1,195 @@
+"""`certdraft export`: a training checkpoint as a folder that engines load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import Tensor
+
+from certdraft.data import load_target, load_tokenizer, target_config
+from certdraft.drafters import BlockDrafter, CardFacts, CausalDrafter, EagleDrafter, export, lint_export
+from certdraft.train.drafter_module import DrafterModule
+
+
+def export_run(
+    run: str,
+    out: str,
+    format: str | None = None,
+    draft_length: int | None = None,
+    name: str | None = None,
+    license: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    adapter: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write the drafter of a training run as a folder that serving engines load, with a model card.
+
+    The folder is loaded again and compared with the drafter before it gets its name.
+
+    Args:
+        run: run folder (its best checkpoint, or its last), or a checkpoint file.
+        out: folder to create.
+        format: "transformers" (causal and block drafters), "eagle3", "dflash" or "speculators" (EAGLE heads
+            and block drafters); the one that most engines read when not given.
+        draft_length: draft tokens per round, written where engines read it; when not given 4, or a whole
+            block.
+        name: what to call the drafter; the folder's name when not given.
+        license: SPDX identifier of the drafter's weights.
+        dtype: of the weights in the file; the drafter's when not given.
+        adapter: also write the LoRA adapter alone.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: no such run or checkpoint.
+        ValueError: not a checkpoint of a drafter, or an export that does not load as the same drafter.
+    """
+    checkpoint = find(run)
+    module, content = load_module(checkpoint)
+    card, drafter = card_facts(module, content, name, license), module.drafter
+    if draft_length is None:
+        draft_length = drafter.config.block_size - 1 if isinstance(drafter, BlockDrafter) else 4
+    folder = export(
+        drafter, out, format, tokenizer=load_tokenizer(card.target), draft_length=draft_length,
+        card=card, dtype=dtype, adapter=adapter, overwrite=overwrite,
+    )  # fmt: skip
+    print(f"exported {checkpoint} to {folder}")
+    for finding in lint_export(folder):
+        print(f"  {finding}")
+    for source, copy in (("run.yaml", "run.yaml"), ("config.yaml", "training.yaml")):
+        if (record := checkpoint.parent.parent / source).is_file():
+            (folder / copy).write_bytes(record.read_bytes())
+    return folder
+
+
+def lint(path: str, target: str | None = None) -> None:
+    """Check the files of an exported drafter against every rule that engines rely on.
+
+    Args:
+        path: folder with config.json and safetensors: a causal LM, an EAGLE-3 head or a DFlash drafter, in
+            any layout, whoever wrote it.
+        target: folder of the target, or its config.json; checks the pair too.
+
+    Raises:
+        FileNotFoundError: no such folder, or files missing.
+        ValueError: an engine would refuse the folder, or draft badly with it.
+    """
+    findings = lint_export(path, target)
+    errors = [finding for finding in findings if finding.severity == "error"]
+    said = "\n".join(f"  {finding}" for finding in findings)
+    if errors:
+        raise ValueError(f"{path} breaks {len(errors)} rule{'s' * (len(errors) > 1)}:\n{said}")
+    print(f"{path}: no error" + (f"\n{said}" if said else ""))
+
+
+def find(run: str | Path) -> Path:
+    """The checkpoint meant by a run folder or a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is sharded over several files.
+    """
+    path = Path(run).expanduser()
+    choices = (
+        [path] if path.suffix == ".ckpt" else [path / "checkpoints" / f"{k}.ckpt" for k in ("best", "last")]
+    )
+    found = next((file for file in choices if file.exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{path}: no checkpoint there; give a run folder with checkpoints/, or a .ckpt"
+        )
+    if found.is_dir():
+        raise ValueError(
+            f"{found} is a sharded checkpoint; merge it first with "
+            f"`python -m pytorch_lightning.utilities.consolidate_checkpoint {found}`"
+        )
+    return found
+
+
+def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
+    """The module a checkpoint was saved from, in eval mode, and the checkpoint's content.
+
+    Raises:
+        ValueError: the checkpoint does not say how to make its drafter.
+    """
+    content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    facts = content.get("certdraft", {})
+    if not facts.get("target") or not facts.get("config"):
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of `certdraft fit` on a trace; nothing says what it is"
+        )
+    module = instantiate(yaml.safe_load(facts["config"])["model"])
+    if not isinstance(module, DrafterModule):
+        raise ValueError(f"{checkpoint} holds a {type(module).__name__}, not a drafter")
+    _build(module, facts["target"], content["state_dict"])
+    module.on_load_checkpoint(content)
+    module.load_state_dict(content["state_dict"], strict=module.strict_loading)
+    return module.eval(), content
+
+
+def _build(module: DrafterModule, target: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """The network that the checkpoint's weights fit; they follow."""
+    drafter, vocab_size, name = module.drafter, target["vocab_size"], target["target"]
+    if isinstance(drafter, CausalDrafter):
+        drafter.init_from_target = False
+        drafter.build(vocab_size)
+    elif isinstance(drafter, EagleDrafter | BlockDrafter):
+        model = load_target(name, revision=target["target_revision"])
+        if isinstance(drafter, EagleDrafter):
+            member = state.get("drafter.t2d")  # as counts, it chooses the same draft vocabulary again
+            drafter.build(vocab_size, model, None if member is None else member.long())
+        else:
+            spare = max(load_tokenizer(name).get_vocab().values()) + 1  # as training chose it
+            drafter.build(vocab_size, model, spare if spare < vocab_size else None)
+
+
+def instantiate(settings: dict[str, Any]) -> Any:
+    """The object that a `class_path`, `init_args` pair of a config describes."""
+    import pytorch_lightning as pl
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningModule, "model", fail_untyped=False)
+    return parser.instantiate(parser.parse_object({"model": settings})).model
+
+
+def card_facts(
+    module: DrafterModule, content: dict[str, Any], name: str | None = None, license: str | None = None
+) -> CardFacts:
+    """What the model card says, from the settings, target and metrics that the checkpoint carries."""
+    facts = content["certdraft"]
+    settings, target = yaml.safe_load(facts["config"]), facts["target"]
+    optimizer = settings["model"]["init_args"]["optimizer"]
+    data = settings["data"]["init_args"]
+    record = data.get("record") or {}
+    metrics = dict(facts["metrics"])
+    step = metrics.pop("step", None)
+    training = {
+        "steps": content["global_step"],
+        "seed": settings["seed_everything"],
+        "learning rate": optimizer["lr"],
+        "batch": f"{data['batch_size']} rows of {data['seq_len']} tokens per device",
+        "learned tokens in the trace": target["num_counted"],
+    }
+    architectures = None
+    if isinstance(module.drafter, EagleDrafter | BlockDrafter):
+        architectures = target_config(target["target"], revision=target["target_revision"]).architectures
+    return CardFacts(
+        target=target["target"],
+        target_architecture=architectures[0] if architectures else None,
+        target_vocab_size=target["vocab_size"],
+        tokenizer_fingerprint=target["tokenizer_fingerprint"],
+        target_revision=target["target_revision"],
+        name=name,
+        loss=repr(module.loss),
+        datasets=(record["corpus"]["source"],) if record else (),
+        evaluated_on="the validation trace" + (f", at step {step}" if step is not None else ""),
+        metrics=metrics,
+        training=training,
+        license=license,
+    )

@@ -1,0 +1,253 @@
+"""DrafterModule: a drafter, a target and a loss under the Lightning Trainer.
+
+Axis letters: H hidden · N counted drafts · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from certdraft.data import Batch
+from certdraft.drafters import Drafter, Paths
+from certdraft.losses import (
+    Chunked,
+    ForwardKL,
+    HardCE,
+    Loss,
+    Mixture,
+    OnlineTarget,
+    PathWeights,
+    RunnerUpForgivingCE,
+    StepWeights,
+    TargetBatch,
+    reduce,
+)
+from certdraft.train.accumulation import Accumulation
+from certdraft.train.drafter_setup import fit_to_target
+from certdraft.train.optim import OptimizerSettings
+from certdraft.train.restricted_target import DraftVocabulary
+from certdraft.train.sharding import shard
+from certdraft.train.target_outputs import Online, Said, TargetSettings, recorded
+from certdraft.train.validation import ValidationSettings, ValidationSums, first_choice
+
+_ENTRIES_PER_CHUNK = 1 << 23  # of validation logits held at once
+
+
+class DrafterModule(pl.LightningModule):
+    """Trains a drafter on what a target says.
+
+    The target is a trace (its head comes with every batch) or a model that is run beside the drafter. Only
+    trainable weights enter checkpoints: with LoRA the adapters, and the base is loaded again on resuming.
+
+    Args:
+        drafter: the model that is trained.
+        loss: per-step loss; when not given the mixture that covers best in benchmarks/study.
+        optimizer: learning rate, its schedule, weight decay.
+        target: a model to run in the training step; a trace is read when not given.
+        validation: which metrics are reported.
+        chunk_tokens: steps whose logits exist at once; chosen by vocabulary and device when not given, 0 for
+            all of them.
+        step_weights: how much each step counts; all alike when not given.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        loss: Loss | None = None,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008, frozen
+        target: TargetSettings | None = None,
+        validation: ValidationSettings = ValidationSettings(),  # noqa: B008, frozen
+        chunk_tokens: int | None = None,
+        step_weights: StepWeights | None = None,
+    ) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.loss = loss or Mixture([RunnerUpForgivingCE(8), ForwardKL()], [0.5, 0.5])
+        self.optimizer_settings, self.validation_settings = optimizer, validation
+        whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
+        self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
+        self.step_weights = step_weights
+        self._nll = Chunked(HardCE(), "none", chunk_tokens or None)
+        # A plain object: the frozen target is no submodule, so it is in no checkpoint and no wrapper.
+        self.online = None if target is None else Online(target)
+        self.vocabulary: DraftVocabulary | None = None
+        self._layers: Sequence[int] = ()  # whose outputs the trace holds
+        self._sums: ValidationSums | None = None
+        self._accumulation = Accumulation()
+
+    # ---- steps
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        progress = self.global_step / max(self.trainer.max_steps, 1)
+        self.loss.at(progress)
+        self.drafter.at(progress)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        paths, said = self._paths(batch)
+        hidden, target = paths.hidden[paths.mask], said.at(paths.steps[paths.mask])
+        weight: Any = self.drafter.head_weight if self.chunked is not None else None
+        if self.vocabulary is not None:
+            target = self.vocabulary.target(target)
+            own: Any = self.drafter.head_weight
+            hidden, weight = self.vocabulary.drafter(hidden, own, target)
+        step_weight = self._step_weight(batch, paths, hidden, weight, target)
+        total = self._mean_count(len(hidden) if step_weight is None else step_weight.sum())
+        several = self.trainer.world_size > 1
+        if self.chunked is not None:
+            loss = self.chunked(hidden, weight, target, step_weight=step_weight, denominator=total)
+        else:
+            per_step = self.loss(self._logits(hidden, weight), target[:])
+            loss = reduce(per_step, weight=step_weight, denominator=total)
+        # A log call costs milliseconds, so none is made whose value nobody writes down.
+        if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:
+            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1, sync_dist=several)
+        return self._accumulation.scaled(loss, total, self.trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._accumulation.settle(self.parameters(), self.trainer.accumulate_grad_batches)
+
+    def on_train_start(self) -> None:
+        self._accumulation.forget()
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = ValidationSums(self.validation_settings, self.device)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        assert self._sums is not None
+        paths, said = self._paths(batch, depth=self.validation_settings.depth, every=True)
+        hits = torch.zeros(paths.mask.shape, dtype=torch.bool, device=self.device)
+        size = max(1, _ENTRIES_PER_CHUNK // self.drafter.vocab_size)
+        for depth, inside in enumerate(paths.mask.T):
+            for index in inside.nonzero().squeeze(-1).split(size):
+                target = said.at(paths.steps[index, depth])[:]
+                logits = self.drafter.head(paths.hidden[index, depth])
+                if depth == 0:
+                    hits[index, 0] = self._sums.add_steps(logits, target.head, target.logp, self.vocabulary)
+                else:
+                    hits[index, depth] = first_choice(logits, target.greedy)
+        counted = torch.zeros(*batch.loss_mask.shape, hits.shape[1], dtype=torch.bool, device=self.device)
+        counted.flatten(0, 1)[paths.steps[:, 0]] = hits
+        segments = torch.where(batch.loss_mask, batch.document_ids, -1)
+        self._sums.add_rounds(counted, segments)
+
+    def on_validation_epoch_end(self) -> None:
+        assert self._sums is not None
+        metrics = self._sums.metrics(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
+        self._sums = None
+
+    # The test split reports the same numbers, under the same names.
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_settings.build(self, self.trainer.max_steps)
+
+    @torch.no_grad()
+    def _step_weight(
+        self,
+        batch: Batch,
+        paths: Paths,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"] | None,
+        target: TargetBatch | OnlineTarget,
+    ) -> Float[Tensor, " N"] | None:
+        if self.step_weights is None:
+            return None
+        nll = None
+        if self.step_weights.needs_nll and weight is not None:
+            nll = self._nll(hidden, weight, target)
+        elif self.step_weights.needs_nll:
+            nll = HardCE()(self._logits(hidden, weight), target[:])
+        if not self.drafter.taps or not isinstance(self.step_weights, PathWeights):
+            return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
+        placed = hidden.new_zeros(paths.mask.shape)  # these drafters have their paths already
+        if nll is not None:
+            placed = placed.masked_scatter(paths.mask, nll.to(placed.dtype))
+        return self.step_weights.on_paths(placed, paths.mask)[paths.mask]
+
+    def _logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        return self.drafter.head(hidden) if self.vocabulary is None else hidden @ weight.T  # type: ignore[union-attr]
+
+    def _mean_count(self, steps: int | Tensor) -> Tensor:
+        """Counted steps (their weight) per rank: averaged gradients weigh the global batch's steps alike."""
+        count = torch.as_tensor(steps, dtype=torch.float32, device=self.device)
+        return self.trainer.strategy.reduce(count, reduce_op="mean") if self.trainer.world_size > 1 else count
+
+    # ---- both models at the counted steps
+
+    def _paths(self, batch: Batch, depth: int | None = None, every: bool = False) -> tuple[Paths, Said]:
+        """The drafter's rounds along a batch, and what the target says about it."""
+        taps = self.drafter.taps
+        said = recorded(batch, taps, self._layers) if self.online is None else self.online.read(batch, taps)
+        paths = self.drafter.paths(
+            batch.input_ids,
+            batch.position_ids,
+            batch.document_ids,
+            batch.loss_mask,
+            said.features,
+            depth,
+            every,
+        )
+        if self.vocabulary is not None and batch.head is not None and not every:
+            # What the drafter cannot propose is a sure rejection: the round ends there.
+            held = self.vocabulary.holds(batch.head.greedy.flatten()[paths.steps])
+            paths = paths._replace(mask=(paths.mask & held).cumprod(-1).bool())
+        return paths, said
+
+    # ---- set-up and checkpoints
+
+    def setup(self, stage: str) -> None:
+        """Fits the drafter to the target's vocabulary; refuses another one, or another tokenizer."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        datamodule = getattr(self.trainer, "datamodule", None)
+        fit_to_target(self.drafter, self.online, datamodule, seed)
+        self._layers = getattr(getattr(datamodule, "meta", None), "feature_layers", ())
+        ids = getattr(self.drafter, "draft_ids", None)
+        if ids is not None:
+            root = self.trainer.strategy.root_device
+            self.vocabulary = DraftVocabulary(ids.to(root), self.drafter.vocab_size)
+        if stage == "fit":
+            self.drafter.train()  # a pretrained network arrives in eval mode, which Lightning would keep
+        if self.online is not None:
+            self.online.to(self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Shards the drafter under `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is not None:
+            shard(self.drafter, self.device_mesh)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state, frozen = checkpoint["state_dict"], self._frozen()
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = self._frozen()
+        if "state_dict" not in checkpoint:  # sharded: the strategy reads each device's part itself
+            return
+        if missing := self.state_dict().keys() - frozen - checkpoint["state_dict"].keys():
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of the drafter's trained weights, {min(missing)} for "
+                "one; it was trained with another drafter or another LoRA setting"
+            )
+        self.strict_loading = not frozen
+
+    def _frozen(self) -> set[str]:
+        named = self.named_parameters(
+            remove_duplicate=False
+        )  # a tied head is saved with its embedding or not
+        return {name for name, parameter in named if not parameter.requires_grad}

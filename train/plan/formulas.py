@@ -1,0 +1,127 @@
+"""Memory, disk and time by formula. Every number is an estimate; none is a measurement.
+
+Sources of the formulas:
+- states of the optimiser: ZeRO, arXiv 1910.02054, section 3.1 (16 bytes a parameter with mixed-precision
+  Adam); Lightning's bf16-mixed keeps fp32 weights, gradients and two moments, and casts the weights to bf16;
+- activations: what autograd saves in transformers' Qwen3 layer under bf16 autocast, counted with saved-tensor
+  hooks: 26 H + 15 query + 10 key-value + 8 intermediate bytes a token and layer; checkpointed, 4 H;
+- arithmetic: 2 FLOP a parameter and token forward, 4 backward, PaLM, arXiv 2204.02311, appendix B; attention
+  adds 4 · query FLOP a token and visible token and layer forward;
+- time: FLOP over peak times a utilisation that is assumed (MFU); in greedy decoding bytes over bandwidth.
+
+Letters: H hidden · V vocabulary · K head entries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from certdraft.train.plan.model_sizes import ModelSizes
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, by its data sheet.
+
+    Args:
+        memory_gb: of it.
+        bf16_tflops: dense peak.
+        bandwidth_gb_s: of its memory.
+    """
+
+    memory_gb: float
+    bf16_tflops: float
+    bandwidth_gb_s: float
+
+
+DEVICES = {  # vendors' data sheets, dense bf16
+    "a100-80gb": Device(80, 312, 2039),
+    "h100": Device(80, 989, 3350),
+    "h200": Device(141, 989, 4800),
+    "b200": Device(180, 2250, 8000),
+}
+
+
+def state_bytes(trained: int, frozen: int, precision: str, frozen_bytes: int = 4) -> float:
+    """Weights, gradients and AdamW moments.
+
+    Args:
+        trained: parameters with a gradient.
+        frozen: parameters without.
+        precision: Lightning's name: "32-true", "bf16-mixed", "bf16-true", …
+        frozen_bytes: of each frozen parameter.
+    """
+    each = {"bf16-true": 8, "16-true": 8}.get(precision, 16)  # weight, gradient, two moments
+    cast = 2 if precision.endswith("mixed") else 0
+    return trained * (each + cast) + frozen * (frozen_bytes + (cast if frozen_bytes > 2 else 0))
+
+
+def activation_bytes(sizes: ModelSizes, tokens: int, checkpointing: bool) -> float:
+    """What autograd keeps for a batch of `tokens` under bf16 autocast."""
+    layer = 26 * sizes.hidden + 15 * sizes.query + 10 * sizes.key_value + 8 * sizes.intermediate
+    if checkpointing:  # the input of every layer, and one layer at a time in full
+        return tokens * (sizes.layers * 4 * sizes.hidden + layer)
+    return tokens * sizes.layers * layer
+
+
+def loss_bytes(sizes: ModelSizes, chunk_tokens: int, counted: int) -> float:
+    """Logits and their gradient of one chunk, fp32 gradient of the head, hidden states of counted steps."""
+    return (
+        8 * chunk_tokens * sizes.vocabulary + 4 * sizes.vocabulary * sizes.hidden + 8 * counted * sizes.hidden
+    )
+
+
+def batch_bytes(tokens: int, num_kept: int, feature_values: int) -> float:
+    """A batch on the device: ids as int64 and gaps as fp32, masks, additive attention mask aside."""
+    return tokens * (12 * num_kept + 2 * feature_values + 40)
+
+
+def mask_bytes(rows: int, seq_len: int) -> float:
+    """The additive attention mask of packed rows, fp32, and the comparison it is made from."""
+    return rows * seq_len**2 * 6
+
+
+def step_flop(
+    sizes: ModelSizes, tokens: int, counted: float, seq_len: int, trained: int, checkpointing: bool
+) -> float:
+    """Forward and backward over a batch; the head works on counted steps only.
+
+    Args:
+        sizes: of the drafter.
+        tokens: of the batch.
+        counted: learned steps among them.
+        seq_len: of a row; documents are taken to fill half of it.
+        trained: parameters with a gradient; frozen ones need no weight gradient.
+        checkpointing: the forward pass of the layers is done twice.
+    """
+    forward = 2 * sizes.body * tokens + attention_flop(sizes, tokens, seq_len / 2)
+    share = trained / max(sizes.parameters, 1)
+    backward = forward * (1 + min(share, 1.0))
+    head = 2 * sizes.hidden * sizes.vocabulary * counted
+    return forward * (2 if checkpointing else 1) + backward + head * (2 + min(share, 1.0))
+
+
+def attention_flop(sizes: ModelSizes, tokens: float, context: float) -> float:
+    """Scores and their use, causal: each token sees half of its document."""
+    return 4 * sizes.layers * sizes.query * tokens * context / 2
+
+
+def cache_bytes(sizes: ModelSizes, rows: int, length: int) -> float:
+    """Keys and values of a bf16 cache."""
+    return 2 * 2 * sizes.layers * sizes.key_value * rows * length
+
+
+def decode_step_s(sizes: ModelSizes, rows: int, length: float, device: Device, mfu: float) -> float:
+    """One greedy step of a batch: reading weights and cache, or the arithmetic, whichever is slower."""
+    read = 2 * sizes.parameters + cache_bytes(sizes, rows, int(length))
+    return max(
+        read / (device.bandwidth_gb_s * GB * 0.7),
+        2 * sizes.parameters * rows / (device.bf16_tflops * 1e12 * mfu),
+    )
+
+
+def all_reduce_s(trained: int, world: int, link_gb_s: float) -> float:
+    """fp32 gradients once around a ring of `world` devices: 2 (N − 1)/N of their bytes over one link."""
+    return 2 * (world - 1) / world * 4 * trained / (link_gb_s * GB)

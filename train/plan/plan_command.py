@@ -1,0 +1,241 @@
+"""`certdraft plan`: memory, disk and time of a recording and a training, before anything is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from certdraft.data import bytes_per_token
+from certdraft.losses import auto_chunk_tokens
+from certdraft.train.plan import formulas
+from certdraft.train.plan.formulas import DEVICES, GB, Device
+from certdraft.train.plan.model_sizes import ModelSizes, sizes_of
+
+_SHIPPED = Path(__file__).parents[2] / "configs"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was worked out; sizes in GB (10⁹ bytes), times in hours. Estimates, none of them measured."""
+
+    target: ModelSizes
+    drafter: ModelSizes
+    world: int
+    record_memory_gb: float
+    record_hours: float
+    trace_gb: float
+    train_memory_gb: dict[str, float]
+    train_hours: float
+    tokens_per_second: float
+    step_seconds: float
+    all_reduce_seconds: float
+    device_memory_gb: float
+    assumptions: dict[str, float]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device holds the training, with a tenth to spare."""
+        return sum(self.train_memory_gb.values()) <= 0.9 * self.device_memory_gb
+
+
+def plan(
+    run: str | None = None,
+    target: str | None = None,
+    drafter: str | None = None,
+    device: Literal["a100-80gb", "h100", "h200", "b200"] = "h100",
+    nodes: int | None = None,
+    devices: int | None = None,
+    prompts: int = 50_000,
+    prompt_tokens: int = 300,
+    answer_tokens: int = 400,
+    batch_size: int | None = None,
+    checkpointing: bool | None = None,
+    fsdp2: bool | None = None,
+    mfu: float = 0.4,
+    step_overhead_ms: float = 25.0,
+    link_gb_s: float | None = None,
+    out: str | None = None,
+) -> Plan:
+    """Estimate memory, disk and time of a run from its config; nothing is loaded and no network is needed.
+
+    Args:
+        run: config of `certdraft fit`; configs/qwen3-8b-0.6b.yaml when not given.
+        target: model that is recorded; the config's when not given. A folder with config.json is enough.
+        drafter: model that is trained; the config's when not given.
+        device: data sheet of the accelerator.
+        nodes: machines; the config's when not given.
+        devices: accelerators a machine; the config's when not given.
+        prompts: prompts recorded.
+        prompt_tokens: of each, on average.
+        answer_tokens: of each answer, on average.
+        batch_size: rows a batch on each device; the config's when not given.
+        checkpointing: recompute activations; the config's when not given.
+        fsdp2: share weights and optimiser state among all devices; the config's strategy when not given.
+        mfu: share of the device's peak that matrix products reach. An assumption: measure yours.
+        step_overhead_ms: of one greedy step of the target in transformers, besides reading weights. An
+            assumption.
+        link_gb_s: of the slowest link that gradients cross, one way; when not given 25 between machines
+            (200 Gb/s), 300 within one.
+        out: JSON file for all numbers.
+
+    Raises:
+        FileNotFoundError: no such config.
+        ValueError: a config without what is needed.
+    """
+    settings = load_config(Path(run) if run else _SHIPPED / "qwen3-8b-0.6b.yaml")
+    trainer, data = settings.get("trainer", {}), settings.get("data", {})
+    record = data.get("record") or {}
+    model = settings.get("model", {})
+    init = (model.get("drafter") or {}).get("init_args", {})
+    sizes = sizes_of(drafter or init.get("pretrained") or _needed(init, "config", run))
+    theirs = sizes_of(target or record.get("target") or _needed(record, "target", run))
+    nodes = nodes or int(trainer.get("num_nodes", 1))
+    devices = devices or int(trainer.get("devices", 1))
+    world, sheet = nodes * devices, DEVICES[device]
+    link = link_gb_s or (25.0 if nodes > 1 else 300.0)
+    rows, seq_len = batch_size or int(data.get("batch_size", 8)), int(data.get("seq_len", 512))
+    recompute = bool(init.get("gradient_checkpointing")) if checkpointing is None else checkpointing
+    strategy = str(trainer.get("strategy", ""))
+    shards = world if (fsdp2 if fsdp2 is not None else "ModelParallel" in strategy) else 1
+    precision, rank = str(trainer.get("precision", "32-true")), (init.get("lora") or {}).get("rank")
+    trained = sizes.adapters(int(rank)) if rank else sizes.parameters
+    kept, features = int(record.get("num_kept", 32)), len(record.get("feature_layers", ())) * theirs.hidden
+
+    tokens = rows * seq_len
+    learned = tokens * answer_tokens / (prompt_tokens + answer_tokens)
+    frozen_bytes = 2 if init.get("dtype") == "bfloat16" else 4
+    states = formulas.state_bytes(trained, sizes.parameters - trained if rank else 0, precision, frozen_bytes)
+    chunk = int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, "cuda"))
+    gathered = 2 * 4 * (sizes.embedding + sizes.body / sizes.layers) if shards > 1 else 0.0
+    memory = {
+        "weights, gradients, AdamW": states / shards + gathered,
+        "activations": formulas.activation_bytes(sizes, tokens, recompute),
+        "loss": formulas.loss_bytes(sizes, chunk, int(learned)),
+        "batch and masks": formulas.batch_bytes(tokens, kept, features) + formulas.mask_bytes(rows, seq_len),
+        "CUDA context, fragmentation": 2.5 * GB,
+    }
+    flop = formulas.step_flop(sizes, tokens, learned, seq_len, trained, recompute)
+    compute = flop / (sheet.bf16_tflops * 1e12 * mfu)
+    reduce = formulas.all_reduce_s(trained, world, link) if world > 1 else 0.0
+    accumulate = int(trainer.get("accumulate_grad_batches", 1))
+    # gradients travel while the backward pass of the last batch runs: two thirds of its time hide them
+    step = accumulate * compute + max(0.0, reduce - compute * 2 / 3)
+    total = prompts * (prompt_tokens + answer_tokens)
+    steps = int(trainer.get("max_steps", 0)) or round(2 * total / (tokens * accumulate * world))
+
+    recorded = int(record.get("batch_size", 32))
+    assumptions = {"mfu": mfu, "step_overhead_ms": step_overhead_ms, "link_gb_s": link}
+    result = Plan(
+        target=theirs,
+        drafter=sizes,
+        world=world,
+        record_memory_gb=_record_bytes(theirs, recorded, prompt_tokens + answer_tokens, features) / GB,
+        record_hours=_record_hours(
+            theirs, prompts / world, recorded, prompt_tokens, answer_tokens, sheet, mfu, step_overhead_ms
+        ),
+        trace_gb=total * bytes_per_token(kept, features) / GB,
+        train_memory_gb={name: value / GB for name, value in memory.items()},
+        train_hours=steps * step / 3600,
+        tokens_per_second=tokens * accumulate * world / step,
+        step_seconds=step,
+        all_reduce_seconds=reduce,
+        device_memory_gb=sheet.memory_gb,
+        assumptions=assumptions,
+    )
+    print(
+        "\n".join(_report(result, device, nodes, devices, steps, accumulate * rows * world, shards, prompts))
+    )
+    if out:
+        content = asdict(result) | {"fits": result.fits}
+        Path(out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def load_config(file: Path) -> dict[str, Any]:
+    """A fit config with the group files it names in place, relative to the file that names them.
+
+    Raises:
+        FileNotFoundError: names the file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"plan: no config {file}")
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: fill(item) for key, item in value.items()}
+        if isinstance(value, str) and value.endswith(".yaml"):
+            return load_config(file.parent / value)
+        return value
+
+    return {key: fill(value) for key, value in content.items()}
+
+
+def _needed(settings: dict[str, Any], key: str, run: str | None) -> Any:
+    if key not in settings:
+        raise ValueError(f"plan: {run} names no {key}; give --target and --drafter")
+    return settings[key]
+
+
+def _record_bytes(sizes: ModelSizes, rows: int, length: int, features: int) -> float:
+    cache = formulas.cache_bytes(sizes, rows, length)
+    work = rows * length * (10 * sizes.hidden + 4 * sizes.intermediate)  # one layer of the longest prefill
+    return 2 * sizes.parameters + cache + work + (1 << 27) * 3 + 2 * features * rows * length + 2.5 * GB
+
+
+def _record_hours(
+    sizes: ModelSizes,
+    prompts: float,
+    rows: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    device: Device,
+    mfu: float,
+    overhead_ms: float,
+) -> float:
+    read: float = 2 * sizes.parameters * prompt_tokens * rows
+    read += formulas.attention_flop(sizes, prompt_tokens * rows, prompt_tokens)
+    prefill = read / (device.bf16_tflops * 1e12 * mfu)
+    length = prompt_tokens + answer_tokens / 2
+    each = formulas.decode_step_s(sizes, rows, length, device, mfu) + overhead_ms / 1000
+    return prompts / rows * (prefill + answer_tokens * each) / 3600
+
+
+def _report(
+    found: Plan, device: str, nodes: int, devices: int, steps: int, rows: int, shards: int, prompts: int
+) -> Iterator[str]:
+    target, drafter = found.target, found.drafter
+    yield f"{nodes} node(s) × {devices} × {device} of {found.device_memory_gb:.0f} GB; all of it is estimated"
+    for what, sizes in (("target ", target), ("drafter", drafter)):
+        yield (
+            f"{what} {sizes.name}: {sizes.parameters / GB:.2f} B parameters ({sizes.body / GB:.2f} B without "
+            f"embeddings), {sizes.layers} layers of {sizes.hidden}, vocabulary {sizes.vocabulary:,}"
+        )
+    yield f"\nrecording {prompts:,} prompts"
+    yield f"  memory   {found.record_memory_gb:6.1f} GB a device (bf16 weights, cache, logits of 128 MiB)"
+    yield f"  trace    {found.trace_gb:6.1f} GB on disk"
+    yield f"  time     {found.record_hours:6.1f} h on {found.world} device(s)"
+    yield f"\ntraining {steps:,} steps of {rows:,} rows"
+    for name, value in found.train_memory_gb.items():
+        yield f"  {value:8.1f} GB  {name}" + (
+            f", 1/{shards}" if name.startswith("weights") and shards > 1 else ""
+        )
+    used = sum(found.train_memory_gb.values())
+    verdict = "fits" if found.fits else "DOES NOT FIT"
+    yield f"  {used:8.1f} GB  a device: {verdict} into 90 % of {found.device_memory_gb:.0f} GB"
+    if not found.fits:
+        yield (
+            "  less: gradient_checkpointing of the drafter, a smaller data.batch_size with more "
+            "accumulate_grad_batches, LoRA, or FSDP2 (configs/trainer/fsdp2.yaml)"
+        )
+    yield f"  step     {found.step_seconds:6.2f} s, {found.tokens_per_second:,.0f} tokens/s"
+    if found.world > 1:
+        yield f"  network  {found.all_reduce_seconds:6.2f} s a step for gradients, beside the backward pass"
+    yield f"  time     {found.train_hours:6.1f} h"
+    said = ", ".join(f"{name} {value:g}" for name, value in found.assumptions.items())
+    yield f"\nassumed: {said}; formulas and their sources: docs/scaling.md"

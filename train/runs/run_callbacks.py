@@ -1,0 +1,242 @@
+"""What every training run carries: exact reseeding, checkpoints, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import struct
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+_EVERY = 20  # steps between two questions to all ranks whether one was asked to stop
+
+
+class StepRNG(Callback):
+    """Reseeds torch before every batch from (seed, step, micro-batch, rank).
+
+    Dropout then depends on where the run is and not on how it got there, so a resumed run repeats it without
+    any stored generator state, on any number of ranks.
+
+    Args:
+        seed: the run's seed; None takes the one that `seed_everything` set, or 0.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        torch.manual_seed(step_seed(self.seed, trainer.global_step, micro_batch, trainer.global_rank))
+
+
+def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """A 63-bit hash of its arguments, the same on every machine.
+
+    Examples:
+        >>> step_seed(0, 0, 0, 0) != step_seed(0, 0, 0, 1)
+        True
+    """
+    digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_batch, rank), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """`best.ckpt` after a validation that improves `monitor`, `last.ckpt` every few steps and at the end.
+
+    Args:
+        monitor: logged metric that decides what is best.
+        mode: "max" or "min" of it.
+        every_n_train_steps: steps between two `last.ckpt`; what a kill can cost.
+        dirpath: folder; the run's `checkpoints` folder when not given.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/tau_expected",
+        mode: str = "max",
+        every_n_train_steps: int = 200,
+        dirpath: str | None = None,
+    ) -> None:
+        if every_n_train_steps < 1:
+            raise ValueError(f"checkpoint.every_n_train_steps is {every_n_train_steps}; give 1 or more")
+        super().__init__(
+            dirpath=dirpath, filename="best", monitor=monitor, mode=mode, save_last=True, save_top_k=1,
+            enable_version_counter=False, save_on_train_epoch_end=False,
+        )  # fmt: skip
+        self.every_n_steps = every_n_train_steps
+        self._last_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._last_step = -1
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self._last_step:
+            self.save_last_now(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor not in trainer.callback_metrics:
+            return
+        # `last.ckpt` is only ever the state after a training batch: what resumes to identical weights.
+        self.save_last = False
+        super().on_validation_end(trainer, pl_module)
+        self.save_last = True
+
+    def save_last_now(self, trainer: pl.Trainer) -> None:
+        """Writes `last.ckpt`; a validation at the same step may still write `best.ckpt`."""
+        if (
+            self._should_skip_saving_checkpoint(trainer)
+            and self._last_global_step_saved != trainer.global_step
+        ):
+            return
+        self._last_step = trainer.global_step
+        before = self._last_global_step_saved
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_global_step_saved = before
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and has saved itself; the exit code says by which signal."""
+
+
+class GracefulStop(Callback):
+    """Ctrl-C or SIGTERM finishes the step, writes `last.ckpt` and leaves; a second signal leaves at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+        self._step = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:  # amid gradient accumulation: the gradient would be lost
+            return
+        asked = self.signal is not None
+        if trainer.world_size > 1:  # all ranks or none; asked seldom, because it synchronises
+            if trainer.global_step % _EVERY:
+                return
+            asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        if asked and not trainer.fit_loop.done:
+            self._leave(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        where = None
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, RunCheckpoint):
+                callback.save_last_now(trainer)
+                where = callback.last_model_path
+        if trainer.is_global_zero:
+            said = (
+                f"saved {where}; go on with the same command and --ckpt_path last"
+                if where
+                else "nothing saved"
+            )
+            print(f"stopped at step {trainer.global_step}: {said}", file=sys.stderr, flush=True)
+        raise Interrupted(128 + (self.signal or signal.SIGTERM))
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+class Provenance(Callback):
+    """Puts settings, target and validation metrics into every checkpoint: a moved one still says what it is.
+
+    Args:
+        config: the resolved settings as YAML.
+    """
+
+    def __init__(self, config: str) -> None:
+        self.config = config
+        self.metrics: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            values = trainer.callback_metrics.items()
+            self.metrics = {k.removeprefix("val/"): float(v) for k, v in values if k.startswith("val/")}
+            self.metrics["step"] = trainer.global_step
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        meta = getattr(getattr(trainer, "datamodule", None), "meta", None)
+        names = ("target", "target_revision", "tokenizer_fingerprint", "vocab_size", "num_counted")
+        target = {} if meta is None else {name: getattr(meta, name) for name in names}
+        checkpoint["certdraft"] = {"config": self.config, "target": target, "metrics": self.metrics}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.metrics = checkpoint.get("certdraft", {}).get("metrics", {})
+
+
+class RunFolder(Callback):
+    """Writes config.yaml, command.txt and run.yaml into the run's folder before the first step.
+
+    Args:
+        folder: the run's folder.
+        config: the resolved settings as YAML.
+        settings: the same as plain data; goes to W&B when it logs this run.
+    """
+
+    def __init__(self, folder: Path, config: str, settings: Mapping[str, Any]) -> None:
+        self.folder, self.config, self.settings = folder, config, settings
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        from certdraft.train.runs.run_record import write_part
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "config.yaml").exists():  # a resumed run keeps the settings it began with
+            partial = self.folder / ".config.yaml.partial"
+            partial.write_text(self.config, encoding="utf-8")
+            partial.replace(self.folder / "config.yaml")
+        data = getattr(trainer, "datamodule", None)
+        traces = {name: getattr(data, f"{name}_trace", None) for name in ("train", "validation")}
+        write_part(self.folder, {name: trace.path for name, trace in traces.items() if trace is not None})
+        for logger in trainer.loggers:
+            if type(logger).__name__ == "WandbLogger" and (experiment := getattr(logger, "experiment", None)):
+                experiment.config.update({"cli": self.settings}, allow_val_change=True)
+        print(f"run folder: {self.folder}", file=sys.stderr)

@@ -1,0 +1,129 @@
+"""What the target says about a batch, read from its trace or from the model run beside the drafter.
+
+Axis letters: R rows · T tokens · L tapped layers · H hidden · N steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from certdraft.data import Batch, load_target
+from certdraft.losses import OnlineTarget, TargetBatch, next_tokens
+from certdraft.support import HiddenStates
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    """Which model is the target, and how much of its distribution a step sees.
+
+    Args:
+        name: "embedded", a local folder, or a hub name such as "Qwen/Qwen3-8B".
+        revision: hub revision.
+        dtype: dtype of its weights; logits are fp32 whatever it is.
+        num_kept: head entries per step.
+        full: also hand the loss the full distribution.
+        logits: false takes only the features from the running target, for drafters that read them; what it
+            says is then read from the trace, and its output layer is not run.
+    """
+
+    name: str = "embedded"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    num_kept: int = 32
+    full: bool = True
+    logits: bool = True
+
+
+class Online:
+    """The frozen target. No module: it must stay out of checkpoints, wrappers and train mode.
+
+    Args:
+        settings: which model.
+    """
+
+    def __init__(self, settings: TargetSettings) -> None:
+        self.settings = settings
+        dtype = getattr(torch, settings.dtype)
+        self.model = load_target(settings.name, revision=settings.revision, dtype=dtype)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, padding rows included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def to(self, device: torch.device) -> None:
+        """Moves the target to where the drafter trains."""
+        torch.nn.Module.to(self.model, device)
+
+    @torch.no_grad()
+    def read(self, batch: Batch, taps: Sequence[int] = ()) -> Said:
+        """Runs the target over a batch, up to its last hidden states.
+
+        Without a cache, transformers keeps packed documents apart where positions restart.
+
+        Args:
+            batch: packed rows.
+            taps: layers whose outputs are wanted, 0-based.
+        """
+        body: nn.Module = self.model.base_model
+        with HiddenStates(body, taps).recorded() as states:
+            output = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+            features = states.take() if taps else None
+        if not self.settings.logits:
+            return Said(batch, features)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        head: Any = self.model.get_output_embeddings()
+        target = OnlineTarget(
+            hidden, head.weight, self.settings.num_kept, self.settings.full, bias=getattr(head, "bias", None)
+        )
+        return Said(batch, features, target)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the target says about a batch.
+
+    Args:
+        batch: what it is about.
+        features: outputs of the tapped layers, for drafters that read them.
+        online: the target at all steps, flattened; None: the batch's own head.
+    """
+
+    batch: Batch
+    features: Float[Tensor, "R T L H"] | None
+    online: OnlineTarget | None = None
+
+    def at(self, steps: Int[Tensor, " N"]) -> TargetBatch | OnlineTarget:
+        """The target at some of the flattened steps.
+
+        Raises:
+            ValueError: the batch holds no head, and no target was run.
+        """
+        batch = self.batch
+        labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
+        if self.online is not None:
+            return replace(self.online, hidden=self.online.hidden[steps], next_ids=labels)
+        if batch.head is None:
+            raise ValueError("the batches hold no head; give model.target, or data with recorded traces")
+        num = batch.input_ids.shape[1]
+        return TargetBatch(batch.head[steps // num, steps % num], next_ids=labels)
+
+
+def recorded(batch: Batch, taps: Sequence[int], layers: Sequence[int]) -> Said:
+    """What a trace says about a batch.
+
+    Args:
+        batch: with the trace's head, and its features if `taps` are wanted.
+        taps: layers whose outputs are wanted.
+        layers: those the trace holds.
+    """
+    if not taps or batch.features is None:
+        return Said(batch, None)
+    index = [list(layers).index(tap) for tap in taps]
+    return Said(batch, batch.features[:, :, index] if list(taps) != list(layers) else batch.features)
