@@ -24,7 +24,7 @@ def hub_rows(name: str, config: str | None, split: str, streaming: bool = False)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     if not offline and not hub_answers():
         raise FileNotFoundError(
-            _unreachable(name, f"{hub_endpoint()} does not answer in {HUB_TIMEOUT_S:.0f} s")
+            _unreachable(name, f"no answer from {hub_endpoint()} within {HUB_TIMEOUT_S:.0f} s")
         )
 
     from datasets import load_dataset
