@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from certdraft.support import load_causal_lm, load_pretrained, model_source
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,6 +44,8 @@ def load_target(
     from transformers import AutoModelForCausalLM
 
     source = _source(name_or_path)
+    if _is_gguf(source):
+        return load_causal_lm(source, dtype=dtype).to(device).requires_grad_(False)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, revision=revision, dtype=dtype, output_loading_info=True
@@ -70,6 +74,8 @@ def generation_config(
     """The generation config of a target; None when it has none."""
     from transformers import GenerationConfig
 
+    if _is_gguf(_source(name_or_path)):
+        return None
     try:
         return GenerationConfig.from_pretrained(_source(name_or_path), revision=revision or "main")
     except OSError:
@@ -103,6 +109,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _pretrained(kind: Any, what: str, name_or_path: str, revision: str | None) -> Any:
+    if _is_gguf(_source(name_or_path)):
+        return load_pretrained(kind, what, _source(name_or_path))
     try:
         return kind.from_pretrained(_source(name_or_path), revision=revision)
     except (OSError, ValueError) as error:
@@ -112,11 +120,16 @@ def _pretrained(kind: Any, what: str, name_or_path: str, revision: str | None) -
 def _source(name_or_path: str) -> str:
     if name_or_path == EMBEDDED:
         return str(embedded_target_path())
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().exists():
         raise FileNotFoundError(
             f"{name_or_path} is not a folder; give a model folder, a hub name, or `{EMBEDDED}`"
         )
     return str(Path(name_or_path).expanduser()) if name_or_path.startswith("~") else name_or_path
+
+
+def _is_gguf(source: str) -> bool:
+    path = Path(source)
+    return path.suffix == ".gguf" or (path.is_dir() and model_source(path).gguf is not None)
 
 
 def _unreachable(what: str, name: str, error: Exception) -> str:

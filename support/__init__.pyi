@@ -1,5 +1,4 @@
 from .causal_lm import load_causal_lm as load_causal_lm
-from .causal_lm import quiet as quiet
 from .files import appearing_folder as appearing_folder
 from .files import sha256_of as sha256_of
 from .files import sync_folder as sync_folder
@@ -12,4 +11,12 @@ from .hidden_states import bits_of as bits_of
 from .hub import HUB_TIMEOUT_S as HUB_TIMEOUT_S
 from .hub import hub_answers as hub_answers
 from .hub import hub_endpoint as hub_endpoint
+from .pretrained import ModelSource as ModelSource
+from .pretrained import load_generation_config as load_generation_config
+from .pretrained import load_pretrained as load_pretrained
+from .pretrained import load_pretrained_config as load_pretrained_config
+from .pretrained import load_pretrained_tokenizer as load_pretrained_tokenizer
+from .pretrained import model_source as model_source
+from .pretrained import quiet as quiet
+from .pretrained import weights_origin as weights_origin
 from .progress import Progress as Progress

@@ -1,20 +1,15 @@
-"""Causal LMs from a folder or the hub, loaded completely or not at all.
+"""Causal LMs loaded completely or not at all.
 
-transformers fills a missing weight with random numbers and logs a table; here that is an error. It also
-retries an unreachable hub for a minute; here the hub is asked once.
+transformers fills a missing weight with random numbers and logs a table; here that is an error.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from certdraft.support.hub import hub_answers
+from certdraft.support.pretrained import load_pretrained, model_source
 
 
 def load_causal_lm(
@@ -22,72 +17,46 @@ def load_causal_lm(
     *,
     dtype: torch.dtype | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """A causal LM with every weight of its checkpoint, in eval mode. Code shipped with it is never run.
 
+    The weights of a GGUF checkpoint are dequantised; `weights_origin` says from what.
+
     Args:
-        name: a folder written by `save_pretrained` or `export`, or a hub id ("org/name").
-        dtype: of the parameters; None keeps the checkpoint's.
+        name: a folder written by `save_pretrained` or `export`, a hub id ("org/name"), a `.gguf` file, or a
+            folder that holds one.
+        dtype: of the parameters; None keeps the checkpoint's (fp32 for GGUF).
         attention: implementation; both follow masks and trees.
+        revision: of a hub model.
 
     Raises:
-        FileNotFoundError: no such folder, no config.json in it, no such model on the hub, or no hub.
-        ValueError: a LoRA adapter, an architecture that needs its own code, or weights that do not fit.
+        FileNotFoundError: no such folder, no model in it, no such model on the hub, or no hub.
+        ValueError: a LoRA adapter, an architecture that needs its own code, weights that do not fit, or a
+            GGUF file without the package that reads it.
     """
-    local = Path(name).expanduser().is_dir()
-    source = str(Path(name).expanduser()) if local else str(name)
-    if local:
-        _check_folder(Path(source))
-    elif source.startswith((".", "~", os.sep)) or source.count("/") > 1:
-        raise FileNotFoundError(
-            f"{source}: no such folder; give one with config.json, or a hub id 'org/name'."
-        )
-    offline = not local and not hub_answers()
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype or "auto",
-                attn_implementation=attention,
-                local_files_only=offline,
-                adapter_kwargs={"local_files_only": offline},  # else it asks, and retries, for an adapter
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # listed in info, and refused below in words
-            )
-    except OSError as error:
-        if local:
-            raise FileNotFoundError(f"{source} cannot be loaded: {_first_line(error)}") from error
-        raise FileNotFoundError(_not_on_hub(source, error, offline)) from error
-    except (ValueError, RuntimeError) as error:  # needs remote code, unknown architecture, wrong shapes
-        raise ValueError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
-    model: PreTrainedModel = loaded[0]
-    _check_complete(source, loaded[1])
+    source = model_source(name)
+    keywords: dict[str, Any] = {"dtype": dtype or "auto"}
+    if source.gguf is not None:
+        keywords = {
+            "dtype": dtype or torch.float32,
+            "quantization_config": GgufConfig(dequantize=True),  # else the weights stay packed
+        }
+    model, info = load_pretrained(
+        AutoModelForCausalLM,
+        "causal LM",
+        name,
+        revision=revision,
+        attn_implementation=attention,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # listed in info, and refused below in words
+        **keywords,
+    )
+    _check_complete(source.name, info)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if source.gguf is not None and quantizer is not None:
+        quantizer.remove_quantization_config(model)  # the weights are plain now, and can be saved
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and loading reports of transformers: ours say what matters, in one place."""
-    enabled, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-def _check_folder(folder: Path) -> None:
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder} holds a LoRA adapter, not a model. Give its base model, or the merged folder that "
-            "`export` writes."
-        )
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; give a folder written by `save_pretrained`.")
 
 
 def _check_complete(source: str, info: dict) -> None:
@@ -103,19 +72,3 @@ def _check_complete(source: str, info: dict) -> None:
             f"the weights of {source} do not fit its config.json: {listed}. Random numbers would stand in "
             "for them; write the checkpoint again from the model it was trained as."
         )
-
-
-def _not_on_hub(name: str, error: Exception, offline: bool) -> str:
-    reason = (
-        "the hub is unreachable (or HF_HUB_OFFLINE is set) and its cache here has no config.json of it"
-        if offline
-        else _first_line(error)
-    )
-    return (
-        f"{name!r} is no folder here, and {reason}. Run `hf download {name} --local-dir DIR` where there is "
-        "access and give DIR instead; a gated model needs the HF_TOKEN environment variable."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
