@@ -24,6 +24,9 @@ LAST, PREVIOUS, SUMS_FILE = "last.ckpt", "last.previous.ckpt", "SHA256SUMS"
 class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning plugin that writes and reads the checkpoints of a run."""
 
+    def __init__(self) -> None:
+        self._written: set[Path] = set()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint and its hash.
 
@@ -33,20 +36,23 @@ class WholeCheckpointIO(TorchCheckpointIO):
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         listed = _read_sums(file.parent)
+        # A damaged `last` of an earlier process must not take the place of the one before it.
+        keep = file.name == LAST and file.exists() and (file in self._written or is_whole(file))
         new: list[tuple[str, str]] = []
 
         def write(temporary: Path) -> None:
             _save(checkpoint, temporary)
             new.append((sha256_of(temporary), file.name))
-            if file.name == LAST and file.exists():
+            if keep:
                 new.extend((digest, PREVIOUS) for digest, name in listed if name == LAST)
             _write_sums(
                 file.parent, [*listed, *new]
             )  # old and new content are both right until it is renamed
-            if file.name == LAST and file.exists():
+            if keep:
                 file.replace(file.with_name(PREVIOUS))
 
         write_file(file, write)
+        self._written.add(file)
         replaced = {name for _, name in new}
         _write_sums(file.parent, [*(pair for pair in listed if pair[1] not in replaced), *new])
 

@@ -109,6 +109,8 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.global_step != self._finished:  # not between accumulated batches
             self._finished, self._stepping = trainer.global_step, False
             self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+            # Otherwise Lightning counts the epoch twice when it goes on from the last batch of one.
+            self._loops["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         score = trainer.callback_metrics.get(str(self.monitor))

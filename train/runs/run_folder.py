@@ -164,8 +164,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(
-            f"{file} is damaged; restore it, or delete it to go on with the run: its checkpoints hold the same "
-            "settings"
+            f"{file} is damaged; restore it, or delete it to go on with the run: its checkpoints hold the "
+            "same settings"
         )
     return settings
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from oracles import forked
 
-from certdraft.train.runs import run_folder
 from certdraft.train.commands.cli import main
+from certdraft.train.runs import run_folder
 
 TESTS = str(Path(__file__).parents[1])
 Write = Callable[..., str]
