@@ -47,7 +47,7 @@ COMMANDS = {
     "predict": Command(TRAINER, "run a LightningModule over data (LightningCLI)"),
     "sweep": Command("certdraft.train.commands.sweep:sweep", "run a W&B sweep file here, without W&B"),
     "reproduce": Command(
-        "certdraft.train.runs.run_record:reproduce", "run a run again, and compare the weights"
+        "certdraft.train.commands.reproduce:reproduce", "run a run again, and compare the weights"
     ),
     "export": Command(
         "certdraft.train.commands.export_command:export_run", "a checkpoint as a folder that engines load"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import sys
@@ -23,6 +24,7 @@ from certdraft.train.commands.parser import Strict, check_syntax
 from certdraft.train.compiling import CompileLayers as CompileLayers
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.runs import run_folder
+from certdraft.train.runs.checkpoint_file import WholeCheckpointIO, first_whole
 from certdraft.train.runs.metrics_csv import RunMetrics
 from certdraft.train.runs.progress_bar import RunProgress
 from certdraft.train.runs.run_callbacks import GracefulStop, Provenance, RunCheckpoint, RunFolder, StepRNG
@@ -45,8 +47,10 @@ class CertdraftCLI(LightningCLI):
     always there.
     """
 
+    locks: contextlib.ExitStack  # on the run's folder, until the command ends
     folder: Path | None = None  # of this run; None for commands that leave nothing behind
     checkpoint: Path | None = None
+    resuming = False  # asked to, whether there is a checkpoint or not
     resume_step = 0
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -66,6 +70,9 @@ class CertdraftCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
         settings.name = _name(settings, str(self.subcommand))
+        if settings.get("weights_only") is False:
+            raise ValueError("weights_only: false would run code from the checkpoint; leave the key out")
+        settings.weights_only = True
         if self.checkpoint is not None:
             self._compare_with_checkpoint(self.checkpoint)
         self.folder = self._choose_folder(settings)
@@ -95,6 +102,7 @@ class CertdraftCLI(LightningCLI):
             kwargs["logger"] = False if logger is False else [*_as_list(logger), metrics]
         elif given.get("logger") in (None, True):
             kwargs["logger"] = False
+        kwargs["plugins"] = [*_as_list(given.get("plugins")), WholeCheckpointIO()]
         callbacks = [*(_as_list(given.get("callbacks"))), *own]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
@@ -109,8 +117,9 @@ class CertdraftCLI(LightningCLI):
         if given not in ("last", "best"):
             if not Path(given).exists():
                 raise FileNotFoundError(f"--ckpt_path {given}: no such checkpoint; try --ckpt_path last")
-            self.checkpoint = Path(given)
+            self.checkpoint = first_whole([Path(given)])
             return
+        self.resuming = True
         where = Path(settings.runs_dir, _name(settings, command))
         self.checkpoint = run_folder.find_checkpoint(where, given)
         settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
@@ -120,22 +129,24 @@ class CertdraftCLI(LightningCLI):
             raise FileNotFoundError(f"no {given}.ckpt under {where}; train first, or name a checkpoint file")
 
     def _compare_with_checkpoint(self, checkpoint: Path) -> None:
-        mine = self._resolved()[1]
+        settings = self._resolved()[1]
         if self.subcommand == "fit":
-            run_folder.refuse_changed(checkpoint, mine, self._settings().allow_change)
+            run_folder.refuse_changed(checkpoint, settings, self._settings().allow_change)
             self.resume_step = run_folder.step_of(checkpoint)
         else:  # other commands load weights only: what the drafter is must agree
             free = ("model.init_args.optimizer.*", "model.init_args.validation.*", "model.init_args.loss*")
-            run_folder.refuse_changed(checkpoint, {"model": mine.get("model")}, free, only="model.")
+            run_folder.refuse_changed(checkpoint, {"model": settings.get("model")}, free, only="model.")
 
     def _choose_folder(self, settings: Namespace) -> Path | None:
         if self.subcommand != "fit" or settings.trainer.fast_dev_run:
             return None
-        if self.checkpoint is None:
-            return run_folder.new_run_folder(settings.runs_dir, settings.name)
-        return run_folder.run_folder(self.checkpoint) or run_folder.new_run_folder(
-            settings.runs_dir, settings.name
-        )
+        own = None if self.checkpoint is None else run_folder.run_folder(self.checkpoint)
+        folder = own or run_folder.new_run_folder(settings.runs_dir, settings.name)
+        if not run_folder.is_other_rank():
+            self.locks.enter_context(run_folder.held(folder))
+            if own is None:
+                run_folder.refuse_other_run(folder, self._resolved()[1], self.resuming)
+        return folder
 
     def _settings(self) -> Namespace:
         return self.config[self.subcommand]
@@ -154,24 +165,27 @@ def run(name: str, args: list[str], prog: str) -> None:
     skipped = CertdraftCLI.subcommands()[name]
 
     class OneCommand(CertdraftCLI):
-        """Only the parser that is needed: each of the four takes a second to build."""
+        """Only the parser that is needed: each takes a second to build."""
+
+        locks = contextlib.ExitStack()
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             return {name: skipped}
 
-    OneCommand(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        save_config_callback=None,
-        seed_everything_default=0,
-        parser_kwargs={"prog": prog.rpartition(" ")[0]},
-        parser_class=StrictLightningParser,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        args=[name, *args],
-    )
+    with OneCommand.locks:
+        OneCommand(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"prog": prog.rpartition(" ")[0]},
+            parser_class=StrictLightningParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=[name, *args],
+        )
 
 
 def _name(settings: Namespace, command: str) -> str:

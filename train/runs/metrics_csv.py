@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
+from certdraft.support import write_file
+
 
 class RunMetrics(CSVLogger):
-    """Writes `metrics.csv` straight into the run's folder.
+    """Lightning's CSVLogger, writing every row at once and straight into the run's folder.
 
     Args:
         folder: the run's folder.
@@ -35,16 +38,54 @@ class RunMetrics(CSVLogger):
 
 
 class _Writer(ExperimentWriter):
+    """Appends rows; a file with other columns, and that of an earlier part, is replaced as a whole."""
+
     def __init__(self, log_dir: str, resume_step: int) -> None:
         super().__init__(log_dir)
-        file = Path(self.metrics_file_path)
-        if not file.exists():
+        self._file = Path(self.metrics_file_path)
+        if self._file.exists():
+            kept = [row for row in whole_rows(self._file) if float(row["step"]) < resume_step]
+            self.metrics_keys = sorted({key for row in kept for key in row})
+            self._write(kept)
+
+    def save(self) -> None:
+        if not self.metrics:
             return
-        with file.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        file.unlink()
-        self.metrics = [row for row in rows if float(row["step"]) < resume_step]
-        self.save()
+        new = {key for row in self.metrics for key in row} - set(self.metrics_keys)
+        if new or not self._file.exists():
+            self.metrics_keys = sorted({*self.metrics_keys, *new})
+            self._write([*(whole_rows(self._file) if self._file.exists() else ()), *self.metrics])
+        else:
+            with self._file.open("a", newline="", encoding="utf-8") as stream:
+                csv.DictWriter(stream, self.metrics_keys).writerows(self.metrics)
+        self.metrics = []
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as stream:
+                writer = csv.DictWriter(stream, self.metrics_keys)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        write_file(self._file, write)
 
     def _check_log_dir_exists(self) -> None:
         """The folder is the run's: neither warn about its content nor delete it."""
+
+
+def whole_rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file, without any that a kill cut short.
+
+    Raises:
+        ValueError: the file is no table of metrics.
+    """
+    try:
+        header, *lines = list(csv.reader(file.read_text(encoding="utf-8").splitlines(keepends=True))) or [[]]
+        rows = [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]
+        if rows and "step" not in header:
+            raise ValueError("no column `step`")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); move it away, and the run goes on without its earlier rows"
+        ) from None
+    return [row for row in rows if row["step"].isdigit()]

@@ -1,7 +1,9 @@
-"""What every training run carries: exact reseeding, checkpoints, and a stop that loses nothing."""
+"""Callbacks of every training run: exact reseeding, checkpoints, records, and a stop that loses nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import os
 import signal
@@ -11,17 +13,21 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
+from certdraft.support import write_text
+from certdraft.train.runs.checkpoint_file import LAST
+from certdraft.train.runs.run_record import write_part
+
 _EVERY = 20  # steps between two questions to all ranks whether one was asked to stop
 
 
 class StepRNG(Callback):
-    """Reseeds torch before every batch from (seed, step, micro-batch, rank).
+    """Reseed torch before every batch from (seed, step, micro-batch, rank).
 
     Dropout then depends on where the run is and not on how it got there, so a resumed run repeats it without
     any stored generator state, on any number of ranks.
@@ -52,11 +58,14 @@ def step_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """`best.ckpt` after a validation that improves `monitor`, `last.ckpt` every few steps and at the end.
+    """`best.ckpt` after a validation that improves `monitor`, `last.ckpt` every few steps and at every end.
+
+    `last.ckpt` is the state after an optimiser step, written once that step is logged and its validation, if
+    one is due, is done: a run that goes on from it repeats nothing and leaves nothing out.
 
     Args:
         monitor: logged metric that decides what is best.
-        mode: "max" or "min" of it.
+        mode: whether more of it is better, or less.
         every_n_train_steps: steps between two `last.ckpt`; what a kill can cost.
         dirpath: folder; the run's `checkpoints` folder when not given.
     """
@@ -64,7 +73,7 @@ class RunCheckpoint(ModelCheckpoint):
     def __init__(
         self,
         monitor: str = "val/tau_expected",
-        mode: str = "max",
+        mode: Literal["max", "min"] = "max",
         every_n_train_steps: int = 200,
         dirpath: str | None = None,
     ) -> None:
@@ -75,51 +84,103 @@ class RunCheckpoint(ModelCheckpoint):
             enable_version_counter=False, save_on_train_epoch_end=False,
         )  # fmt: skip
         self.every_n_steps = every_n_train_steps
-        self._last_step = -1
+        self._finished = self._saved = -1  # optimiser steps
+        self._stepping = False
+        self._loops: dict[str, Any] | None = None  # progress and data position after the finished step
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._last_step = -1
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finished = self._saved = trainer.global_step
+        self._stepping, self._loops = False, None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._finished % self.every_n_steps == 0:
+            self.save_last_now(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._stepping = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self._last_step:
-            self.save_last_now(trainer)
+        if trainer.global_step != self._finished:  # not between accumulated batches
+            self._finished, self._stepping = trainer.global_step, False
+            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+            # Otherwise Lightning counts the epoch twice when it goes on from the last batch of one.
+            self._loops["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.monitor not in trainer.callback_metrics:
+        score = trainer.callback_metrics.get(str(self.monitor))
+        if score is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        # `last.ckpt` is only ever the state after a training batch: what resumes to identical weights.
-        self.save_last = False
-        super().on_validation_end(trainer, pl_module)
-        self.save_last = True
+        best = self.best_model_score
+        better = not score.isnan() and (
+            best is None or bool(score > best if self.mode == "max" else score < best)
+        )
+        if trainer.strategy.reduce_boolean_decision(bool(better)):
+            self.best_model_score = score.detach().clone()
+            self.best_model_path = self._save(trainer, "best.ckpt")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing: epochs do not matter here."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.save_last_now(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Save the last finished step, unless its validation or the next step was under way."""
+        lost = self._stepping or trainer.validating or trainer.world_size > 1
+        if not lost and not isinstance(exception, OSError):
+            with contextlib.suppress(OSError):  # the exception itself is what the user should see
+                self.save_last_now(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best score, also in a folder that was moved."""
+        self.best_model_score = state_dict.get("best_model_score")
+        if self.best_model_score is not None:
+            self.best_model_path = str(Path(str(self.dirpath)) / "best.ckpt")
 
     def save_last_now(self, trainer: pl.Trainer) -> None:
-        """Writes `last.ckpt`; a validation at the same step may still write `best.ckpt`."""
-        if (
-            self._should_skip_saving_checkpoint(trainer)
-            and self._last_global_step_saved != trainer.global_step
-        ):
-            return
-        self._last_step = trainer.global_step
-        before = self._last_global_step_saved
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._last_global_step_saved = before
+        """Write `last.ckpt` of the last finished step, unless it is written."""
+        if self._finished != self._saved:
+            self._saved = self._finished
+            self.last_model_path = self._save(trainer, LAST)
+
+    def _save(self, trainer: pl.Trainer, name: str) -> str:
+        path = str(Path(str(self.dirpath)) / name)
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+        return path
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop and has saved itself; the exit code says by which signal."""
+    """The run was asked to stop; the exit code says by which signal."""
 
 
 class GracefulStop(Callback):
-    """Ctrl-C or SIGTERM finishes the step, writes `last.ckpt` and leaves; a second signal leaves at once."""
+    """Ctrl-C or SIGTERM finishes the step, writes `last.ckpt` and leaves; a second signal leaves at once.
+
+    The step is finished when the next batch starts: what it logged is then written.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
         self._step = -1
+        self._finished = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -130,20 +191,21 @@ class GracefulStop(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:  # amid gradient accumulation: the gradient would be lost
+        finished, self._finished, self._step = self._finished, False, trainer.global_step
+        if not finished:  # between accumulated batches: their gradient would be lost
             return
         asked = self.signal is not None
         if trainer.world_size > 1:  # all ranks or none; asked seldom, because it synchronises
             if trainer.global_step % _EVERY:
                 return
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        if asked and not trainer.fit_loop.done:
+        if asked:
             self._leave(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._finished = trainer.global_step != self._step
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore()
@@ -155,23 +217,19 @@ class GracefulStop(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
+            raise Interrupted(128 + number)
         self.signal = number
         print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
 
     def _leave(self, trainer: pl.Trainer) -> None:
-        where = None
+        saved = "nothing saved"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.save_last_now(trainer)
                 where = callback.last_model_path
+                saved = f"saved {where}; go on with the same command and --ckpt_path last"
         if trainer.is_global_zero:
-            said = (
-                f"saved {where}; go on with the same command and --ckpt_path last"
-                if where
-                else "nothing saved"
-            )
-            print(f"stopped at step {trainer.global_step}: {said}", file=sys.stderr, flush=True)
+            print(f"stopped at step {trainer.global_step}: {saved}", file=sys.stderr, flush=True)
         raise Interrupted(128 + (self.signal or signal.SIGTERM))
 
     def _restore(self) -> None:
@@ -181,7 +239,7 @@ class GracefulStop(Callback):
 
 
 class Provenance(Callback):
-    """Puts settings, target and validation metrics into every checkpoint: a moved one still says what it is.
+    """Store settings, target and validation metrics in every checkpoint, so that a moved one is complete.
 
     Args:
         config: the resolved settings as YAML.
@@ -212,7 +270,7 @@ class Provenance(Callback):
 
 
 class RunFolder(Callback):
-    """Writes config.yaml, command.txt and run.yaml into the run's folder before the first step.
+    """Write config.yaml, command.txt and run.yaml into the run's folder before the first step.
 
     Args:
         folder: the run's folder.
@@ -226,13 +284,9 @@ class RunFolder(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not trainer.is_global_zero:
             return
-        from certdraft.train.runs.run_record import write_part
-
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "config.yaml").exists():  # a resumed run keeps the settings it began with
-            partial = self.folder / ".config.yaml.partial"
-            partial.write_text(self.config, encoding="utf-8")
-            partial.replace(self.folder / "config.yaml")
+            write_text(self.folder / "config.yaml", self.config)
         data = getattr(trainer, "datamodule", None)
         traces = {name: getattr(data, f"{name}_trace", None) for name in ("train", "validation")}
         write_part(self.folder, {name: trace.path for name, trace in traces.items() if trace is not None})

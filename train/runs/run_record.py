@@ -1,15 +1,14 @@
-"""run.yaml, the record of a run for programs; and `certdraft reproduce`, which runs it again and compares.
+"""run.yaml, the record of a run for programs, and command.txt, the same for people.
 
-A run has one part per command that worked on it. A part says what was typed, from which sources, with which
-packages, on which machine and on which traces (the sha-256 of each trace.json, which holds the hashes of its
-shards). With config.yaml beside it that is all a run depends on.
+A run has one part per command that worked on it. A part holds the command, its sources, the packages, the
+machine and the traces (the sha-256 of each trace.json, which holds the hashes of its shards). With
+config.yaml beside it that is all a run depends on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import platform
-import shlex
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -19,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from certdraft.evaluation import RECORD_FILE, provenance, read_parts, sha256, write_atomic
+from certdraft.evaluation import RECORD_FILE, provenance, read_parts
+from certdraft.support import sha256_of, write_text
 
-# What the numbers of a run depend on; the rest of the environment is listed in no record.
+# What the numbers of a run depend on; the rest of the environment is not recorded.
 _PACKAGES = (
     "certdraft", "torch", "pytorch-lightning", "transformers", "tokenizers", "datasets", "peft",
     "safetensors", "numpy", "jsonargparse", "triton",
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def write_part(folder: Path, traces: Mapping[str, str | Path]) -> None:
-    """Appends this process's command to the run's record: run.yaml, and command.txt for people.
+    """Append this process's command to the run's record.
 
     Args:
         folder: the run's folder.
@@ -42,105 +42,37 @@ def write_part(folder: Path, traces: Mapping[str, str | Path]) -> None:
         "source": facts["source"],
         "machine": facts["machine"],
         "python": platform.python_version(),
-        "packages": _installed(),
+        "packages": installed_packages(),
         "data": {
-            name: {"path": str(path), "sha256": sha256(Path(path) / "trace.json")}
+            name: {"path": str(path), "sha256": sha256_of(Path(path) / "trace.json")}
             for name, path in traces.items()
         },
     }
-    parts = [*read_parts(folder), part]
-    write_atomic(folder / RECORD_FILE, yaml.safe_dump({"parts": parts}, sort_keys=False))
+    write_text(folder / RECORD_FILE, yaml.safe_dump({"parts": [*record_of(folder), part]}, sort_keys=False))
     with (folder / "command.txt").open("a", encoding="utf-8") as stream:
         stream.write("\n".join(f"{label}: {text}" for label, text in facts.items()) + "\n\n")
 
 
-def changes(part: Mapping[str, Any]) -> list[str]:
-    """What is not as it was when a part ran: packages, sources, traces. One line each."""
-    facts, installed = provenance(), _installed()
-    said = [
-        f"{name} is {installed.get(name, 'not installed')}, was {old}"
-        for name, old in part["packages"].items()
-        if installed.get(name) != old
-    ]
-    for name, old in (("python", platform.python_version()), ("source", facts["source"])):
-        if part[name] != old:
-            said.append(f"{name} is {old}, was {part[name]}")
-    if part["machine"] != facts["machine"]:
-        said.append(f"the machine is {facts['machine']}, was {part['machine']}")
-    for name, trace in part["data"].items():
-        file = Path(trace["path"]) / "trace.json"
-        if not file.is_file():
-            said.append(f"the {name} trace {trace['path']} is gone; a config that can record makes it again")
-        elif sha256(file) != trace["sha256"]:
-            said.append(f"the {name} trace {trace['path']} was recorded anew since")
-    return said
-
-
-def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False) -> None:
-    """Run a training run again from its own config, and compare the weights.
-
-    What differs today (packages, sources, machine, traces) is said first. Afterwards the trained weights of
-    both runs are compared; on the same machine with the same packages they are equal, bit for bit.
-
-    Args:
-        run: folder of a finished run.
-        runs_dir: parent of the new run's folder, NAME-again.
-        dry_run: only say what has changed and which command would run.
+def record_of(folder: Path) -> list[dict[str, Any]]:
+    """The parts of a run, oldest first; empty without a record.
 
     Raises:
-        FileNotFoundError: no run, or no last checkpoint to compare with.
-        ValueError: a run without a record; or one whose weights came out differently.
+        ValueError: the record is damaged.
     """
-    from certdraft.train.commands import cli
-    from certdraft.train.runs import run_folder
-
-    folder = Path(run)
-    parts = read_parts(folder)
-    if not parts:
-        raise ValueError(f"{folder} has no {RECORD_FILE}; give the folder of a run: runs/NAME/TIME")
-    for line in changes(parts[-1]):
-        print(f"changed: {line}", file=sys.stderr)
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    name = f"{settings['name']}-again"
-    command = ["fit", "--config", str(folder / "config.yaml"), "--name", name, "--runs_dir", runs_dir]
-    if Path(str((settings["trainer"] or {}).get("default_root_dir"))) == folder:
-        command += ["--trainer.default_root_dir", "null"]  # the old run's folder, filled in by the old run
-    print(shlex.join(["certdraft", *command]), file=sys.stderr)
-    if dry_run:
-        return
-    before = folder / "checkpoints" / "last.ckpt"
-    if not before.exists():
-        raise FileNotFoundError(f"{before}: no such checkpoint, so nothing to compare with")
-    cli.main(command)
-    after = run_folder.find_checkpoint(Path(runs_dir) / name)
-    assert after is not None
-    largest = largest_difference(before, after)
-    if largest > 0:
+    try:
+        parts = read_parts(folder)
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+        parts = None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise ValueError(
-            f"the weights of {after} differ from those of {before}, at most by {largest:.3g}; see the "
-            "lines that begin with `changed` above, or set trainer.deterministic in the config"
+            f"{folder / RECORD_FILE} is damaged; move it away to go on (command.txt beside it holds the same "
+            "facts), or restore it to reproduce the run"
         )
-    print(f"reproduced: {after} has the weights of {before}, bit for bit")
+    return parts
 
 
-def largest_difference(first: Path, second: Path) -> float:
-    """The largest absolute difference between the weights of two checkpoints.
-
-    Raises:
-        ValueError: they do not hold the same tensors, or stopped at different steps.
-    """
-    import torch
-
-    a, b = (torch.load(path, weights_only=True, map_location="cpu") for path in (first, second))
-    if a["global_step"] != b["global_step"] or a["state_dict"].keys() != b["state_dict"].keys():
-        raise ValueError(
-            f"{first} (step {a['global_step']}) and {second} (step {b['global_step']}) are not of one run"
-        )
-    pairs = ((a["state_dict"][name], b["state_dict"][name]) for name in a["state_dict"])
-    return max((float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel()), default=0.0)
-
-
-def _installed() -> dict[str, str]:
+def installed_packages() -> dict[str, str]:
+    """Version of each installed package that the numbers of a run depend on."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

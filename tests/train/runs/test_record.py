@@ -13,7 +13,7 @@ import yaml
 
 from certdraft.evaluation import read_parts
 from certdraft.train.commands.cli import main
-from certdraft.train.runs.run_record import changes, largest_difference
+from certdraft.train.commands.reproduce import changes, largest_difference
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_what_changed_since_is_said(run: Path, tmp_path: Path, capsys: pytest.Ca
     main(["reproduce", "--run", str(run), "--dry_run", "true"])
     said = capsys.readouterr().err
     assert f"torch is {torch.__version__}, was 1.0" in said
-    assert f"the train trace {copied} was recorded anew" in said
+    assert f"the train trace {copied} was recorded again" in said
     assert "gone is gone" in said
     assert "certdraft fit --config" in said
 

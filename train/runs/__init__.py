@@ -1,0 +1,1 @@
+"""One training run: its folder, its record, its checkpoints, and the callbacks that keep them."""
