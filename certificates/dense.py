@@ -66,7 +66,7 @@ class DenseTop:
         if self.p.shape[-1] <= m:
             return torch.full_like(self.lse_gap, torch.inf)
         x = self._coordinate(self.values[..., : m + 1])
-        value, _ = coverage_pool(x, (-self.lse_gap).exp(), self.measure)
+        value, _ = coverage_pool(x, self.lse_gap, self.measure)
         if self.measure == "reverse":  # a competitor of probability zero wins only when the greedy token goes
             value = torch.where(self.values[..., m] <= 0, deletion_cost(self.lse_gap), value)
         return value
@@ -92,14 +92,13 @@ class DenseTop:
         if self.measure == "reverse":  # no finite divergence lifts a token of probability zero
             endless = endless | (rejected <= 0)
         top = self.values[..., 0]
-        p0 = (-self.lse_gap).exp()
         x = self._coordinate(values)
         x_rejected = self._coordinate(torch.where(endless, top, rejected).unsqueeze(-1))[0]
-        value, level = single_token_pool(x, x_rejected, p0, self.measure)
+        value, level = single_token_pool(x, x_rejected, self.lse_gap, self.measure)
         if beyond:  # accepted tokens that were not selected may still be pooled
             rows = full & ~endless & (x[-1] > level)
             if bool(rows.any()):
-                whole = on_rows(self._whole_row, rows, self.p, x_rejected, level, p0, top)
+                whole = on_rows(self._whole_row, rows, self.p, x_rejected, level, self.lse_gap, top)
                 value = value.masked_scatter(rows, whole)
         return torch.where(endless, torch.inf, value)
 
@@ -108,7 +107,9 @@ class DenseTop:
         x = values.movedim(-1, 0).to(torch.float64, memory_format=torch.contiguous_format)
         return coordinate(x, self.values[..., 0].double(), self.measure)
 
-    def _whole_row(self, p: Tensor, x_rejected: Tensor, level: Tensor, p0: Tensor, top: Tensor) -> Tensor:
+    def _whole_row(
+        self, p: Tensor, x_rejected: Tensor, level: Tensor, lse_gap: Tensor, top: Tensor
+    ) -> Tensor:
         """Radius over all tokens of a row, [N, V] → [N], from a level known to be too low.
 
         Only tokens above that level can be pooled. Each Newton pass moves the level up to the mean of what
@@ -127,7 +128,7 @@ class DenseTop:
                 if not bool((mean > level).any()):
                     break
                 level = torch.maximum(level, mean)
-        return divergence((x - level).clamp_min(0.0), x_rejected - level, level, p0, self.measure)
+        return divergence((x - level).clamp_min(0.0), x_rejected - level, level, lse_gap, self.measure)
 
 
 def coordinate(p: Tensor, p0: Tensor, measure: Measure) -> Tensor:

@@ -5,14 +5,19 @@ Axis letters: *step leading axes · N steps · K entries kept.
 
 from __future__ import annotations
 
+import math
+
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from certdraft.certificates.divergences import kl_divergence_logp
 from certdraft.certificates.head import Head, tail_mass
 from certdraft.certificates.pooling import (
     LOG_FLOOR,
+    Direction,
     Measure,
+    check_direction,
     coverage_pool,
     deletion_cost,
     divergence,
@@ -54,7 +59,7 @@ def _coverage(head: Head, m: int, measure: Measure) -> Float[Tensor, " N"]:
     lse_gap = head.lse_gap.double()
     if head.vocab_size <= m:
         return torch.full_like(lse_gap, torch.inf)
-    value, _ = coverage_pool(_coordinate(head.gap[..., : m + 1], measure), (-lse_gap).exp(), measure)
+    value, _ = coverage_pool(_coordinate(head.gap[..., : m + 1], measure), lse_gap, measure)
     if measure == "reverse":  # a competitor of probability zero wins only when the greedy token is deleted
         value = torch.where(torch.isinf(head.gap[..., m]), deletion_cost(lse_gap), value)
     return value
@@ -131,11 +136,11 @@ def _pooled(
     if endless is not None:
         rejected = rejected.masked_fill(endless, 0.0)
     x_rejected = _coordinate(rejected.unsqueeze(-1), measure)[0]
-    p0 = (-lse_gap.double()).exp()
+    lse_gap = lse_gap.double()
     if torch.compiler.is_compiling():
-        value, _ = single_token_pool(_coordinate(gap, measure), x_rejected, p0, measure)
+        value, _ = single_token_pool(_coordinate(gap, measure), x_rejected, lse_gap, measure)
     else:
-        value, level = _pair(rejected, x_rejected, p0, measure)
+        value, level = _pair(rejected, x_rejected, lse_gap, measure)
         rows, done = None, 1
         for width in (_POOL, gap.shape[-1]):
             if done >= gap.shape[-1]:
@@ -146,7 +151,7 @@ def _pooled(
                 break
             rows = more if rows is None else rows[more]
             wide = _coordinate(gap[:, :width].index_select(0, rows), measure)
-            found, x_level = single_token_pool(wide, x_rejected[rows], p0[rows], measure)
+            found, x_level = single_token_pool(wide, x_rejected[rows], lse_gap[rows], measure)
             level = -x_level if measure == "reverse" else -x_level.log1p()
             value = value.index_put((rows,), found)
             done = width
@@ -154,13 +159,16 @@ def _pooled(
 
 
 def _pair(
-    rejected: Float[Tensor, " N"], x_rejected: Float[Tensor, " N"], p0: Float[Tensor, " N"], measure: Measure
+    rejected: Float[Tensor, " N"],
+    x_rejected: Float[Tensor, " N"],
+    lse_gap: Float[Tensor, " N"],
+    measure: Measure,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Radius of the greedy token and a rejected one, and their level as a gap."""
     level = 0.5 * x_rejected
     if measure == "reverse":
-        return divergence(level.unsqueeze(0), -level, level, p0, measure), -level.detach()
-    log_level = level.log1p()
+        return divergence(level.unsqueeze(0), -level, level, lse_gap, measure), -level.detach()
+    log_level, p0 = level.log1p(), (-lse_gap).exp()
     if measure == "tv":
         return p0 * -level, -log_level
     share, gap = 1 + x_rejected, rejected.double().clamp_max(-LOG_FLOOR)
@@ -171,3 +179,137 @@ def _coordinate(gap: Tensor, measure: Measure) -> Tensor:
     """Pooling coordinate of each gap, float64, entries first: [N, K] → [K, N]."""
     u = gap.T.to(torch.float64, memory_format=torch.contiguous_format).neg()
     return u.clamp_min(LOG_FLOOR) if measure == "reverse" else u.expm1()
+
+
+def coarse_kl(
+    head: Head, logq: Float[Tensor, "*step V"], direction: Direction = "forward"
+) -> Float[Tensor, "*step"]:
+    """Divergence between target and drafter with everything outside the head lumped into one bucket.
+
+    Stored gaps may be rounded to float16, and the probabilities then add up to S ≠ 1. The forward value is
+    S·KL(p/S‖q), to be compared with the radius of p, which is S times that of p/S; the reverse value is
+    KL(q‖p/S). `coarse_radius` follows the same convention.
+
+    Args:
+        head: target head.
+        logq: natural log-probabilities of the drafter over the whole vocabulary.
+        direction: "forward" for KL(p‖q), "reverse" for KL(q‖p).
+
+    Returns:
+        Nats, in [0, +inf], differentiable in logq; at most the full divergence, and equal to it when the head
+        is the whole vocabulary.
+
+    Source: docs/theory.md §7.
+
+    Examples:
+        >>> import torch
+        >>> p = torch.tensor([0.7, 0.2, 0.1])
+        >>> float(coarse_kl(Head.from_probs(p, 2), p.log())) < 1e-6
+        True
+    """
+    check_direction(direction)
+    _check_vocabulary(head, logq)
+    lse_gap = _scaled_lse_gap(head)
+    drafter = logq.gather(-1, head.ids).double()
+    target = -head.gap.double() - lse_gap.unsqueeze(-1)
+    excess = lse_gap - head.lse_gap.double()  # log S
+    if head.num_kept < head.vocab_size:
+        # summed over the tail itself: 1 minus the head would leave only rounding of a small tail
+        outside = logq.scatter(-1, head.ids, -torch.inf).logsumexp(-1, keepdim=True)
+        drafter = torch.cat([drafter, outside.double()], dim=-1)
+        target = torch.cat([target, (head.tail_mass.double().log() - excess).unsqueeze(-1)], dim=-1)
+    if direction == "forward":
+        return (excess.exp() * kl_divergence_logp(target, drafter)).to(logq.dtype)
+    return kl_divergence_logp(drafter, target).to(logq.dtype)
+
+
+def num_tail_above(head: Head, logq: Float[Tensor, "*step V"]) -> Int[Tensor, "*step"]:
+    """Number of tokens outside the head that the drafter ranks level with or above the greedy token.
+
+    Args:
+        head: target head.
+        logq: scores of the drafter over the whole vocabulary; only their order matters.
+    """
+    _check_vocabulary(head, logq)
+    above = logq >= logq.gather(-1, head.greedy.unsqueeze(-1))
+    return above.sum(-1) - above.gather(-1, head.ids).sum(-1)
+
+
+def coarse_radius(
+    head: Head,
+    m: int,
+    direction: Direction = "forward",
+    *,
+    tail_above: Int[Tensor, "*step"] | None = None,
+) -> Float[Tensor, "*step"]:
+    """The least coarse divergence at which the greedy token may be missing from the drafter's top-m.
+
+    `coarse_kl(head, logq) < coarse_radius(head, m)` guarantees coverage, and no larger constant does. Without
+    `tail_above` it is smaller than the radius of the full divergence. With `tail_above = num_tail_above(head,
+    logq)` the number of rivals in the drafter's tail is known; for none, the usual case, the coarse radius is
+    the full one, and since the coarse divergence is the smaller one, this test certifies more than the full
+    divergence does.
+
+    Args:
+        head: target head, K ≥ m + 1 unless that is the whole vocabulary.
+        m: width, ≥ 1.
+        direction: as in `coarse_kl`.
+        tail_above: number of tokens outside the head that the drafter ranks level with or above the greedy
+            token.
+
+    Returns:
+        Nats, in [0, +inf]; 0 where nothing is guaranteed: the tail could hide m tokens as probable as the
+        greedy one, or `tail_above` ≥ m.
+
+    Raises:
+        ValueError: m < 1, or the head keeps fewer than m + 1 of more than m tokens.
+
+    Source: docs/theory.md §7.
+    """
+    check_direction(direction)
+    if m < 1:
+        raise ValueError(f"m={m} must be 1 or more")
+    if head.vocab_size <= m:
+        return torch.full_like(head.lse_gap, torch.inf)
+    if head.num_kept <= m:
+        raise ValueError(
+            f"coarse_radius(m={m}) needs a head of at least {m + 1}; this one keeps K={head.num_kept}"
+        )
+    hidden = min(m, head.vocab_size - head.num_kept)
+    values = torch.stack([_with_tail_rivals(head, m, n, direction) for n in range(hidden + 1)])
+    if tail_above is None:
+        return values.amin(0).to(head.lse_gap.dtype)
+    chosen = values.gather(0, tail_above.clamp_max(hidden).unsqueeze(0)).squeeze(0)
+    return torch.where(tail_above >= m, 0.0, chosen).to(head.lse_gap.dtype)
+
+
+def _with_tail_rivals(head: Head, m: int, n: int, direction: Direction) -> Tensor:
+    """Coverage radius when n of the m rivals share the tail evenly."""
+    lse_gap = head.lse_gap.double()
+    u = -head.gap[..., : m - n + 1].double()
+    if n:
+        share = head.tail_mass.double().log() + lse_gap - math.log(n)
+        u = torch.cat([u, share.unsqueeze(-1).expand(*share.shape, n)], dim=-1)
+        # rivals as probable as the greedy token together pool at or above it: nothing is guaranteed
+        u = torch.cat([u[..., :1], u[..., 1:].sort(-1, descending=True).values], dim=-1)
+    missing, u = torch.isinf(u[..., -1]), u.movedim(-1, 0)
+    if direction == "forward":
+        value, level = coverage_pool(u.expm1(), lse_gap, direction)
+    else:
+        lse_gap = _scaled_lse_gap(head)
+        value, level = coverage_pool(u.clamp_min(LOG_FLOOR), lse_gap, direction)
+        value = torch.where(missing, deletion_cost(lse_gap), value)
+    return torch.where(level >= 0, 0.0, value)
+
+
+def _scaled_lse_gap(head: Head) -> Float[Tensor, "*step"]:
+    """−log p(x0), float64, once the probabilities of the head and its tail are scaled to add up to 1."""
+    kept = (-head.gap[..., 1:].double()).exp().sum(-1)
+    return (kept + head.tail_mass.double() * head.lse_gap.double().exp()).log1p()
+
+
+def _check_vocabulary(head: Head, logq: Tensor) -> None:
+    if logq.shape[-1] != head.vocab_size:
+        raise ValueError(
+            f"the drafter scores {logq.shape[-1]} tokens and the head was cut from {head.vocab_size}"
+        )

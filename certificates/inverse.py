@@ -14,8 +14,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from certdraft.certificates import closed_forms as forms
-from certdraft.certificates.bounds import Number, unit_interval
+from certdraft.certificates.bounds import (
+    Number,
+    even_coverage,
+    even_pair,
+    leading_pool,
+    leading_set,
+    pair,
+    ratio_pair,
+    unit_interval,
+)
 from certdraft.certificates.pooling import Direction, check_direction
 from certdraft.certificates.rules import Additive, Coverage, Multiplicative, Rule, TopM, Typical
 
@@ -78,52 +86,52 @@ def _with_margin(rule: Rule, d: Tensor, p: Tensor | None, direction: Direction) 
     """A bound that holds for every margin of at least d; grows with d."""
     if isinstance(rule, Coverage):
         if p is None:
-            return forms.even_coverage(d, rule.m, direction)
+            return even_coverage(d, rule.m, direction)
         # among margins of at least d, equal rivals are the worst
-        return forms.leading_pool(p, torch.minimum(p - d, (1 - p) / rule.m), rule.m, direction)
+        return leading_pool(p, torch.minimum(p - d, (1 - p) / rule.m), rule.m, direction)
     if isinstance(rule, TopM) and rule.m > 2:
         relaxed = _with_margin(rule.relaxation, d, p, direction)
         k = rule.m - 1
         if p is None:
-            return torch.minimum(relaxed, forms.leading_set(d, k, direction))
-        return torch.minimum(relaxed, forms.pair(p, torch.minimum(p - d, (1 - p) / k), direction))
+            return torch.minimum(relaxed, leading_set(d, k, direction))
+        return torch.minimum(relaxed, pair(p, torch.minimum(p - d, (1 - p) / k), direction))
     if p is not None:
         worst = torch.minimum(p - d, 1 - p)
         if isinstance(rule, Additive):
-            value = forms.pair(p, torch.minimum(worst, p - rule.t).clamp_min(0.0), direction)
+            value = pair(p, torch.minimum(worst, p - rule.t).clamp_min(0.0), direction)
             return torch.where(p < rule.t, torch.inf, value)
         if isinstance(rule, Multiplicative):
             worst = torch.minimum(worst, rule.alpha * p)
         if isinstance(rule, Typical):
             worst = worst.clamp_max(rule.epsilon)
-        return forms.pair(p, worst.clamp_min(0.0), direction)
+        return pair(p, worst.clamp_min(0.0), direction)
     if isinstance(rule, Additive):
-        return forms.even_pair(d.clamp_min(rule.t), direction)
+        return even_pair(d.clamp_min(rule.t), direction)
     if isinstance(rule, Multiplicative):
-        return forms.ratio_pair(d, rule.alpha, direction)
-    strict = forms.even_pair(d, direction)
+        return ratio_pair(d, rule.alpha, direction)
+    strict = even_pair(d, direction)
     if isinstance(rule, Typical):
         worst = torch.minimum(d, 1 - d).clamp_max(rule.epsilon)
-        return torch.maximum(strict, forms.pair(d, worst, direction))
+        return torch.maximum(strict, pair(d, worst, direction))
     return strict
 
 
 def _with_probability(rule: Rule, p: Tensor, direction: Direction) -> Tensor:
     """A bound that holds for every greedy probability of at least p; grows with p."""
     if isinstance(rule, Coverage):
-        return forms.even_coverage((((rule.m + 1) * p - 1) / rule.m).clamp_min(0.0), rule.m, direction)
+        return even_coverage((((rule.m + 1) * p - 1) / rule.m).clamp_min(0.0), rule.m, direction)
     if isinstance(rule, TopM) and rule.m > 2:
-        rank = forms.pair(p, (1 - p) / (rule.m - 1), direction)
+        rank = pair(p, (1 - p) / (rule.m - 1), direction)
         return torch.minimum(rank, _with_probability(rule.relaxation, p, direction))
     if isinstance(rule, Additive):  # least at p0 = (1 + t)/2, where a rejected runner-up takes all the rest
         p = p.clamp_min((1 + rule.t) / 2)
-        return forms.even_pair((2 * p - 1).clamp_max(1.0), direction)
+        return even_pair((2 * p - 1).clamp_max(1.0), direction)
     worst = torch.minimum(p, 1 - p)
     if isinstance(rule, Multiplicative):
         worst = torch.minimum(worst, rule.alpha * p)
     if isinstance(rule, Typical):
         worst = worst.clamp_max(rule.epsilon)
-    return forms.pair(p, worst, direction)
+    return pair(p, worst, direction)
 
 
 def _invert(bound: Callable[[Tensor], Tensor], kl: Tensor, top: Tensor) -> Tensor:

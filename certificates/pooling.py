@@ -36,7 +36,7 @@ def check_direction(direction: str) -> None:
 def single_token_pool(
     x: Float[Tensor, " K *step"],
     x_rejected: Float[Tensor, "*step"],
-    p0: Float[Tensor, "*step"],
+    lse_gap: Float[Tensor, "*step"],
     measure: Measure,
 ) -> tuple[Float[Tensor, "*step"], Float[Tensor, "*step"]]:
     """Radius and level when the best rejected token has to overtake every accepted one.
@@ -47,33 +47,39 @@ def single_token_pool(
     Args:
         x: coordinates of the K most probable tokens, float64.
         x_rejected: coordinate of the most probable rejected token.
-        p0: p(x0).
+        lse_gap: −log p(x0), float64.
         measure: the divergence.
     """
     with torch.no_grad():
-        count = torch.arange(2, len(x) + 2, device=x.device).reshape(-1, *[1] * p0.ndim)
+        count = torch.arange(2, len(x) + 2, device=x.device).reshape(-1, *[1] * lse_gap.ndim)
         level = ((x_rejected + x.cumsum(0)) / count).amax(0)
-    return divergence((x - level).clamp_min(0.0), x_rejected - level, level, p0, measure), level
+    return divergence((x - level).clamp_min(0.0), x_rejected - level, level, lse_gap, measure), level
 
 
 def coverage_pool(
-    x: Float[Tensor, " K *step"], p0: Float[Tensor, "*step"], measure: Measure
+    x: Float[Tensor, " K *step"], lse_gap: Float[Tensor, "*step"], measure: Measure
 ) -> tuple[Float[Tensor, "*step"], Float[Tensor, "*step"]]:
-    """Radius and level when all of x[1:] have to overtake x[0], which is 0.
+    """Radius and level when all of x[1:] have to overtake x[0], which is 0; arguments as above."""
+    level = coverage_level(x[1:])
+    return divergence((x[1:] - level).clamp_max(0.0), x[0] - level, level, lse_gap, measure), level
 
-    The level is the smallest mean of the greedy token and k competitors, worst first.
+
+@torch.no_grad()
+def coverage_level(x: Float[Tensor, " K *step"]) -> Float[Tensor, "*step"]:
+    """Smallest mean of the greedy token and k of its competitors, weakest first.
+
+    Args:
+        x: coordinates of the competitors that must overtake the greedy token, descending.
     """
-    with torch.no_grad():
-        count = torch.arange(2, len(x) + 1, device=x.device).reshape(-1, *[1] * p0.ndim)
-        level = (x[1:].flip(0).cumsum(0) / count).amin(0)
-    return divergence((x[1:] - level).clamp_max(0.0), x[0] - level, level, p0, measure), level
+    count = torch.arange(2, len(x) + 2, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+    return (x.flip(0).cumsum(0) / count).amin(0)
 
 
 def divergence(
     many: Float[Tensor, " K *step"],
     one: Float[Tensor, "*step"],
     level: Float[Tensor, "*step"],
-    p0: Float[Tensor, "*step"],
+    lse_gap: Float[Tensor, "*step"],
     measure: Measure,
 ) -> Float[Tensor, "*step"]:
     """Divergence between p and p with its pool levelled out.
@@ -84,16 +90,30 @@ def divergence(
         many: signed distance to the level of the tokens on the populous side, 0 outside the pool.
         one: the same for the single token on the other side.
         level: mean of x over the pool.
-        p0: p(x0).
+        lse_gap: −log p(x0), float64.
         measure: the divergence.
     """
+    p0 = (-lse_gap).exp()
     if measure == "tv":
         return p0 * one.abs()
     if measure == "forward":
         scale = 1 + level
         return p0 * scale * (phi(many / scale).sum(0) + phi(one / scale))
     lost = p0 * level.exp() * (psi(many).sum(0) + psi(one))
-    return -torch.log1p(-lost.clamp_max(1 - 2.0**-53))
+    # What is left is the mass outside the pool and the pool at its level, both in units of p(x0).
+    pool = torch.cat([many, one.unsqueeze(0)])
+    inside, x = pool != 0, pool + level  # the greedy token's is exactly 0
+    mass, below = torch.where(inside, x.exp(), 0.0), x < 0
+    competitors = mass.masked_fill(~below, 0.0).sum(0) + (mass.masked_fill(below, 0.0).sum(0) - 1)
+    size = inside.sum(0).clamp_min(1)
+    common = (level + pool.sum(0) / size).exp()  # the mean is 0 but for rounding, and carries the gradient
+    outside = (lse_gap.expm1() - competitors + 2.0**-50 * competitors).clamp_min(0.0)  # rounded up: sound
+    return -log_left(lost, p0 * (outside + size * common))
+
+
+def log_left(lost: Tensor, left: Tensor) -> Tensor:
+    """log(1 − lost), from left = 1 − lost where more than half is lost."""
+    return torch.where(lost > 0.5, left.log(), torch.log1p(-lost.clamp_max(0.5)))
 
 
 def deletion_cost(lse_gap: Float[Tensor, "*step"]) -> Float[Tensor, "*step"]:

@@ -51,11 +51,19 @@ class Loss(nn.Module):
         view = self.view(target)
         if view == "full":
             return self.on_full(logits.to(work_dtype(logits.dtype)), target)
+        if view == "picked":
+            picked = logits.gather(-1, self.pick(logits.detach(), target))
+            return self.on_picked(picked.to(work_dtype(logits.dtype)), target)
         return self.on_coarse(coarsen(logits, classes(view, target)), target)
 
     def view(self, target: TargetBatch | OnlineTarget) -> View:
         """How this loss looks at this target."""
         return self.requires
+
+    @property
+    def overrides_forward(self) -> bool:
+        """Whether a subclass has its own `forward`, which evaluation in chunks and mixtures must call."""
+        return type(self).forward is not Loss.forward
 
     def at(self, progress: float) -> None:
         """Tells a loss how much of the training is done, in [0, 1]; only schedules listen (`Ramp`)."""
@@ -70,6 +78,14 @@ class Loss(nn.Module):
     def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
         """Per-step loss from the drafter's logits over the whole vocabulary, fp32 or float64."""
         raise NotImplementedError(f"{self!r} does not work on the full vocabulary")
+
+    def pick(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Int[Tensor, "N S"]:
+        """The tokens whose logits matter, given all of them; no gradient flows through the choice."""
+        raise NotImplementedError(f"{self!r} is not a loss of a few logits")
+
+    def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
+        """Per-step loss from the picked logits."""
+        raise NotImplementedError(f"{self!r} is not a loss of a few logits")
 
     def check(self, logits: Tensor, target: TargetBatch) -> None:
         """Refuses, by name, a target this loss cannot use."""

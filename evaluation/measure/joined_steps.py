@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from certdraft.certificates import Coverage, Head, Rule, kl_divergence_logp, margin, radius
+from certdraft.certificates import Coverage, Head, Rule, coarse_kl, kl_divergence_logp, margin, radius
 
 _ROUNDING = (
     1 - 1e-9
@@ -50,9 +50,7 @@ class JoinedSteps:
         own = self.logq.gather(-1, self.head.greedy.unsqueeze(-1))
         above = self.logq >= own
         kl = (
-            _coarse_kl(self.head, self.logq)
-            if self.logp is None
-            else kl_divergence_logp(self.logp, self.logq)
+            coarse_kl(self.head, self.logq) if self.logp is None else kl_divergence_logp(self.logp, self.logq)
         )
         values = {
             "kl": kl,
@@ -151,23 +149,6 @@ def _in_double(head: Head) -> Head:
     """The same head in float64, so that divergence and radius are computed from the same numbers."""
     entropy = None if head.entropy is None else head.entropy.double()
     return Head(head.ids, head.gap.double(), head.lse_gap.double(), head.vocab_size, entropy)
-
-
-def _coarse_kl(head: Head, logq: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """Divergence of the K kept tokens and the rest as one token; at most the full KL (data processing).
-
-    Stored gaps are rounded to float16, so the kept mass can miss 1 by about 1e-3. With total mass S the
-    radius of p is S times that of p/S; S·KL(p/S‖q) is what may be held against it.
-    """
-    p, logp = head.p, head.logp
-    value = (p * (logp - logq.gather(-1, head.ids))).sum(-1)
-    mass = p.sum(-1)
-    if head.num_kept < head.vocab_size:
-        rest = logq.scatter(-1, head.ids, -torch.inf).logsumexp(-1)
-        tail = head.tail_mass
-        value = value + torch.xlogy(tail, tail) - torch.where(tail > 0, tail * rest, 0.0)
-        mass = mass + tail
-    return (value - torch.xlogy(mass, mass)).clamp_min(0.0)
 
 
 def _tail_checked_radius(head: Head, rule: Coverage, unseen: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from certdraft.losses.base import Loss
-from certdraft.losses.chunks.chunk_backward import Kernels, differentiate, row_work
+from certdraft.losses.certificate_losses import SparseLoss
+from certdraft.losses.chunks.chunk_backward import Kernels, TargetRows, differentiate, row_work
 from certdraft.losses.chunks.fp32_matmul import accumulate_, product, product_dtype
-from certdraft.losses.chunks.target_chunks import TargetRows
 from certdraft.losses.coarse_logits import work_dtype
 from certdraft.losses.kernels import Backend, choose_kernels
-from certdraft.losses.surrogates.ranks import SparseLoss
+from certdraft.losses.reduction import Reduction, step_coefficients
 from certdraft.losses.target import OnlineTarget, TargetBatch
-from certdraft.losses.weights.reduction import Reduction, step_coefficients
 
 # fp32 logits of a chunk: 24 MiB suits a CPU's caches; on a GPU those of both models get 1.25 GB.
 _CPU_BLOCK_BYTES = 24 * 2**20
@@ -71,7 +70,8 @@ def _walk(
         d_hidden = torch.zeros_like(hidden) if coefficient is not None and needs[0] else None
         d_weight = torch.zeros_like(w, dtype=dtype) if coefficient is not None and needs[1] else None
         target = TargetRows(plan.target, size)
-        work = _sparse_chunk if isinstance(plan.loss, SparseLoss) else _dense_chunk
+        sparse = isinstance(plan.loss, SparseLoss) and not plan.loss.overrides_forward
+        work = _sparse_chunk if sparse else _dense_chunk
         for start in range(0, len(hidden), max(size, 1)):
             rows = slice(start, min(start + size, len(hidden)))
             h = hidden[rows].to(plan.dtype)
@@ -113,7 +113,6 @@ def _sparse_chunk(
     d_weight: Tensor | None,
 ) -> Tensor:
     """The same for a loss of a few logits: rows of the output layer are gathered, nothing is multiplied."""
-    assert isinstance(plan.loss, SparseLoss)
     seen = target.batch(full=False)
     plan.loss.check(logits, seen)
     ids = plan.loss.pick(logits, seen)

@@ -22,7 +22,7 @@ def make_kernels() -> Kernels:
     def split_(buffer: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """`coarse.split_`; instead of exponentials the logits stay, with −inf in the head."""
         steps, vocab_size = buffer.shape
-        kept = ids.shape[1]
+        kept, ids = ids.shape[1], ids.contiguous()  # a truncated head is a view of a longer one
         coarse = buffer.new_empty(steps, kept + (kept < vocab_size))
         rest = buffer.new_empty(steps, 1)
         jitted["split"][(steps,)](
@@ -34,7 +34,7 @@ def make_kernels() -> Kernels:
     def joined_(buffer: Tensor, rest: Tensor, ids: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
         """`rows.joined_`, from what `split_` left."""
         steps, vocab_size = buffer.shape
-        kept, grad = ids.shape[1], grad.contiguous()
+        kept, ids, grad = ids.shape[1], ids.contiguous(), grad.contiguous()
         out = _out(buffer, dtype)
         jitted["join"][(steps,)](
             buffer, ids, rest, grad, out, buffer.stride(0), grad.stride(0), out.stride(0), vocab_size, kept,
@@ -47,7 +47,7 @@ def make_kernels() -> Kernels:
     ) -> Gradient:
         """Per-step loss and gradient of a `DiscountedCE` with these weights."""
         steps, vocab_size = logits.shape
-        value, weight = logits.new_empty(steps), weight.to(logits.dtype).contiguous()
+        value, ids, weight = logits.new_empty(steps), ids.contiguous(), weight.to(logits.dtype).contiguous()
         out = logits if coefficient is None else _out(logits, dtype)
         jitted["discounted"][(steps,)](
             logits, ids, weight, value if coefficient is None else coefficient, value, out,

@@ -21,6 +21,7 @@ from certdraft.certificates import (
     coarse_radius,
     expected_length_bound,
     kl_divergence,
+    minimiser,
     num_tail_above,
     path_radius,
     radius,
@@ -170,6 +171,33 @@ def test_coarse_certificates_hold(p: torch.Tensor, data: st.DataObject, directio
             assert checked == 0.0, "the tail alone beats the greedy token"
         if int(above) == 0 and m < len(p):
             assert checked == pytest.approx(exact, rel=1e-9, abs=1e-12)
+
+
+@given(distributions(min_size=3), directions(), st.integers(1, 4), st.data())
+def test_coarse_certificates_hold_for_gaps_rounded_to_float16(
+    p: torch.Tensor, direction: str, m: int, data: st.DataObject
+) -> None:
+    """Stored probabilities add up to 1 only within 1e-3; still, no drafter that fails is certified."""
+    kept = data.draw(st.integers(min(m + 1, len(p)), len(p)))
+    exact = Head.from_probs(p.float(), kept)
+    stored = Head(exact.ids, exact.gap.half(), exact.lse_gap, len(p))
+    gap = stored.gap.double()
+    tail = float(stored.tail_mass) * float(stored.lse_gap.double().exp())
+    outside = [i for i in range(len(p)) if i not in stored.ids.tolist()]
+    rounded = torch.zeros_like(p).scatter(0, stored.ids, (-gap).exp())
+    if outside:
+        rounded[outside] = tail / len(outside)
+    if float(rounded.max()) > 1 or m >= len(p):
+        return
+    worst = minimiser(rounded / rounded.sum(), Coverage(m), direction)
+    for q in (worst, 0.999 * worst + 0.001 / len(p)):
+        q = q / q.sum()
+        if bool(q.isnan().any()) or Coverage(m).accepts(stored, q):
+            continue
+        above = num_tail_above(stored, q)
+        kl = float(coarse_kl(stored, q.log(), direction))
+        assert kl >= float(coarse_radius(stored, m, direction, tail_above=above)) * (1 - 1e-6) - 1e-9
+        assert kl >= float(coarse_radius(stored, m, direction)) * (1 - 1e-6) - 1e-9
 
 
 def test_coarse_divergence_sums_a_tiny_tail() -> None:

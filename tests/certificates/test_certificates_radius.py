@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given
@@ -341,12 +342,33 @@ def test_float32_keeps_its_digits_near_ties(gap: float, direction: str) -> None:
 
 
 def test_confident_rows_keep_their_digits_in_the_reverse_direction() -> None:
-    for rest in (1e-3, 1e-8, 1e-14):
+    for rest in (1e-3, 1e-8, 1e-14, 1e-18, 1e-24, 1e-31, 1e-36):
         row = [1.0 - rest, 0.75 * rest, 0.25 * rest]
-        expected = exact_radius(row, {0}, 1, "reverse")
-        assert float(radius(torch.tensor(row), StrictGreedy(), "reverse")) == pytest.approx(
-            expected, rel=1e-6
-        )
+        for m in (1, 2):
+            expected = exact_radius(row, {0}, m, "reverse")
+            for source in (torch.tensor(row), Head.from_probs(torch.tensor(row), 3)):
+                assert float(radius(source, Coverage(m), "reverse")) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.floats(1.0, 100.0), st.floats(1.0, 100.0), st.floats(1e-3, 1.0), rules())
+def test_the_reverse_radius_is_exact_however_little_the_runner_up_has(
+    first: float, second: float, share: float, rule
+) -> None:
+    """1 − lost keeps no digit once the drafter must give up nearly everything: the remainder is added up."""
+    rest = [10**-first, 10 ** -max(first, second), share * 10**-first]
+    row = [1.0 - sum(rest), *sorted(rest, reverse=True)]
+    inside = accepted_set(row, rule)
+    with mpmath.workdps(130):
+        expected = exact_radius(row, inside, width(rule), "reverse")
+    p = torch.tensor(row, dtype=torch.float64)
+    if not isinstance(rule, Coverage):
+        seen = rule.accepted_entries(p).nonzero().flatten().tolist()
+        if set(seen) != inside:
+            return
+    value = float(radius(p, rule, "reverse"))
+    assert value <= expected * (1 + 1e-8) + 1e-12
+    if len(inside) == 1:  # otherwise what lies outside the pool is a difference, rounded up
+        assert value == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -10,7 +10,7 @@ from oracles.certificates import accepted_set
 
 from certdraft import certificates
 from certdraft.certificates import Coverage, Head, coarse_radius, margin_bound, radius, tv_radius
-from certdraft.certificates.closed_forms import leading_set
+from certdraft.certificates.bounds import leading_set
 
 VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text(encoding="utf-8"))["vectors"]
 

@@ -228,3 +228,33 @@ def test_refuses_what_it_cannot_do():
 
     with pytest.raises(ValueError, match="parameters of its own"):
         L.Chunked(Learned())
+
+
+class _Squared(L.HardCE):
+    def forward(self, logits, target):
+        return super().forward(logits, target).square()
+
+
+class _SquaredMargin(L.CoverageMargin):
+    def forward(self, logits, target):
+        return super().forward(logits, target).square()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        _Squared(),
+        _SquaredMargin(3),
+        L.Mixture([_Squared(), L.RunnerUpForgivingCE(3)], [0.5, 0.5]),
+        L.Mixture([L.ForwardKL(), _SquaredMargin(3)], [0.5, 0.5]),
+    ],
+    ids=["dense", "sparse", "mixed", "mixed sparse"],
+)
+@pytest.mark.parametrize("full", [False, True])
+def test_a_forward_of_a_subclass_is_what_is_trained(loss, full):
+    hidden, weight, target = problem(full=full)
+    expected = plain(loss, hidden, weight, target, "mean")
+    value = L.Chunked(loss, "mean", 8)(hidden, weight, target)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    for got, want in zip(grads(value, hidden, weight), grads(expected, hidden, weight), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)

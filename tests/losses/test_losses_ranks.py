@@ -9,7 +9,7 @@ from oracles.loss_cases import K, head_target, target_probs
 
 from certdraft import losses as L
 from certdraft.certificates import Head
-from certdraft.losses.chunks.target_chunks import TargetRows
+from certdraft.losses.chunks.chunk_backward import TargetRows
 
 N, H = 21, 5
 

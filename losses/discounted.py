@@ -22,9 +22,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from certdraft.certificates import coverage_level
 from certdraft.losses.base import Loss
 from certdraft.losses.coarse_logits import NEVER
-from certdraft.losses.surrogates.pool import competitor_excess, pool_excess
 from certdraft.losses.target import TargetBatch
 
 
@@ -143,8 +143,8 @@ class PoolDiscountedCE(DiscountedCE):
 
     def discount(self, target: TargetBatch) -> Float[Tensor, "N K"]:
         """1 − p_j/c, floored; (c − p_j)/c in units of p_g, without cancellation."""
-        level = pool_excess(competitor_excess(target, self.m))[:, None]
         excess = (-target.head.gap.double()).expm1()
+        level = coverage_level(excess[:, 1 : self.m + 1].T).clamp(max=0.0)[:, None]
         return ((level - excess) / (1 + level)).clamp(min=self.floor).to(target.head.gap.dtype)
 
     def extra_repr(self) -> str:

@@ -1,1 +1,0 @@
-"""Baselines: losses that make the drafter imitate the target."""

@@ -1,1 +1,0 @@
-"""Certificate-derived losses."""

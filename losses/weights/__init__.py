@@ -1,1 +1,0 @@
-"""Weights of token positions and draft paths, and the reduction."""
