@@ -1,8 +1,9 @@
-"""What every drafter offers: a training forward and a decoding state.
+"""The drafter protocol: how a drafter is made, trained, decoded with and exported.
 
-Three families fit this frame. A causal drafter is fed every drafted token and reads nothing else. An EAGLE
-head is fed every drafted token too, and reads the target's features of committed tokens. A block drafter is
-fed the round's root alone and answers with the distributions of all following depths at once.
+Three kinds ship with certdraft. A causal drafter is fed every drafted token and reads nothing else. An EAGLE
+head is fed every drafted token too, and reads the target's hidden states at committed tokens. A block drafter
+is fed the round's root alone and returns the distributions of all following depths at once. Another kind is
+one class that implements this protocol, registered with `register_drafter`.
 
 Decoding goes in rounds, batch 1. Committed tokens are those whose place in the text is settled; the latest of
 them, the round's root, has not been run through either model yet.
@@ -14,15 +15,19 @@ them, the round's root, has not been run through either model yet.
         drafter.commit(state, path, features)
 
 An accepted leaf was never fed, and a marginal drafter was fed the root alone. Such committed tokens are fed
-first thing in the next round, as a chain in front of its root, and are then nodes like any other.
+first in the next round, as a chain in front of its root, and are then nodes like any other.
 
-Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, D draft depth, L tapped layers,
-H hidden, V vocabulary.
+Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, D draft depth, L aux hidden-state
+layers, H hidden, V vocabulary.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,20 +35,139 @@ from torch import Tensor, nn
 
 from certdraft.drafters.training_paths import Paths, reach, steps_from
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-class Drafter(nn.Module, ABC):
-    """Base of the drafter families.
+    from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+    from certdraft.drafters.formats.lint_files import Layout
+
+
+@dataclass(frozen=True)
+class TargetSource:
+    """The target that a drafter is made for. What costs time is a function, called only when it is needed.
 
     Attributes:
-        kind: "conditional": `draft` answers [K, V], the next token's distribution after each node given its
-            root path. "marginal": `draft` takes the root and answers [D, V], the distributions at depths 1
-            to D, whatever stands in between.
-        taps: 0-based target layers whose outputs the drafter reads, in the order of the L axis; empty when it
-            reads tokens only. `start` and `commit` must then be given features.
+        name: folder or hub id.
+        vocab_size: entries of its vocabulary, padding included.
+        load: returns the target.
+        num_ids: returns the token ids its tokenizer uses: one more than the largest.
+        greedy_counts: returns how often the target's greedy token in the trace was each token; None without
+            a trace.
+    """
+
+    name: str
+    vocab_size: int
+    load: Callable[[], PreTrainedModel]
+    num_ids: Callable[[], int]
+    greedy_counts: Callable[[], Int[Tensor, " V"] | None] = lambda: None
+
+
+class Drafter(nn.Module, ABC):
+    """Base of every drafter kind.
+
+    Attributes:
+        kind: "conditional": `draft` returns [K, V], the next token's distribution after each node given its
+            root path. "marginal": `draft` takes the root and returns [D, V], the distributions at depths 1
+            to D, independent of the tokens in between.
+        taps: aux hidden-state layers: 0-based target layers whose outputs the drafter reads, in the order of
+            the L axis; empty when it reads tokens only. `start` and `commit` must then be given features.
+        family: name in `drafter.json` and in the registry; set by `register_drafter`.
+        description: of the kind, in the model card.
+        export_formats: formats that `export` can write, with the engines that read each; the default first.
+        layouts: how folders of this kind are recognised, and the rules that `lint_export` checks.
+        pretrained: folder or hub id that training starts from; None for fresh weights.
     """
 
     kind: Literal["conditional", "marginal"]
     taps: tuple[int, ...] = ()
+    family: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+    export_formats: ClassVar[Mapping[str, Engines]] = {}
+    layouts: ClassVar[tuple[Layout, ...]] = ()
+    pretrained: str | None = None
+
+    # ---- made for a target, and again from a checkpoint or a folder
+
+    def build_from_target(self, target: TargetSource) -> Self:
+        """Make the network for a target, before the optimiser is made. A network that exists is kept."""
+        return self
+
+    def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
+        """Make the network that the weights of a checkpoint fit; the caller loads them."""
+        return self.build_from_target(target)
+
+    @classmethod
+    def on_meta(
+        cls,
+        target: TargetSource,
+        read_config: Callable[[str], PreTrainedConfig],
+        **arguments: Any,
+    ) -> Self:
+        """Make the network on the meta device, to count its parameters: no weights are read or allocated.
+
+        Args:
+            target: `load` returns it on the meta device as well.
+            read_config: returns the transformers config of a folder or hub id.
+            arguments: of the constructor.
+        """
+        with torch.device("meta"):
+            return cls(**arguments).build_from_target(target)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        vocab_size: int,
+        target: PreTrainedModel | None,
+        dtype: Literal["float32", "bfloat16"] | None,
+        attention: Literal["sdpa", "eager"],
+    ) -> Self:
+        """Load what `write` wrote, in eval mode; arguments as in `load_drafter`."""
+        raise NotImplementedError(f"{cls.__name__} cannot be loaded from a folder: it lacks from_folder.")
+
+    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
+        """Write the files of an export into an empty folder, and check that they load as this drafter.
+
+        Returns:
+            The network as written, whose parameters the model card counts.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be exported: it lacks write.")
+
+    # ---- what others need to know about it
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, equal to the target's."""
+
+    @property
+    def max_context(self) -> int | None:
+        """Number of positions it can be used at; None: no limit."""
+        return None
+
+    @property
+    def max_draft_length(self) -> int | None:
+        """Draft tokens of a round at the most; None: no limit."""
+        return None
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """Folder or hub id whose tokenizer must be the target's; None: the drafter has the target's own."""
+        return None
+
+    @property
+    def notice(self) -> str | None:
+        """One line for the user about the network that was built, or None."""
+        return None
+
+    @property
+    def target_config(self) -> dict[str, int | None] | None:
+        """Sizes of the target as far as the drafter depends on them, in the keys of a transformers config."""
+        return None
+
+    def at(self, progress: float) -> None:
+        """Set the share of the training that is done, in [0, 1]; called before every training step."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast, except that rotary frequencies stay fp32.
@@ -64,18 +188,7 @@ class Drafter(nn.Module, ABC):
                 module._buffers[name] = buffer.to(moved.device)
         return self
 
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary, equal to the target's."""
-
-    @property
-    def max_context(self) -> int | None:
-        """Positions it can read; None: no limit."""
-        return None
-
-    def at(self, progress: float) -> None:
-        """Told before every training step: the share of the training that is done, in [0, 1]."""
+    # ---- training
 
     @abstractmethod
     def hidden(
@@ -85,16 +198,17 @@ class Drafter(nn.Module, ABC):
         document_ids: Int[Tensor, "R T"] | None = None,
         features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T H"]:
-        """Last hidden state at every step, from which `head` makes the distribution of the next token.
+        """Last hidden state at every token position, from which `head` makes the next token's distribution.
 
-        Apart from `head`, so that a loss can pick its steps before the vocabulary axis appears.
+        Separate from `head`, so that a loss can pick its positions before the vocabulary axis appears.
 
         Args:
             input_ids: packed rows of tokens.
             position_ids: position of each token in its document. None: each row is one document.
             document_ids: document of each token, −1 for padding; no attention across documents. None: each
                 row is one document.
-            features: outputs of the tapped target layers at the same steps, for drafters that read them.
+            features: outputs of the aux hidden-state layers at the same positions, for drafters that read
+                them.
         """
 
     @abstractmethod
@@ -108,7 +222,7 @@ class Drafter(nn.Module, ABC):
         document_ids: Int[Tensor, "R T"] | None = None,
         features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T V"]:
-        """`head(hidden(…))`: next-token logits at every step."""
+        """Next-token logits at every token position: `head(hidden(…))`."""
         return self.head(self.hidden(input_ids, position_ids, document_ids, features))
 
     def forward(
@@ -118,7 +232,7 @@ class Drafter(nn.Module, ABC):
         document_ids: Int[Tensor, "R T"] | None = None,
         features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T V"]:
-        """`logits`."""
+        """Alias of `logits`."""
         return self.logits(input_ids, position_ids, document_ids, features)
 
     def paths(
@@ -131,10 +245,10 @@ class Drafter(nn.Module, ABC):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """What training and validation look at: rounds of drafting along the true text.
+        """Rounds of drafting along the true text, for training and validation.
 
         The default is for drafters whose distribution depends on the text alone: one draft a path, from every
-        counted step.
+        token position in the loss mask.
 
         Args:
             input_ids: packed rows of tokens.
@@ -142,23 +256,25 @@ class Drafter(nn.Module, ABC):
             document_ids: −1 for padding.
             loss_mask: true where the next token is to be learned.
             features: as in `hidden`.
-            depth: drafts of a round; None: as many as the family trains now. It may give fewer.
-            every: a path from every counted step, in order, nothing drawn at random.
+            depth: draft tokens of a round; None: as many as are trained now. The result may have fewer.
+            every: a path from every position in the loss mask, in order, nothing drawn at random.
         """
         hidden = self.hidden(input_ids, position_ids, document_ids, features).flatten(0, 1)
         mask = reach(loss_mask, document_ids, 1).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         return Paths(hidden[starts, None], steps_from(starts, mask[starts]), mask[starts])
 
+    # ---- decoding
+
     @abstractmethod
     def start(
         self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
     ) -> Any:
-        """The decoding state of a text.
+        """Return the decoding state of a text.
 
         Args:
             ids: every committed token but the latest, which is the root of the first round.
-            features: the tapped target layers at these tokens, for drafters that read them.
+            features: aux hidden-state layers at these tokens, for drafters that read them.
         """
 
     @abstractmethod
@@ -189,7 +305,7 @@ class Drafter(nn.Module, ABC):
         Args:
             state: from `start`; modified.
             path: nodes of this round, root first. Empty: forget the round.
-            features: the tapped target layers at all tokens the round committed, for drafters that read them:
+            features: aux hidden-state layers at all tokens the round committed, for drafters that read them:
                 at the root and the path's nodes below it, then at accepted tokens not fed yet. Nodes in front
                 of the root were committed, with their features, by earlier rounds.
         """

@@ -1,4 +1,4 @@
-"""Whether drafter, target and trace fit each other, and what a fresh drafter is told about the other two."""
+"""Make a fresh drafter for its target, and check that drafter, target and trace fit each other."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pytorch_lightning as pl
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.drafters import BlockDrafter, CausalDrafter, Drafter, EagleDrafter
+from certdraft.drafters import Drafter, TargetSource
 from certdraft.train.target_outputs import Online
 
 
 def fit_to_target(
     drafter: Drafter, online: Online | None, datamodule: pl.LightningDataModule | None, seed: int = 0
 ) -> None:
-    """Makes a fresh drafter's network and refuses one that cannot draft for the target.
+    """Make a fresh drafter's network and refuse one that cannot draft for the target.
 
     Args:
         drafter: what is trained.
@@ -29,22 +28,36 @@ def fit_to_target(
 
     Raises:
         ValueError: vocabularies or tokenizers of trace, target and drafter differ; the drafter reads target
-            layers that nobody provides.
+            layers that nobody provides, or has fewer positions than the documents.
     """
     meta: Any = getattr(datamodule, "meta", None)
     if online is not None:
-        vocab_size, name, theirs = online.vocab_size, online.settings.name, _fingerprint(online.settings.name)
+        vocab_size, name = online.vocab_size, online.settings.name
+        fingerprint = _fingerprint(name)
         if meta is not None:
-            _same_target(meta, name, theirs, vocab_size)
+            _check_same_target(meta, name, fingerprint, vocab_size)
     elif meta is not None:
-        vocab_size, name, theirs = meta.vocab_size, meta.target, meta.tokenizer_fingerprint
+        vocab_size, name, fingerprint = meta.vocab_size, meta.target, meta.tokenizer_fingerprint
     else:
         return
+    trace = getattr(datamodule, "train_trace", None)
+    source = target_source(
+        name,
+        vocab_size,
+        load=lambda: load_target(name) if online is None else online.model,
+        greedy_counts=lambda: None if trace is None else greedy_counts(trace),
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        _build(drafter, vocab_size, name, online, datamodule)
-    if isinstance(drafter, CausalDrafter) and drafter.pretrained:
-        _same_tokenizer(drafter.pretrained, _fingerprint(drafter.pretrained), theirs)
+        drafter.build_from_target(source)
+    if drafter.notice:
+        print(drafter.notice, file=sys.stderr)
+    if (start := drafter.tokenizer_source) and (own := _fingerprint(start)) != fingerprint:
+        raise ValueError(
+            f"the drafter {start} has tokenizer {own[:12]}…, the target's is {fingerprint[:12]}…: their "
+            "token ids mean different text. Start from a model with the target's tokenizer, or record the "
+            "trace with the target that this drafter belongs to"
+        )
     if drafter.vocab_size != vocab_size:
         raise ValueError(
             f"the drafter has a vocabulary of {drafter.vocab_size}, its target of {vocab_size}; draft tokens "
@@ -57,30 +70,18 @@ def fit_to_target(
             f"Record it with feature_layers={list(drafter.taps)}, or run the target beside the drafter: "
             f"--model.target.name {name}"
         )
+    _check_positions(drafter, datamodule)
 
 
-def _build(drafter: Drafter, vocab_size: int, name: str, online: Online | None, datamodule: Any) -> None:
-    if isinstance(drafter, EagleDrafter | BlockDrafter) and drafter.ends is not None:
-        return
-
-    def target() -> PreTrainedModel:
-        return load_target(name) if online is None else online.model
-
-    if isinstance(drafter, CausalDrafter):
-        drafter.build(vocab_size, target() if drafter.init_from_target else None)
-    elif isinstance(drafter, EagleDrafter):
-        trace = getattr(datamodule, "train_trace", None)
-        counts = None if trace is None else greedy_counts(trace)
-        drafter.build(vocab_size, target(), counts)
-        if drafter.lost is not None and drafter.draft_ids is not None:
-            print(f"draft vocabulary of {len(drafter.draft_ids):,} tokens: {drafter.lost}", file=sys.stderr)
-    elif isinstance(drafter, BlockDrafter):
-        spare = max(load_tokenizer(name).get_vocab().values()) + 1
-        drafter.build(vocab_size, target(), spare if spare < vocab_size else None)
+def target_source(name: str, vocab_size: int, load: Any, greedy_counts: Any = lambda: None) -> TargetSource:
+    """Everything a drafter may ask about a target whose tokenizer can be loaded by its name."""
+    return TargetSource(
+        name, vocab_size, load, lambda: max(load_tokenizer(name).get_vocab().values()) + 1, greedy_counts
+    )
 
 
 def greedy_counts(trace: Any) -> Int[Tensor, " V"]:
-    """How often each token is the target's greedy token at a counted step of a trace."""
+    """How often each token is the target's greedy token at a position in the loss mask of a trace."""
     counts = torch.zeros(trace.meta.vocab_size, dtype=torch.long)
     for document in range(len(trace)):
         columns = trace.columns(document)
@@ -89,16 +90,21 @@ def greedy_counts(trace: Any) -> Int[Tensor, " V"]:
     return counts
 
 
-def _same_tokenizer(drafter: str, mine: str, theirs: str) -> None:
-    if mine != theirs:
-        raise ValueError(
-            f"the drafter {drafter} has tokenizer {mine[:12]}…, the target's is {theirs[:12]}…: their token "
-            "ids mean different text. Start from a model with the target's tokenizer, or record the trace "
-            "with the target that this drafter belongs to"
-        )
+def _check_positions(drafter: Drafter, datamodule: Any) -> None:
+    """Refuse a drafter with fewer positions than the longest document, or the row that cuts it."""
+    limit, seq_len = drafter.max_context, getattr(datamodule, "seq_len", None)
+    traces = [getattr(datamodule, f"{split}_trace", None) for split in ("train", "validation")]
+    lengths = [int(trace.lengths.max()) for trace in traces if trace is not None and len(trace)]
+    if limit is None or seq_len is None or not lengths or min(max(lengths), seq_len) <= limit:
+        return
+    raise ValueError(
+        f"the drafter has {limit} positions, but documents of the trace reach {max(lengths)} tokens and "
+        f"data.seq_len is {seq_len}: set max_position_embeddings of the drafter to the target's, or lower "
+        f"data.seq_len to {limit}"
+    )
 
 
-def _same_target(meta: Any, name: str, fingerprint: str, vocab_size: int) -> None:
+def _check_same_target(meta: Any, name: str, fingerprint: str, vocab_size: int) -> None:
     if fingerprint != meta.tokenizer_fingerprint:
         raise ValueError(
             f"model.target {name} has tokenizer {fingerprint[:12]}…, the trace was recorded with "
@@ -106,7 +112,7 @@ def _same_target(meta: Any, name: str, fingerprint: str, vocab_size: int) -> Non
         )
     if vocab_size != meta.vocab_size:
         raise ValueError(
-            f"model.target {name} has {vocab_size} logits a step, the trace's target ({meta.target}) "
+            f"model.target {name} has {vocab_size} logits a token, the trace's target ({meta.target}) "
             f"{meta.vocab_size}; use the trace's own target or record again"
         )
 

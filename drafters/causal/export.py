@@ -4,6 +4,8 @@ config.json, generation_config.json, model.safetensors (or shards and their inde
 its chat template. LoRA is merged: no engine serves an unmerged drafter portably.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 from pathlib import Path
@@ -14,75 +16,55 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from certdraft.drafters.causal.lora import merged
-from certdraft.drafters.causal.model import CausalDrafter
-from certdraft.drafters.protocol import Drafter
 from certdraft.support import load_causal_lm, quiet
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from certdraft.drafters.causal.model import CausalDrafter
+    from certdraft.drafters.formats.export_metadata import ExportRequest
+
 _PROBE_TOKENS = 48
 _MERGE_TOLERANCE = 1e-4  # of the largest logit; fp32 merges measured at 1e-7 to 1e-6
 
 
-def write_transformers(
-    drafter: Drafter,
-    directory: Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    draft_length: int,
-    dtype: torch.dtype | None,
-    adapter: bool,
-) -> PreTrainedModel:
-    """Write the folder's files and check them by loading them again.
+def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportRequest) -> PreTrainedModel:
+    """Write the folder's files and check them by loading them again; see `Drafter.write`.
 
-    Args:
-        drafter: of the causal family; not modified.
-        directory: exists and is empty.
-        tokenizer: the target's.
-        draft_length: tokens per round, stored for `generate`.
-        dtype: of the weights in the file; None: the drafter's.
-        adapter: also write the LoRA adapter alone, into `adapter/`.
-
-    Returns:
-        The model as written.
+    The draft length is stored for `generate`; the LoRA adapter alone, where asked for, goes into `adapter/`.
 
     Raises:
-        ValueError: another family; no LoRA to write; the merged or reloaded network is not the drafter.
+        ValueError: no LoRA to write; the merged or reloaded network is not the drafter.
     """
-    if not isinstance(drafter, CausalDrafter):
-        raise ValueError(f"format 'transformers' is for causal drafters, not {type(drafter).__name__}.")
-    if adapter and drafter.lora is None:
+    if request.adapter and drafter.lora is None:
         raise ValueError("adapter=True asks for the LoRA adapter alone, but this drafter has none.")
-    model = standalone(drafter, dtype)
-    _name_special_tokens(model, tokenizer)
+    model = standalone(drafter, request.dtype)
+    _name_special_tokens(model, request.tokenizer)
     with quiet():
         model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    request.tokenizer.save_pretrained(directory)
     _update_json(directory / "config.json", _legacy_rope(model))
-    # "From the model's config" would invite transformers to derive it anew, without these settings.
-    settings = {"_from_model_config": False} | assistant_settings(draft_length)
-    _update_json(directory / "generation_config.json", settings)
-    if adapter:
+    _update_json(
+        directory / "generation_config.json",
+        {
+            "_from_model_config": False,  # or transformers derives it again, without the settings below
+            # what `generate(assistant_model=…)` reads from the drafter alone; the defaults stop drafts early
+            "num_assistant_tokens": request.draft_length,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": 0.0,
+        },
+    )
+    if request.adapter:
         _write_adapter(drafter, directory / "adapter")
     check_reload(model, directory)
     return model
 
 
-def assistant_settings(draft_length: int) -> dict[str, Any]:
-    """What `generate(assistant_model=…)` reads from the drafter alone; the defaults stop drafts early."""
-    return {
-        "num_assistant_tokens": draft_length,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-
-
 @torch.no_grad()
 def standalone(drafter: CausalDrafter, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A plain causal LM with the drafter's weights, LoRA merged in fp32, in eval mode.
+    """Return a plain causal LM with the drafter's weights, LoRA merged in fp32, in eval mode.
 
-    Built anew from the config, so that nothing but config and weights, which is what a folder holds, gets in.
+    It is built from the config, so that it holds nothing but config and weights, as a folder does.
 
     Args:
         drafter: not modified.
@@ -109,8 +91,8 @@ def standalone(drafter: CausalDrafter, dtype: torch.dtype | None = None) -> PreT
 
 def _check_merge(model: PreTrainedModel, drafter: CausalDrafter) -> None:
     adapted = copy.deepcopy(drafter.model).eval()
-    mine, theirs = _probe(model), _probe(adapted)
-    error, scale = (mine - theirs).abs().max().item(), theirs.abs().max().item()
+    merged_logits, expected = _probe(model), _probe(adapted)
+    error, scale = (merged_logits - expected).abs().max().item(), expected.abs().max().item()
     if not error <= _MERGE_TOLERANCE * max(scale, 1.0):
         raise ValueError(
             f"merging the LoRA adapter changed the logits by {error:.2g} (largest logit {scale:.2g}); its "
@@ -130,11 +112,11 @@ def check_reload(model: PreTrainedModel, directory: Path) -> None:
     nn.Module.to(loaded, model.device)
     if loaded.dtype != model.dtype:
         raise ValueError(f"written as {model.dtype}, the drafter loads as {loaded.dtype}.")
-    mine, theirs = _probe(model), _probe(loaded)
-    if not torch.equal(mine, theirs):
+    expected, found = _probe(model), _probe(loaded)
+    if not torch.equal(expected, found):
         raise ValueError(
             "the drafter loaded from the export is not the one written: logits differ by up to "
-            f"{(mine - theirs).abs().max().item():.2g}. A weight or a config key does not survive saving."
+            f"{(expected - found).abs().max().item():.2g}. A weight or a config key does not survive saving."
         )
 
 

@@ -1,21 +1,28 @@
-"""Causal drafters: any small causal LM with the target's vocabulary, fresh, pretrained or with LoRA.
+"""CausalDrafter: any small causal LM with the target's vocabulary, fresh, pretrained or with LoRA.
 
 Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, H hidden, V vocabulary.
 """
 
+from __future__ import annotations
+
 import difflib
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from certdraft.drafters.causal import export
+from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
+from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
 from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
-from certdraft.drafters.protocol import Drafter
+from certdraft.drafters.protocol import Drafter, TargetSource
+from certdraft.drafters.registry import register_drafter
 from certdraft.support import load_causal_lm, project_fp32
 
 _SIZES = (
@@ -28,6 +35,7 @@ _SIZES = (
 )
 
 
+@register_drafter("causal")
 class CausalDrafter(Drafter):
     """A small causal LM that drafts token by token; it reads tokens only.
 
@@ -40,8 +48,8 @@ class CausalDrafter(Drafter):
         pretrained: folder or hub id of a causal LM to start from.
         lora: train low-rank adapters on `pretrained` instead of all its weights.
         vocab_size: entries of the target's vocabulary.
-        init_from_target: start a fresh network with the target's embeddings and language-model head; needs
-            the target's hidden size. See `build`.
+        init_from_target: start a fresh network with the target's embeddings and lm_head; needs the target's
+            hidden size. See `build`.
         dtype: of the parameters; None: the checkpoint's, fp32 for a fresh network.
         attention: implementation; sdpa is the fast one.
         gradient_checkpointing: recompute activations in the backward pass, for memory.
@@ -60,6 +68,11 @@ class CausalDrafter(Drafter):
     """
 
     kind: Literal["conditional", "marginal"] = "conditional"
+    description: ClassVar[str] = "a small causal LM"
+    export_formats: ClassVar[Mapping[str, Engines]] = {
+        "transformers": Engines("AutoModelForCausalLM", None, "draft_model", "STANDALONE", "draft"),
+    }
+    layouts = LAYOUTS
 
     def __init__(
         self,
@@ -87,6 +100,7 @@ class CausalDrafter(Drafter):
                 "lora freezes the network it adapts; it is for pretrained, not for a fresh config."
             )
         self.config, self.pretrained, self.lora = config, pretrained, lora
+        self._fitted = False
         self.init_from_target = init_from_target
         self.dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
         self.attention: Literal["sdpa", "eager"] = attention
@@ -95,7 +109,9 @@ class CausalDrafter(Drafter):
         if config is not None:
             sized = config.get("vocab_size", vocab_size)
             if vocab_size not in (None, sized):
-                raise ValueError(f"config says vocab_size {sized}, the argument {vocab_size}; leave one out.")
+                raise ValueError(
+                    f"config has vocab_size {sized}, the argument is {vocab_size}; leave one out."
+                )
             fresh_config(config, sized or 1)  # refuse a bad config now, wherever `build` happens
             if sized is not None:
                 self._adopt(self._fresh(sized))
@@ -105,11 +121,11 @@ class CausalDrafter(Drafter):
             if vocab_size not in (None, self.vocab_size):
                 self.build(int(vocab_size))  # raises, naming both sizes
 
-    def build(self, vocab_size: int, target: PreTrainedModel | None = None) -> "CausalDrafter":
+    def build(self, vocab_size: int, target: PreTrainedModel | None = None) -> Self:
         """Fit the drafter to its target; to be called once, before the optimiser is made.
 
         Creates a fresh network that did not know its vocabulary, refuses one of another vocabulary, and
-        copies the target's embeddings and head where `init_from_target` asks for it.
+        copies the target's embeddings and lm_head where `init_from_target` asks for it.
 
         Args:
             vocab_size: entries of the target's vocabulary.
@@ -131,7 +147,55 @@ class CausalDrafter(Drafter):
             )
         if self.init_from_target:
             self._copy_embeddings(target)
+        self._fitted = True
         return self
+
+    def build_from_target(self, target: TargetSource) -> Self:
+        """See `Drafter.build_from_target`; the target is loaded for `init_from_target` only."""
+        if not self._fitted:
+            self.build(target.vocab_size, target.load() if self.init_from_target else None)
+        return self
+
+    def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
+        """See `Drafter.restore`."""
+        self.init_from_target = False
+        return self.build(target.vocab_size)
+
+    @classmethod
+    def on_meta(
+        cls, target: TargetSource, read_config: Callable[[str], PreTrainedConfig], **arguments: Any
+    ) -> Self:
+        """See `Drafter.on_meta`; of `pretrained` only the config is read."""
+        lora, pretrained = arguments.pop("lora", None), arguments.pop("pretrained", None)
+        if pretrained is not None:
+            arguments["config"] = read_config(pretrained).to_dict()
+        drafter = super().on_meta(target, read_config, **arguments)
+        if lora is not None:
+            drafter.network = add_adapters(drafter.model, lora)
+            drafter.lora = lora
+        return drafter
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        vocab_size: int,
+        target: PreTrainedModel | None,
+        dtype: Literal["float32", "bfloat16"] | None,
+        attention: Literal["sdpa", "eager"],
+    ) -> Self:
+        """See `Drafter.from_folder`; no target is needed."""
+        return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
+
+    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
+        """See `Drafter.write`."""
+        return export.write_transformers(self, folder, request)
+
+    @property
+    def tokenizer_source(self) -> str | None:
+        """See `Drafter.tokenizer_source`."""
+        return self.pretrained
 
     @property
     def model(self) -> PreTrainedModel:
@@ -154,7 +218,7 @@ class CausalDrafter(Drafter):
 
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:
-        """Weight of the language-model head, for losses that never hold all logits."""
+        """Weight of the lm_head, for losses that never hold all logits."""
         head: Any = self.model.get_output_embeddings()
         return head.weight
 
@@ -233,24 +297,24 @@ class CausalDrafter(Drafter):
                 "init_from_target needs the target model, but only its vocabulary size was given."
             )
         networks: tuple[Any, Any] = self.model, target
-        mine, theirs = (network.get_input_embeddings().weight for network in networks)
-        if mine.shape != theirs.shape:
+        own, source = (network.get_input_embeddings().weight for network in networks)
+        if own.shape != source.shape:
             raise ValueError(
-                f"init_from_target: the target's embeddings are {tuple(theirs.shape)}, the drafter's "
-                f"{tuple(mine.shape)}; set hidden_size to {theirs.shape[1]} or init_from_target to false."
+                f"init_from_target: the target's embeddings are {tuple(source.shape)}, the drafter's "
+                f"{tuple(own.shape)}; set hidden_size to {source.shape[1]} or init_from_target to false."
             )
         head = networks[1].get_output_embeddings().weight
-        if self.head_weight is mine and head is not theirs:
+        if self.head_weight is own and head is not source:
             raise ValueError(
-                "init_from_target: the target's head is not its embeddings, so both cannot be copied to one "
-                "matrix; set tie_word_embeddings to false."
+                "init_from_target: the target's lm_head is not tied to its embeddings, so both cannot be "
+                "copied to one matrix; set tie_word_embeddings to false."
             )
-        mine.copy_(theirs)
+        own.copy_(source)
         self.head_weight.copy_(head)
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """The transformers config of a fresh network.
+    """Return the transformers config of a fresh network.
 
     Args:
         keys: of the config class that `model_type` names ("qwen3" when absent).
@@ -283,7 +347,7 @@ def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
 def document_mask(document_ids: Int[Tensor, "R T"], dtype: torch.dtype) -> Float[Tensor, "R 1 T T"]:
     """Additive attention mask of packed rows: 0 for earlier tokens of the same document, lowest elsewhere.
 
-    Padding (−1) sees earlier padding and itself, so no softmax is empty.
+    Padding (−1) attends to earlier padding and itself, so no softmax is empty.
 
     Examples:
         >>> (document_mask(torch.tensor([[0, 0, 1]]), torch.float32)[0, 0] == 0).int().tolist()

@@ -7,103 +7,78 @@ network with two tensors renamed, for `generate(assistant_model=…, speculation
 None of them holds embeddings or a head: those are the target's.
 """
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from certdraft.drafters.dflash.config import BlockConfig
-from certdraft.drafters.features.layer_ids import check_taps, convert
-from certdraft.drafters.formats.format_files import (
+from certdraft.drafters.features.layer_files import (
     Json,
     Weights,
+    read_config,
     read_weights,
     sizes_from_json,
     sizes_to_json,
+    speculators_section,
 )
-from certdraft.drafters.formats.speculators import speculators_section
+from certdraft.drafters.features.target_layers import check_layers, convert
+
+if TYPE_CHECKING:
+    from certdraft.drafters.dflash.model import BlockDrafter
+    from certdraft.drafters.formats.export_metadata import ExportRequest
 
 _NATIVE = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
 _IDS = "aux_hidden_state_layer_ids"
 _OWN = {"block_size", "num_target_layers", "dflash_config", "vocab_size", "num_hidden_layers"}
 _SPECULATORS = {
-    *(
-        "architectures",
-        "speculators_model_type",
-        "speculators_version",
-        "speculators_config",
-        "block_size",
-        _IDS,
-    ),
-    *(
-        "transformer_layer_config",
-        "draft_vocab_size",
-        "mask_token_id",
-        "sample_from_anchor",
-        "dtype",
-        "torch_dtype",
-    ),
-    *("sliding_window_non_causal", "tie_word_embeddings", "transformers_version", "auto_map"),
+    _IDS,
+    *"architectures speculators_model_type speculators_version speculators_config block_size".split(),
+    *"transformer_layer_config draft_vocab_size mask_token_id sample_from_anchor dtype torch_dtype".split(),
+    *"sliding_window_non_causal tie_word_embeddings transformers_version auto_map".split(),
 }
 
 
-def dflash_config(config: BlockConfig, vocab_size: int, num_target_layers: int, dtype: torch.dtype) -> Json:
-    """config.json of z-lab's layout.
+def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
+    """config.json and named tensors of the format that `request` asks for.
 
     Raises:
-        ValueError: target layers that engines would read as others.
+        ValueError: target layers that engines would read as others, or no card for speculators.
     """
-    taps = check_taps(config.target_layer_ids or (), num_target_layers)
-    return _inner(config, vocab_size, dtype) | {
-        "architectures": ["DFlashDraftModel"],
-        "block_size": config.block_size,
-        "num_target_layers": num_target_layers,
-        "dflash_config": {
-            "mask_token_id": config.mask_token_id,
-            "target_layer_ids": list(convert(taps, "tap", "dflash")),
-        },
-    }
-
-
-def speculators_config(
-    config: BlockConfig,
-    vocab_size: int,
-    num_target_layers: int,
-    dtype: torch.dtype,
-    *,
-    num_tokens: int,
-    target: str,
-    architecture: str,
-) -> Json:
-    """config.json of the layout of speculators; arguments as in `speculators_section`."""
-    taps = check_taps(config.target_layer_ids or (), num_target_layers)
-    return {
-        "architectures": ["DFlashSpeculator"],
-        **speculators_section("dflash", num_tokens, target, architecture),
-        "transformer_layer_config": _inner(config, vocab_size, dtype),
-        "draft_vocab_size": vocab_size,
-        "block_size": config.block_size,
-        _IDS: list(convert(taps, "tap", "speculators")),
-        "mask_token_id": config.mask_token_id,
-        "sample_from_anchor": False,
-        "sliding_window_non_causal": True,  # false makes vLLM 0.32 draw every layer causally
-        "tie_word_embeddings": False,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def native_config(config: BlockConfig, num_target_layers: int, dtype: torch.dtype) -> Json:
-    """config.json of transformers' own class."""
-    taps = check_taps(config.target_layer_ids or (), num_target_layers)
-    return sizes_to_json(config, dtype) | {
+    config, vocab_size, num = drafter.config, drafter.vocab_size, drafter.num_target_layers
+    dtype = weights["fc.weight"].dtype
+    layers = check_layers(config.target_layer_ids or (), num)
+    ids = list(convert(layers, "tap", "dflash"))
+    block: Json = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
+    if request.format == "dflash":
+        return _inner(config, vocab_size, dtype) | {
+            "architectures": ["DFlashDraftModel"],
+            "block_size": config.block_size,
+            "num_target_layers": num,
+            "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": ids},
+        }, weights
+    if request.format == "speculators":
+        return {
+            "architectures": ["DFlashSpeculator"],
+            **speculators_section("dflash", request),
+            **block,
+            "transformer_layer_config": _inner(config, vocab_size, dtype),
+            "draft_vocab_size": vocab_size,
+            _IDS: list(convert(layers, "tap", "speculators")),
+            "sample_from_anchor": False,
+            "sliding_window_non_causal": True,  # false makes vLLM 0.32 draw every layer causally
+            "tie_word_embeddings": False,
+            "dtype": str(dtype).removeprefix("torch."),
+        }, weights
+    return sizes_to_json(config, dtype) | block | {
         "architectures": ["MuseGlimmerAssistantModel"],
         "model_type": "muse_glimmer_assistant",
         "num_hidden_layers": config.num_hidden_layers,
         "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "block_size": config.block_size,
-        "mask_token_id": config.mask_token_id,
-        "target_layer_ids": list(convert(taps, "tap", "dflash")),
-    }
+        "target_layer_ids": ids,
+    }, {_NATIVE.get(name, name): value for name, value in weights.items()}
 
 
 def _inner(config: BlockConfig, vocab_size: int, dtype: torch.dtype) -> Json:
@@ -117,16 +92,11 @@ def _inner(config: BlockConfig, vocab_size: int, dtype: torch.dtype) -> Json:
     }
 
 
-def native_names(weights: Weights) -> Weights:
-    """Tensors under the names of transformers' class."""
-    return {_NATIVE.get(name, name): value for name, value in weights.items()}
-
-
 def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
-    """A block drafter in any of the three layouts, whoever wrote it.
+    """Read a block drafter in any of the three layouts, whoever wrote it.
 
     Returns:
-        The config, the target's vocabulary size where the folder says it, and the tensors under the names of
+        The config, the target's vocabulary size where the folder names it, and the tensors under the names of
         `BlockDrafter`.
 
     Raises:
@@ -134,12 +104,9 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
         ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json there; give a folder with a DFlash drafter.")
+    config, file = read_config(folder, "a DFlash drafter")
     if (folder / "mask_embedding.pt").is_file():
-        raise ValueError(f"{folder} has a mask embedding of its own, which certdraft does not compute.")
-    config: Json = json.loads(file.read_text(encoding="utf-8"))
+        raise ValueError(f"{folder} has its own mask embedding, which certdraft does not compute.")
     weights = read_weights(folder)
     if config.get("model_type") == "muse_glimmer_assistant":
         names = {new: old for old, new in _NATIVE.items()}
@@ -164,7 +131,7 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
         num_hidden_layers=inner["num_hidden_layers"],
         block_size=settings["block_size"],
         mask_token_id=settings["mask_token_id"],
-        target_layer_ids=check_taps(settings["target_layer_ids"]),
+        target_layer_ids=check_layers(settings["target_layer_ids"]),
     )
     return block, inner.get("vocab_size"), weights
 
@@ -192,7 +159,7 @@ def _from_speculators(config: Json, where: str) -> Json:
     vocab = config["transformer_layer_config"].get("vocab_size")
     if unknown or config.get("sample_from_anchor") or config.get("draft_vocab_size", vocab) != vocab:
         raise ValueError(
-            f"{where} is no DFlash drafter of speculators that certdraft knows: unknown keys {unknown}, "
+            f"{where} is not a DFlash drafter of speculators that certdraft knows: unknown keys {unknown}, "
             f"sample_from_anchor {config.get('sample_from_anchor')}, draft vocabulary "
             f"{config.get('draft_vocab_size')} of {vocab}."
         )

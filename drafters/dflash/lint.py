@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator
 
-from certdraft.drafters.eagle3.lint import check_speculators
 from certdraft.drafters.formats.lint_files import (
     SIZES,
     Config,
     Finding,
     Folder,
+    Layout,
+    by_speculators,
     check_equal,
     check_numbers,
+    check_positions,
     check_rope,
+    check_speculators,
     check_tensors,
+    class_names,
     decoder_shapes,
     error,
 )
@@ -23,7 +27,7 @@ def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
     section = config.get("dflash_config") or {}
     size = config.get("block_size", section.get("block_size"))
     if section.get("block_size", size) != size:
-        yield error("block_size", f"is {size}, dflash_config says {section['block_size']}.")
+        yield error("block_size", f"is {size}, in dflash_config {section['block_size']}.")
     yield from check_equal(config, {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"})
     yield from check_numbers(config, ("num_target_layers",))
     yield from _window(config)
@@ -50,10 +54,10 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
         )
     name = "aux_hidden_state_layer_ids"
     ids = config.get(name)
-    taps = [number - 1 for number in ids] if isinstance(ids, list) else ids  # it counts hidden states
+    from_0 = [number - 1 for number in ids] if isinstance(ids, list) else ids  # it counts hidden states
     layers = target.get("num_hidden_layers") if target else None
     mask, size = config.get("mask_token_id"), config.get("block_size")
-    yield from _body(folder, inner, (taps, name), mask, size, layers, target, at)
+    yield from _body(folder, inner, (from_0, name), mask, size, layers, target, at)
 
 
 def lint_transformers(folder: Folder, target: Config | None) -> Iterator[Finding]:
@@ -79,7 +83,7 @@ def _body(
     at: str = "",
     names: dict[str, str] | None = None,
 ) -> Iterator[Finding]:
-    """What the layouts share: `layer_ids` as taps with the key they came from, `layers` of the target."""
+    """What the layouts share: `layer_ids` from 0 with the key they came from, `layers` of the target."""
     ids, key = layer_ids
     sizes = SIZES if names is None else tuple(size for size in SIZES if size != "vocab_size")
     problems = list(check_numbers(config, sizes, at))
@@ -113,6 +117,7 @@ def _body(
         yield error(
             key, f"names layers {ids}; the last one every engine hands out of {known} is {known - 2}."
         )
+    yield from check_positions(config, target, at)
     if problems:
         return  # no sizes to compare tensors with
     h = config["hidden_size"]
@@ -138,3 +143,24 @@ def _body(
 def _window(config: Config, at: str = "") -> Iterator[Finding]:
     if config.get("sliding_window") is not None or config.get("use_sliding_window"):
         yield error(f"{at}sliding_window", "is set; engines window the layers differently. Write null.")
+
+
+def _is_speculators(folder: Folder) -> bool:
+    return by_speculators(folder, "dflash") or (by_speculators(folder) and "DFlash" in class_names(folder))
+
+
+def _is_transformers(folder: Folder) -> bool:
+    return folder.config.get("model_type") == "muse_glimmer_assistant"
+
+
+def _is_zlab(folder: Folder) -> bool:
+    return not by_speculators(folder) and (
+        "dflash_config" in folder.config or "DFlash" in class_names(folder)
+    )
+
+
+LAYOUTS = (
+    Layout("dflash-speculators", _is_speculators, lint_speculators),
+    Layout("dflash-transformers", _is_transformers, lint_transformers),
+    Layout("dflash", _is_zlab, lint_zlab),
+)

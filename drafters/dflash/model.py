@@ -1,18 +1,19 @@
-"""BlockDrafter: drafts a whole block in one pass from the target's features (DFlash, arXiv 2602.06036).
+"""BlockDrafter: drafts a whole block in one pass from the target's hidden states (DFlash, arXiv 2602.06036).
 
 A block is the root (the anchor) and B − 1 mask tokens. Every layer reads the fused target features of the
 committed tokens as keys and values through its own projections, and the block itself, in both directions.
-Position k of the block drafts the token at position k: nothing is shifted. Embeddings and head are the
+Position k of the block drafts the token at position k: nothing is shifted. Embeddings and lm_head are the
 target's, frozen.
 
-Letters: R rows, T tokens of a row, A anchors of a row, B block size, N committed tokens, L tapped layers,
-H hidden, V vocabulary.
+Letters: R rows, T tokens of a row, A anchors of a row, B block size, N committed tokens, L aux hidden-state
+layers, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,31 +21,35 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from certdraft.drafters.dflash import export
 from certdraft.drafters.dflash.config import BlockConfig, BlockLayer
-from certdraft.drafters.dflash.export import read_dflash
-from certdraft.drafters.features.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
-from certdraft.drafters.features.feature_layers import block_layers, checked
+from certdraft.drafters.dflash.lint import LAYOUTS
+from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
 from certdraft.drafters.features.grouped_attention import grouped_attention
+from certdraft.drafters.features.layer_files import Json, Weights
+from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
-from certdraft.drafters.formats.format_files import Weights
-from certdraft.drafters.formats.warm_start import check_belongs, folder_of
+from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
 from certdraft.drafters.lm.tree_cache import TreeCache
+from certdraft.drafters.protocol import TargetSource
+from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, reach, steps_from
 from certdraft.support import project_fp32
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
 
 
+@register_drafter("block")
 class BlockDrafter(FeatureDrafter):
     """A block-diffusion drafter: all depths of a round at once, as marginals.
 
     Args:
         config: sizes, block, target layers; for `pretrained` its own are used.
         pretrained: folder or hub id of a published DFlash drafter to start from.
-        num_anchors: full blocks trained per row of a batch, at random places that count.
-        init_from_target: start with the target's final norm, for targets whose head is not their embeddings
-            (with tied ones a fresh block would draft its own mask token, confidently).
-        short_until: share of the training in which blocks of one mask are trained, as many more as make the
+        num_anchors: full blocks trained per row of a batch, at random positions in the loss mask.
+        init_from_target: start with the target's final norm, for targets whose lm_head is not tied to their
+            embeddings (with tied ones a fresh block would draft the mask token, confidently).
+        short_until: share of the training in which blocks of one mask are trained, more of them for the
             same number of tokens; None: half for a fresh drafter, nothing for a published one.
         dtype: of the parameters.
         gradient_checkpointing: recompute each layer in the backward pass, for memory.
@@ -56,6 +61,13 @@ class BlockDrafter(FeatureDrafter):
     """
 
     kind: Literal["conditional", "marginal"] = "marginal"
+    description: ClassVar[str] = "a DFlash block drafter, which drafts a whole block in one pass"
+    export_formats: ClassVar[Mapping[str, Engines]] = {
+        "dflash": Engines(vllm="dflash", sglang="DFLASH", llama_cpp="draft-dflash"),
+        "speculators": Engines(vllm="dflash", by_path=True),
+        "transformers": Engines(transformers="MuseGlimmerAssistantModel", speculation_type="dflash"),
+    }
+    layouts = LAYOUTS
     config: BlockConfig
 
     def __init__(
@@ -82,7 +94,7 @@ class BlockDrafter(FeatureDrafter):
     def build(
         self, vocab_size: int, target: PreTrainedModel | None = None, mask_token_id: int | None = None
     ) -> Self:
-        """Makes the network for a target; to be called once, before the optimiser is made.
+        """Make the network for a target; to be called once, before the optimiser is made.
 
         Args:
             vocab_size: entries of the target's vocabulary.
@@ -95,59 +107,68 @@ class BlockDrafter(FeatureDrafter):
         Raises:
             ValueError: no target, one that does not fit, or no mask token.
         """
-        target = self._check_target(vocab_size, target)
-        self.num_target_layers = num = int(target.config.num_hidden_layers)
-        self.ends = TargetEnds.of(target)
+        target = self._begin(vocab_size, target)
         if self.pretrained is not None:
-            self._restore(self.pretrained, target)
             return self
-        layers = self.config.target_layer_ids
-        layers = block_layers(num, self.config.num_hidden_layers) if layers is None else checked(layers, num)
+        layers, num = self.config.target_layer_ids, self.num_target_layers
+        layers = self.default_layers(self.config) if layers is None else check_layers(layers, num)
         mask = self.config.mask_token_id if self.config.mask_token_id is not None else mask_token_id
         if mask is None or not 0 <= mask < vocab_size:
             raise ValueError(
-                f"mask_token_id is {mask}; it must be a row of the target's embedding (0 to "
-                f"{vocab_size - 1}) that no text uses: the first id after the tokenizer's last, or a "
-                "reserved token."
+                f"mask_token_id is {mask}; it must be a row of the target's embedding, 0 to "
+                f"{vocab_size - 1}, that no text uses. By default it is the first id after the tokenizer's "
+                f"last; where the tokenizer uses all {vocab_size} ids, set mask_token_id in the drafter's "
+                "config to a reserved token that your texts never contain."
             )
         self.config = completed(self.config, target, target_layer_ids=layers, mask_token_id=mask)
-        self._make()
+        self.make()
+        self.settle()
         initialise(self)
-        if self.init_from_target and self.ends.norm is not None:
+        if self.init_from_target and self.target_ends.norm is not None:
             with torch.no_grad():
-                self.norm.weight.copy_(self.ends.norm)
+                self.norm.weight.copy_(self.target_ends.norm)
         return self
 
-    def _restore(self, name: str, target: PreTrainedModel) -> None:
-        folder = folder_of(name)
-        config, vocab_size, weights = read_dflash(folder)
-        self.config = completed(config, target)
-        self.taps = checked(config.target_layer_ids or (), self.num_target_layers)
-        check_belongs(folder, self, vocab_size, weights)
-        self.adopt(weights, str(folder))
+    def build_from_target(self, target: TargetSource) -> Self:
+        """See `Drafter.build_from_target`; the mask token is the first id that the tokenizer does not use."""
+        if self.ends is None:
+            self.build(target.vocab_size, target.load(), target.num_ids())
+        return self
 
-    def adopt(self, weights: Weights, where: str) -> None:
-        """See `FeatureDrafter.adopt`."""
-        self._make()
-        self._load(weights, where)
+    @property
+    def max_draft_length(self) -> int | None:
+        """The block without its root."""
+        return self.config.block_size - 1
 
-    def _make(self) -> None:
+    @staticmethod
+    def read(folder: Path) -> tuple[BlockConfig, int | None, Weights]:
+        """See `FeatureDrafter.read`."""
+        return export.read_dflash(folder)
+
+    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
+        """See `FeatureDrafter.layout`."""
+        return export.layout(self, weights, request)
+
+    def default_layers(self, config: Any) -> tuple[int, ...]:
+        """See `FeatureDrafter.default_layers`."""
+        return block_layers(self.num_target_layers, config.num_hidden_layers)
+
+    def make(self, weights: Weights | None = None) -> None:
+        """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.taps = config.target_layer_ids or ()
-        self.fc = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
+        self.fc = nn.Linear(len(config.target_layer_ids or ()) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(hidden, eps)
-        self._settle()
 
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:
-        """The target's head, frozen, for losses that never hold all logits."""
-        return self._ends.head.detach()
+        """Weight of the target's lm_head, frozen, for losses that never hold all logits."""
+        return self.target_ends.head.detach()
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
-        """Logits of drafted positions, by the target's head."""
+        """Logits of drafted positions, by the target's lm_head."""
         return project_fp32(hidden, self.head_weight)
 
     # ---- training
@@ -161,7 +182,7 @@ class BlockDrafter(FeatureDrafter):
     ) -> Float[Tensor, "R T H"]:
         """Hidden states of the first drafted position, every token an anchor; see `Drafter.hidden`.
 
-        Costs B times a causal forward.
+        Costs as much as B causal forward passes.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -179,7 +200,7 @@ class BlockDrafter(FeatureDrafter):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """Blocks of `depth` masks at random anchors, full ones at every counted step; see `Drafter.paths`."""
+        """Blocks of `depth` masks at random anchors, full ones everywhere if `every`; see `Drafter.paths`."""
         size = self.config.block_size
         depth = min(depth or (1 if self._short and not every else size - 1), size - 1)
         mask = reach(loss_mask, document_ids, depth)
@@ -275,7 +296,7 @@ class BlockDrafter(FeatureDrafter):
         tokens: Int[Tensor, " K"] | Sequence[int],
         parents: Sequence[int] | Int[Tensor, " K"],
     ) -> Float[Tensor, "D V"]:
-        """See `Drafter.draft`; only the last token, the root, is read: the features tell of those before.
+        """See `Drafter.draft`; only the last token, the root, is read; features stand for those before.
 
         Raises:
             ValueError: more tokens than a chain of committed ones.

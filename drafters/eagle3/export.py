@@ -1,29 +1,35 @@
 """EAGLE-3 heads on disk: the flat layout that most engines read, and that of speculators.
 
-Flat: config.json of a one-layer Llama with two keys for the tapped layers (one per numbering, see
-`layer_ids`), tensors under the names of the EAGLE repository. vLLM, SGLang, TensorRT-LLM, llama.cpp and
+Flat: config.json of a one-layer Llama with two keys for the aux hidden-state layers (one per numbering, see
+`target_layers`), tensors under the names of the EAGLE repository. vLLM, SGLang, TensorRT-LLM, llama.cpp and
 OpenVINO read it. speculators: the same config one level down, `layers.0.` for `midlayer.`; read by vLLM,
 speculators and llama.cpp, and served by its path alone.
 
-Everything optional is written out, because a reader's defaults are not the next one's.
+Everything optional is written out, because defaults differ between readers.
 """
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from certdraft.drafters.eagle3.config import EagleConfig
-from certdraft.drafters.features.layer_ids import check_taps, convert
-from certdraft.drafters.formats.format_files import (
+from certdraft.drafters.features.layer_files import (
     Json,
     Weights,
+    read_config,
     read_weights,
     sizes_from_json,
     sizes_to_json,
+    speculators_section,
 )
-from certdraft.drafters.formats.speculators import speculators_section
+from certdraft.drafters.features.target_layers import check_layers, convert
+
+if TYPE_CHECKING:
+    from certdraft.drafters.eagle3.model import EagleDrafter
+    from certdraft.drafters.formats.export_metadata import ExportRequest
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
 _OFF = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -39,50 +45,36 @@ _OWN = {
 }
 
 
-def eagle3_config(config: EagleConfig, vocab_size: int, num_target_layers: int, dtype: torch.dtype) -> Json:
-    """config.json of the flat layout.
+def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
+    """config.json and named tensors of the format that `request` asks for.
 
     Raises:
-        ValueError: target layers that engines would read as others.
+        ValueError: target layers that engines would read as others, or no card for speculators.
     """
-    taps = check_taps(config.target_layer_ids or (), num_target_layers)
-    return _inner(config, vocab_size, dtype) | {
-        "architectures": ["Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"],
-        "draft_vocab_size": config.draft_vocab_size,
-        "norm_before_residual": False,
-        _IDS: list(convert(taps, "tap", "hidden_states")),
-        "eagle_config": {_IDS: list(convert(taps, "tap", "sglang")), "use_aux_hidden_state": True},
-    }
-
-
-def speculators_config(
-    config: EagleConfig,
-    vocab_size: int,
-    num_target_layers: int,
-    dtype: torch.dtype,
-    *,
-    num_tokens: int,
-    target: str,
-    architecture: str,
-) -> Json:
-    """config.json of the layout of speculators; arguments as in `speculators_section`.
-
-    Raises:
-        ValueError: target layers that engines would read as others.
-    """
-    taps = check_taps(config.target_layer_ids or (), num_target_layers)
+    config, dtype = drafter.config, weights["fc.weight"].dtype
+    layers = check_layers(config.target_layer_ids or (), drafter.num_target_layers)
+    inner = _inner(config, drafter.vocab_size, dtype)
+    ids = list(convert(layers, "tap", "hidden_states"))
+    if request.format == "eagle3":
+        return inner | {
+            "architectures": ["Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"],
+            "draft_vocab_size": config.draft_vocab_size,
+            "norm_before_residual": False,
+            _IDS: ids,
+            "eagle_config": {_IDS: list(convert(layers, "tap", "sglang")), "use_aux_hidden_state": True},
+        }, weights
     return {
         "architectures": ["Eagle3Speculator"],
-        **speculators_section("eagle3", num_tokens, target, architecture),
-        "transformer_layer_config": _inner(config, vocab_size, dtype),
+        **speculators_section("eagle3", request),
+        "transformer_layer_config": inner,
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": None,
-        _IDS: list(convert(taps, "tap", "hidden_states")),
+        _IDS: ids,
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
         **dict.fromkeys(_OFF, False),
-    }
+    }, {_renamed(name, "midlayer.", "layers.0."): value for name, value in weights.items()}
 
 
 def _inner(config: EagleConfig, vocab_size: int, dtype: torch.dtype) -> Json:
@@ -93,13 +85,8 @@ def _inner(config: EagleConfig, vocab_size: int, dtype: torch.dtype) -> Json:
     }
 
 
-def speculators_names(weights: Weights) -> Weights:
-    """Tensors under the names of speculators."""
-    return {_renamed(name, "midlayer.", "layers.0."): value for name, value in weights.items()}
-
-
 def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
-    """A head in either layout, whoever wrote it.
+    """Read a head in either layout, whoever wrote it.
 
     Returns:
         The config (`target_layer_ids` None where the folder leaves them to the reader), the target's
@@ -111,10 +98,7 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
         ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json there; give a folder with an EAGLE-3 head.")
-    config: Json = json.loads(file.read_text(encoding="utf-8"))
+    config, file = read_config(folder, "an EAGLE-3 head")
     inner, where = config, str(file)
     if "transformer_layer_config" in config:
         _check_speculators(config, where)
@@ -124,11 +108,11 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
         inner, where = {**config["transformer_layer_config"], **extra}, f"{file} (transformer_layer_config)"
     for key in _OFF:
         if config.get(key):
-            raise ValueError(f"{file} says {key} {config[key]!r}, which certdraft does not compute.")
+            raise ValueError(f"{file} has {key} {config[key]!r}, which certdraft does not compute.")
     if inner.get("model_type", "llama") not in ("llama", "qwen3") or inner.get("num_hidden_layers", 1) != 1:
         raise ValueError(
             f"{where}: {inner.get('num_hidden_layers')} layers of model_type {inner.get('model_type')!r} are "
-            "no EAGLE-3 head that certdraft knows; those are one layer of llama or qwen3."
+            "not an EAGLE-3 head that certdraft knows; those have one layer, of llama or qwen3."
         )
     sizes = sizes_from_json(inner, _OWN, where)
     if inner.get("target_hidden_size") not in (None, sizes["hidden_size"]):
@@ -136,23 +120,23 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
             f"{where}: the head's hidden size {sizes['hidden_size']} is not the target's "
             f"{inner['target_hidden_size']}; certdraft's heads read the target's embeddings."
         )
-    weights = _own_names(read_weights(folder))
+    weights = {_renamed(n, "layers.0.", "midlayer."): value for n, value in read_weights(folder).items()}
     size, vocab = inner.get("draft_vocab_size"), inner.get("vocab_size")
     if not vocab:
         raise ValueError(f"{where} lacks vocab_size.")
     head = EagleConfig(
         **sizes,
-        target_layer_ids=_taps(config, where),
+        target_layer_ids=_layers(config, where),
         draft_vocab_size=size or vocab,
         qk_norm=any("q_norm" in name for name in weights),
     )
     if (head.draft_vocab_size or 0) < vocab and "d2t" not in weights:
-        raise ValueError(f"{folder} has a draft vocabulary of {size} tokens, but no d2t that says which.")
+        raise ValueError(f"{folder} has a draft vocabulary of {size} tokens, but no d2t that lists them.")
     return head, int(vocab), weights
 
 
-def _taps(config: Json, where: str) -> tuple[int, ...] | None:
-    """The tapped layers by whichever key names them; both keys must mean the same."""
+def _layers(config: Json, where: str) -> tuple[int, ...] | None:
+    """Aux hidden-state layers by whichever key names them; both keys must mean the same."""
     nested: Json = config.get("eagle_config") or {}
     found = []
     if config.get(_IDS):
@@ -162,9 +146,9 @@ def _taps(config: Json, where: str) -> tuple[int, ...] | None:
     if len(set(found)) > 1:
         raise ValueError(
             f"{where}: the two lists of {_IDS} name different layers, {config[_IDS]} and, one less for the "
-            f"same layer, {nested[_IDS]}. Engines will disagree; find out which is right and mend the other."
+            f"same layer, {nested[_IDS]}. Engines will disagree; find out which is right and fix the other."
         )
-    return check_taps(found[0]) if found else None
+    return check_layers(found[0]) if found else None
 
 
 def _check_speculators(config: Json, where: str) -> None:
@@ -181,17 +165,13 @@ def _check_speculators(config: Json, where: str) -> None:
     unknown = sorted(config.keys() - known)
     if unknown or config.get("speculators_model_type") != "eagle3" or not isinstance(inner, dict):
         raise ValueError(
-            f"{where} is no EAGLE-3 head of speculators that certdraft knows: speculators_model_type "
+            f"{where} is not an EAGLE-3 head of speculators that certdraft knows: speculators_model_type "
             f"{config.get('speculators_model_type')!r}, unknown keys {unknown}."
         )
     if "norm_before_residual" not in config:
         raise ValueError(
             f"{where} lacks norm_before_residual, which vLLM takes for true and speculators for false."
         )
-
-
-def _own_names(weights: Weights) -> Weights:
-    return {_renamed(name, "layers.0.", "midlayer."): value for name, value in weights.items()}
 
 
 def _renamed(name: str, old: str, new: str) -> str:

@@ -10,10 +10,15 @@ from certdraft.drafters.formats.lint_files import (
     Config,
     Finding,
     Folder,
+    Layout,
+    by_speculators,
     check_equal,
     check_numbers,
+    check_positions,
     check_rope,
+    check_speculators,
     check_tensors,
+    class_names,
     decoder_shapes,
     error,
     warning,
@@ -21,7 +26,7 @@ from certdraft.drafters.formats.lint_files import (
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
 _OFF = ("norm_before_fc", "fc_norm", "norm_output")
-# What draws the head when its class is Llama's, and what only vLLM draws.
+# The second one is served by vLLM only.
 _ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 
 
@@ -72,22 +77,6 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     yield from _flags_off(config)
 
 
-def check_speculators(config: Config, algorithm: str) -> Iterator[Finding]:
-    """What vLLM checks before it serves a folder of speculators by its path alone."""
-    section = config.get("speculators_config") or {}
-    at = "speculators_config."
-    yield from check_equal(section, {"algorithm": algorithm, "default_proposal_method": "greedy"}, at)
-    methods = section.get("proposal_methods") or [{}]
-    yield from check_equal(methods[0], {"proposal_type": "greedy"}, f"{at}proposal_methods[0].")
-    yield from check_numbers(methods[0], ("speculative_tokens",), f"{at}proposal_methods[0].")
-    verifier = section.get("verifier") or {}
-    for key in ("name_or_path", "architectures"):
-        if not verifier.get(key):
-            yield error(f"{at}verifier.{key}", "is missing; vLLM serves the folder's own path with it.")
-    if not config.get("speculators_version"):
-        yield error("speculators_version", "is missing.")
-
-
 def _body(
     folder: Folder, config: Config, prefix: str, target: Config | None, at: str = ""
 ) -> Iterator[Finding]:
@@ -133,6 +122,7 @@ def _body(
     yield from check_tensors(folder, required, {"embed_tokens.weight": (v, h)} | tables)
     yield from _check_tables(folder, v, dv)
     if target is not None:
+        yield from check_positions(config, target, at)
         yield from _check_pair(target, ids, wide, v)
 
 
@@ -181,11 +171,26 @@ def _check_pair(target: Config, ids: list[int], wide: int, v: int) -> Iterator[F
 def _flags_off(config: Config) -> Iterator[Finding]:
     for key in _OFF:
         if config.get(key):
-            yield error(key, "is true; only some engines compute it, and this one's tensors are not written.")
+            yield error(key, "is true; only some engines compute it, and its tensors are not written.")
 
 
 def _is_ids(ids: object) -> bool:
-    """Whether these are hidden-state ids that every engine reads alike."""
+    """Whether these are hidden-state ids that every engine reads as the same layers."""
     if not isinstance(ids, list) or not ids or not all(type(number) is int for number in ids):
         return False
     return ids[0] >= 1 and all(a < b for a, b in zip(ids, ids[1:], strict=False))
+
+
+def _is_speculators(folder: Folder) -> bool:
+    return by_speculators(folder, "eagle3") or (by_speculators(folder) and "Eagle3" in class_names(folder))
+
+
+def _is_flat(folder: Folder) -> bool:
+    keys = {"eagle_config", "draft_vocab_size"} & folder.config.keys()
+    return not by_speculators(folder) and ("Eagle3" in class_names(folder) or bool(keys))
+
+
+LAYOUTS = (
+    Layout("eagle3-speculators", _is_speculators, lint_speculators),
+    Layout("eagle3", _is_flat, lint_flat),
+)

@@ -1,18 +1,19 @@
-"""EagleDrafter: one transformer layer that reads the target's features (EAGLE-3, arXiv 2503.01840).
+"""EagleDrafter: one transformer layer that reads the target's hidden states (EAGLE-3, arXiv 2503.01840).
 
 The row of token t reads the embedding of token t and the fused target features at token t − 1, and drafts
 token t + 1. The first token of a text has no features before it, hence no row; row t sits at position t − 1,
 as in every engine. Further down a round the drafter's own output, before its norm, stands in for the features
-nobody has yet; training unrolls exactly that ("training-time test").
+that are not known yet; training unrolls exactly that ("training-time test").
 
-Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, S draft depth, L tapped layers,
-H hidden, V vocabulary.
+Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, S draft depth, L aux hidden-state
+layers, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,22 +22,33 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from certdraft.drafters.eagle3 import export
 from certdraft.drafters.eagle3.config import EagleConfig, EagleLayer
-from certdraft.drafters.eagle3.export import read_eagle3
+from certdraft.drafters.eagle3.draft_vocab import (
+    DraftVocabCoverage,
+    choose,
+    coverage,
+    from_tables,
+    spread,
+    to_tables,
+)
+from certdraft.drafters.eagle3.lint import LAYOUTS
 from certdraft.drafters.eagle3.state import EagleState
-from certdraft.drafters.features.draft_vocab import Coverage, choose, coverage, from_tables, spread, to_tables
-from certdraft.drafters.features.feature_drafter import FeatureDrafter, TargetEnds, completed, initialise
-from certdraft.drafters.features.feature_layers import checked, eagle_layers
+from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
 from certdraft.drafters.features.grouped_attention import grouped_attention
+from certdraft.drafters.features.layer_files import Json, Weights
+from certdraft.drafters.features.target_layers import check_layers, eagle_layers
 from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attention, known
-from certdraft.drafters.formats.format_files import Weights
-from certdraft.drafters.formats.warm_start import check_belongs, folder_of
+from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.protocol import TargetSource
+from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, reach, steps_from
 from certdraft.support import project_fp32
 
 
+@register_drafter("eagle")
 class EagleDrafter(FeatureDrafter):
-    """An EAGLE-3 head: drafts token by token from the target's features.
+    """An EAGLE-3 head: drafts token by token from the target's hidden states.
 
     Args:
         config: sizes, target layers, draft vocabulary; for `pretrained` its own are used.
@@ -56,6 +68,12 @@ class EagleDrafter(FeatureDrafter):
     """
 
     kind: Literal["conditional", "marginal"] = "conditional"
+    description: ClassVar[str] = "an EAGLE-3 head"
+    export_formats: ClassVar[Mapping[str, Engines]] = {
+        "eagle3": Engines(vllm="eagle3", sglang="EAGLE3", llama_cpp="draft-eagle3"),
+        "speculators": Engines(vllm="eagle3", llama_cpp="draft-eagle3", by_path=True),
+    }
+    layouts = LAYOUTS
     config: EagleConfig
 
     def __init__(
@@ -74,7 +92,7 @@ class EagleDrafter(FeatureDrafter):
         if unroll < 1:
             raise ValueError(f"unroll is {unroll}; it counts draft steps and must be at least 1.")
         self.config, self.unroll = config or EagleConfig(), unroll
-        self.lost: Coverage | None = None  # what the draft vocabulary misses of the trace
+        self.lost: DraftVocabCoverage | None = None  # what the draft vocabulary misses of the trace
         self.max_lost_coverage = max_lost_coverage
 
     # ---- the network
@@ -85,13 +103,13 @@ class EagleDrafter(FeatureDrafter):
         target: PreTrainedModel | None = None,
         counts: Int[Tensor, " V"] | None = None,
     ) -> Self:
-        """Makes the network for a target; to be called once, before the optimiser is made.
+        """Make the network for a target; to be called once, before the optimiser is made.
 
         Args:
             vocab_size: entries of the target's vocabulary.
             target: the target.
             counts: how often the target's greedy token was each token: chooses the draft vocabulary of a
-                fresh head, judges that of a pretrained one. Not needed for a full vocabulary.
+                fresh head, checks that of a pretrained one. Not needed for a full vocabulary.
 
         Returns:
             The drafter itself.
@@ -100,86 +118,92 @@ class EagleDrafter(FeatureDrafter):
             ValueError: no target, or one that does not fit; a draft vocabulary without counts, or one that
                 misses more than `max_lost_coverage` of them.
         """
-        target = self._check_target(vocab_size, target)
+        target = self._begin(vocab_size, target)
         if self.pretrained is None:
             self._build_fresh(target, counts)
-        else:
-            self._restore(self.pretrained, target)
         ids = self.draft_ids
         if ids is not None and counts is not None:
             self.lost = coverage(counts, ids.cpu())
             if self.lost.lost > self.max_lost_coverage:
                 raise ValueError(
-                    f"the draft vocabulary of {len(ids)} tokens misses too much of what the target says: "
+                    f"the draft vocabulary of {len(ids)} tokens misses too many of the target's tokens: "
                     f"{self.lost}. Raise draft_vocab_size, or max_lost_coverage "
                     f"({self.max_lost_coverage:.0%})."
                 )
         return self
 
     def _build_fresh(self, target: PreTrainedModel, counts: Tensor | None) -> None:
-        num, vocab_size = int(target.config.num_hidden_layers), len(TargetEnds.of(target).embeddings)
+        ends, num, size = self.target_ends, self.num_target_layers, self.config.draft_vocab_size
         layers = self.config.target_layer_ids
-        layers = eagle_layers(num) if layers is None else checked(layers, num)
-        size = self.config.draft_vocab_size
+        layers = self.default_layers(self.config) if layers is None else check_layers(layers, num)
         ids = None
-        if size is not None and size != vocab_size:
+        if size is not None and size != self.vocab_size:
             if counts is None:
                 raise ValueError(
-                    f"a draft vocabulary of {size} tokens is chosen by how often the target says "
-                    "each: give a trace to count in, or leave draft_vocab_size out for the whole vocabulary."
+                    f"a draft vocabulary of {size} tokens is chosen by how often each is the target's greedy "
+                    "token: give a trace to count in, or leave draft_vocab_size out for the whole vocabulary."
                 )
             ids = choose(counts, size)
-        self.config = completed(
-            self.config, target, target_layer_ids=layers, draft_vocab_size=vocab_size if ids is None else size
+        size = self.vocab_size if ids is None else size
+        self.config = completed(self.config, target, target_layer_ids=layers, draft_vocab_size=size)
+        tables = (
+            {} if ids is None else dict(zip(("d2t", "t2d"), to_tables(ids, self.vocab_size), strict=True))
         )
-        self.ends, self.num_target_layers = TargetEnds.of(target), num
-        self._make(ids)
+        self.make(tables)
+        self.settle()
         initialise(self)
         if self.init_from_target:
-            self._copy_head()
+            with torch.no_grad():
+                chosen = self.draft_ids
+                self.lm_head.weight.copy_(ends.head if chosen is None else ends.head[chosen])
 
-    def _restore(self, name: str, target: PreTrainedModel) -> None:
-        folder = folder_of(name)
-        config, vocab_size, weights = read_eagle3(folder)
-        self.num_target_layers = int(target.config.num_hidden_layers)
-        layers = config.target_layer_ids
-        layers = (
-            eagle_layers(self.num_target_layers)
-            if layers is None
-            else checked(layers, self.num_target_layers)
-        )
-        self.config = completed(config, target, target_layer_ids=layers)
-        self.ends, self.taps = TargetEnds.of(target), layers
-        check_belongs(folder, self, vocab_size, weights)
+    def build_from_target(self, target: TargetSource) -> Self:
+        """See `Drafter.build_from_target`; the trace's greedy tokens choose the draft vocabulary."""
+        if self.ends is None:
+            partial = self.pretrained is not None or self.config.draft_vocab_size is not None
+            self.build(target.vocab_size, target.load(), target.greedy_counts() if partial else None)
+        return self
+
+    def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
+        """See `Drafter.restore`; the checkpoint's draft vocabulary, as counts, chooses itself again."""
+        member = state.get("t2d")
+        return self.build(target.vocab_size, target.load(), None if member is None else member.long())
+
+    @property
+    def notice(self) -> str | None:
+        """How much of the target's text the draft vocabulary covers."""
+        if self.lost is None or self.draft_ids is None:
+            return None
+        return f"draft vocabulary of {len(self.draft_ids):,} tokens: {self.lost}"
+
+    @staticmethod
+    def read(folder: Path) -> tuple[EagleConfig, int | None, Weights]:
+        """See `FeatureDrafter.read`."""
+        config, vocab_size, weights = export.read_eagle3(folder)
         if "d2t" in weights:  # published heads may lack t2d, which follows from it
             ids = from_tables(weights["d2t"], weights.get("t2d"), vocab_size)
             weights |= dict(zip(("d2t", "t2d"), to_tables(ids, vocab_size), strict=True))
-        self.adopt(weights, str(folder))
+        return config, vocab_size, weights
 
-    def adopt(self, weights: Weights, where: str) -> None:
-        """See `FeatureDrafter.adopt`."""
-        d2t = weights.get("d2t")
-        self._make(None if d2t is None else from_tables(d2t, weights.get("t2d"), self.vocab_size))
-        self._load(weights, where)
+    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
+        """See `FeatureDrafter.layout`."""
+        return export.layout(self, weights, request)
 
-    def _make(self, ids: Tensor | None) -> None:
+    def default_layers(self, config: Any) -> tuple[int, ...]:
+        """See `FeatureDrafter.default_layers`."""
+        return eagle_layers(self.num_target_layers)
+
+    def make(self, weights: Weights | None = None) -> None:
+        """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.taps = config.target_layer_ids or ()
-        self.fc = nn.Linear(len(self.taps) * hidden, hidden, bias=False)
+        self.fc = nn.Linear(len(config.target_layer_ids or ()) * hidden, hidden, bias=False)
         self.midlayer = EagleLayer(config)
         self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, known(config.draft_vocab_size), bias=False)
-        if ids is not None:
-            d2t, t2d = to_tables(ids, self.vocab_size)
-            self.register_buffer("d2t", d2t)
-            self.register_buffer("t2d", t2d)
-        self._settle()
-
-    @torch.no_grad()
-    def _copy_head(self) -> None:
-        ends, ids = self._ends, self.draft_ids
-        self.lm_head.weight.copy_(ends.head if ids is None else ends.head[ids])
+        for name in ("d2t", "t2d"):
+            if weights and name in weights:
+                self.register_buffer(name, weights[name])
 
     @property
     def draft_ids(self) -> Int[Tensor, " D"] | None:
@@ -209,9 +233,9 @@ class EagleDrafter(FeatureDrafter):
         document_ids: Int[Tensor, "R T"] | None = None,
         features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T H"]:
-        """Hidden states of the first draft step everywhere; see `Drafter.hidden`.
+        """Hidden states of the first draft token at every position; see `Drafter.hidden`.
 
-        At the first token of a document there is nothing to draft from; its state means nothing.
+        The first token of a document has no features before it; its state is meaningless.
         """
         (first,), _ = self._rollouts(input_ids, position_ids, document_ids, features, 1)
         return first
@@ -226,7 +250,7 @@ class EagleDrafter(FeatureDrafter):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """Rollouts of `unroll` (or `depth`) steps from every counted step; see `Drafter.paths`."""
+        """Rollouts of `unroll` (or `depth`) steps from positions in the loss mask; see `Drafter.paths`."""
         depth = depth or (1 if self._short and not every else self.unroll)
         hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
         mask = (reach(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
@@ -269,8 +293,10 @@ class EagleDrafter(FeatureDrafter):
     def _step(
         self, state: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, *seen: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One unroll step: its output, keys and values. Each row sees the first step's rows up to its own,
-        and of later steps its own row alone."""
+        """One unroll step: its output, keys and values.
+
+        Each row attends to the first step's rows up to its own, and in later steps to its own row alone.
+        """
         layer = self.midlayer
         read = layer.read(self.embed(tokens), state)
         queries = layer.self_attn.queries(read, positions)
@@ -290,7 +316,9 @@ class EagleDrafter(FeatureDrafter):
         """See `Drafter.start`; features at every token of `ids`."""
         tokens = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
         if features is None and not tokens:
-            features = torch.empty(0, len(self.taps), self._ends.embeddings.shape[1], device=self._device)
+            features = torch.empty(
+                0, len(self.taps), self.target_ends.embeddings.shape[1], device=self._device
+            )
         state = EagleState(len(tokens))
         state.carry = self._fuse(features, len(tokens))
         state.waiting = tokens[1:]
@@ -304,8 +332,11 @@ class EagleDrafter(FeatureDrafter):
         tokens: Int[Tensor, " K"] | Sequence[int],
         parents: Sequence[int] | Int[Tensor, " K"],
     ) -> Float[Tensor, "K V"]:
-        """See `Drafter.draft`. The chain of committed tokens at the front of a round is read with the
-        target's features, every node after it with the drafter's own output at its parent."""
+        """See `Drafter.draft`.
+
+        The chain of committed tokens at the front of a round is read with the target's features, every node
+        after it with the drafter's own output at its parent.
+        """
         batch = state.take(_ints(tokens), _ints(parents))
         skip = len(batch.tokens) - len(tokens)
         outputs: list[Tensor] = []

@@ -1,10 +1,9 @@
-"""What drafters that read target features have in common: the target's two ends, its layers, `build`.
+"""What drafters that read the target's hidden states have in common: embeddings, lm_head, layers, folders.
 
-They embed tokens with the target's own embeddings, and those without a head of their own decode with the
-target's. These ends are the target's frozen weights: held by reference, moved along, never trained, never in
-a state dict.
+They embed tokens with the target's embeddings, and those without an lm_head use the target's. These are the
+target's frozen weights: held by reference, moved along, never trained, never in a state dict.
 
-Letters: L tapped layers, H hidden, V vocabulary.
+Letters: L aux hidden-state layers, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +11,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -20,10 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm
-from certdraft.drafters.formats.format_files import Weights, check_names
+from certdraft.drafters.features import feature_folder
+from certdraft.drafters.features.layer_files import Json, Weights, check_names
+from certdraft.drafters.features.target_layers import check_layers
+from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
 from certdraft.drafters.protocol import Drafter
+
+if TYPE_CHECKING:
+    from certdraft.drafters.formats.export_metadata import ExportRequest
 
 Config = TypeVar("Config", bound=LayerSizes)
 _SHORT_UNTIL = 0.5  # benchmarks/families.py
@@ -31,13 +36,12 @@ _SHORT_UNTIL = 0.5  # benchmarks/families.py
 
 @dataclass(frozen=True)
 class TargetEnds:
-    """The parts of a target that a drafter uses as they are: its own parameters, so that moving the target
-    moves them.
+    """The target's own parameters that a drafter uses as they are; moving the target moves them.
 
     Attributes:
         embeddings: [V, H].
-        head: [V, H], the same tensor where the target ties them.
-        norm: [H], weight of the norm before the head; None where it has none to copy.
+        head: [V, H], weight of the lm_head; the same tensor where the target ties them.
+        norm: [H], weight of the norm before the lm_head; None where it has none to copy.
     """
 
     embeddings: Tensor
@@ -46,8 +50,8 @@ class TargetEnds:
 
     @classmethod
     def of(cls, target: PreTrainedModel) -> TargetEnds:
-        """The ends of a causal LM."""
-        body, head = split_causal_lm(target)  # refuses a target whose logits are not head(hidden)
+        """Those of a causal LM whose logits are lm_head(hidden)."""
+        body, head = split_causal_lm(target)
         parts: list[Any] = [target.get_input_embeddings(), head]
         norm = getattr(getattr(body, "norm", None), "weight", None)
         return cls(parts[0].weight, parts[1].weight, norm)
@@ -60,12 +64,12 @@ class TargetEnds:
 
 
 class FeatureDrafter(Drafter):
-    """Base of `EagleDrafter` and `BlockDrafter`.
+    """Base of the kinds that read aux hidden-state layers: `EagleDrafter` and `BlockDrafter`.
 
     Args:
         config: sizes of a fresh network; not with `pretrained`.
         pretrained: folder or hub id of a published drafter to start from.
-        init_from_target: what a fresh network takes from its target; each kind says.
+        init_from_target: what a fresh network takes from its target; see each kind.
         short_until: share of the training in which rounds of a single draft token are trained, full ones
             after it; None: half for a fresh network, nothing for a published one.
         dtype: of the parameters.
@@ -75,11 +79,11 @@ class FeatureDrafter(Drafter):
         ValueError: `config` given with `pretrained`; `short_until` outside [0, 1).
 
     Attributes:
-        ends: of the target; None until `build`.
+        ends: embeddings and lm_head of the target; None until `build`.
         num_target_layers: of the target; 0 until `build`.
     """
 
-    config: LayerSizes
+    config: Any
     ends: TargetEnds | None = None
     num_target_layers: int = 0
 
@@ -101,12 +105,118 @@ class FeatureDrafter(Drafter):
             raise ValueError(f"short_until is {short_until}; it is a share of the training, in [0, 1).")
         self.short_until, self._short = short_until, False
         self.pretrained, self.init_from_target = pretrained, init_from_target
-        self.parameter_dtype: torch.dtype = getattr(torch, dtype)
+        self.parameter_dtype: torch.dtype | None = getattr(torch, dtype)  # None: that of the weights read
         self.gradient_checkpointing = gradient_checkpointing
 
+    # ---- what a kind says about itself
+
     @abstractmethod
-    def build(self, vocab_size: int, target: PreTrainedModel | None = None) -> Self:
-        """Makes the network for a target, or checks a pretrained one against it; called once."""
+    def make(self, weights: Weights | None = None) -> None:
+        """Create the modules of `config`, whose sizes are all known, without moving or filling them.
+
+        Args:
+            weights: to be loaded; those of a draft vocabulary decide which tables there are.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def read(folder: Path) -> tuple[Any, int | None, Weights]:
+        """Config, the target's vocabulary size where the folder names it, and tensors, from any layout."""
+
+    @abstractmethod
+    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
+        """config.json and the tensors under the names of an export format."""
+
+    @abstractmethod
+    def default_layers(self, config: Any) -> tuple[int, ...]:
+        """Aux hidden-state layers where a config names none."""
+
+    # ---- made for a target, and again from a folder
+
+    def attach(self, ends: TargetEnds, num_target_layers: int) -> None:
+        """Set the target's parts; `make` and `load_folder` need them."""
+        self.ends, self.num_target_layers = ends, num_target_layers
+
+    def load_folder(self, folder: Path) -> None:
+        """Make the network of a folder, whoever wrote it, and load its weights.
+
+        Raises:
+            FileNotFoundError: no such folder, or files missing.
+            ValueError: a drafter of another target, or one that certdraft would read as something else.
+        """
+        config, vocab_size, weights = self.read(folder)
+        layers = config.target_layer_ids or self.default_layers(config)
+        self.config = replace(config, target_layer_ids=check_layers(layers, self.num_target_layers))
+        feature_folder.check_target(
+            folder,
+            (vocab_size, config.hidden_size, len(layers)),
+            weights,
+            self.target_ends,
+            self.num_target_layers,
+        )
+        self.adopt(weights, str(folder))
+
+    def adopt(self, weights: Weights, where: str) -> None:
+        """Make the network of `config` with these weights, every tensor of it and no other.
+
+        Args:
+            weights: copied, because those of a file may lie where arithmetic is slower and rounds otherwise.
+            where: they come from, for messages.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape.
+        """
+        with torch.device("meta"):  # no random weights to overwrite
+            self.make(weights)
+        check_names(weights, self.state_dict(), where)
+        self.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+        self.settle()
+
+    def settle(self) -> None:
+        """Move a network just made to the target's device, its parameters to their dtype."""
+        self.taps = self.config.target_layer_ids or ()
+        self.to(device=self.target_ends.embeddings.device)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(self.parameter_dtype or parameter.dtype)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        vocab_size: int,
+        target: PreTrainedModel | None,
+        dtype: Literal["float32", "bfloat16"] | None,
+        attention: Literal["sdpa", "eager"],
+    ) -> Self:
+        """See `Drafter.from_folder`; `attention` is not used."""
+        if target is None:
+            raise ValueError(
+                f"{folder} holds a drafter that reads its target's embeddings and layers; give target= the "
+                f"model {feature_folder.target_name(folder)}."
+            )
+        loaded: Any = cls(pretrained=str(folder))  # type: ignore[call-arg]
+        loaded.parameter_dtype = getattr(torch, dtype) if dtype else None
+        loaded.attach(TargetEnds.of(target), int(target.config.num_hidden_layers))
+        loaded.load_folder(folder)
+        return loaded.eval()
+
+    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
+        """See `Drafter.write`."""
+        return feature_folder.write(self, folder, request)
+
+    def twin(self, weights: Weights | None = None, folder: Path | None = None) -> Self:
+        """The same network for the same target, in eval mode, with these weights or those of a folder."""
+        made: Any = type(self)(None if folder else self.config)  # type: ignore[call-arg]
+        made.parameter_dtype = None
+        made.attach(self.target_ends, self.num_target_layers)
+        if folder is not None:
+            made.load_folder(folder)
+        else:
+            made.adopt(weights, "the drafter")
+        return made.eval()
+
+    # ---- what others need to know about it
 
     def at(self, progress: float) -> None:
         """See `Drafter.at`: one draft token a round until `short_until`.
@@ -115,22 +225,10 @@ class FeatureDrafter(Drafter):
         """
         self._short = progress < self.short_until
 
-    @abstractmethod
-    def adopt(self, weights: Weights, where: str) -> None:
-        """Makes the network of `config` with these weights; `ends` and `num_target_layers` are known.
-
-        Args:
-            weights: every tensor of the network, and no other.
-            where: they come from, for messages.
-
-        Raises:
-            ValueError: a tensor is missing, unknown or of another shape.
-        """
-
     @property
     def vocab_size(self) -> int:
         """Entries of the target's vocabulary."""
-        return len(self._ends.embeddings)
+        return len(self.target_ends.embeddings)
 
     @property
     def max_context(self) -> int | None:
@@ -138,7 +236,17 @@ class FeatureDrafter(Drafter):
         return self.config.max_position_embeddings
 
     @property
-    def _ends(self) -> TargetEnds:
+    def target_config(self) -> dict[str, int | None]:
+        """See `Drafter.target_config`."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.config.hidden_size,
+            "num_hidden_layers": self.num_target_layers,
+        }
+
+    @property
+    def target_ends(self) -> TargetEnds:
+        """`ends`, once there is a target."""
         if self.ends is None:
             raise ValueError(
                 f"{type(self).__name__} has no target yet: call build(vocab_size, target) with the model it "
@@ -146,9 +254,11 @@ class FeatureDrafter(Drafter):
             )
         return self.ends
 
+    # ---- for the kinds
+
     def embed(self, ids: Int[Tensor, "*step"]) -> Float[Tensor, "*step H"]:
         """The target's embeddings of tokens, in the dtype of the drafter."""
-        return functional.embedding(ids, self._ends.embeddings.detach()).to(self._dtype)
+        return functional.embedding(ids, self.target_ends.embeddings.detach()).to(self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -164,17 +274,8 @@ class FeatureDrafter(Drafter):
             self.ends = self.ends.moved(fn)
         return self
 
-    def _settle(self) -> None:
-        """Moves a network just made to the target's device, its parameters to their dtype."""
-        self.to(device=self._ends.embeddings.device)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(self.parameter_dtype)
-
-    def _load(self, weights: Weights, where: str) -> None:
-        check_names(weights, self.state_dict(), where)
-        self.load_state_dict(weights)
-
-    def _check_target(self, vocab_size: int, target: PreTrainedModel | None) -> PreTrainedModel:
+    def _begin(self, vocab_size: int, target: PreTrainedModel | None) -> PreTrainedModel:
+        """Check and attach the target of `build`; load `pretrained` where it is given."""
         name = type(self).__name__
         if target is None:
             raise ValueError(
@@ -183,9 +284,12 @@ class FeatureDrafter(Drafter):
         embeddings: Any = target.get_input_embeddings()
         if len(embeddings.weight) != vocab_size:
             raise ValueError(
-                f"{name}: the target embeds {len(embeddings.weight)} tokens, its vocabulary is said to have "
-                f"{vocab_size}; pass the size of its logits, padding included."
+                f"{name}: the target embeds {len(embeddings.weight)} tokens, but vocab_size is {vocab_size}; "
+                "pass the size of its logits, padding included."
             )
+        self.attach(TargetEnds.of(target), int(target.config.num_hidden_layers))
+        if self.pretrained is not None:
+            self.load_folder(feature_folder.folder_of(self.pretrained))
         return target
 
     def _features(self, features: Tensor | None, num: int | None = None) -> Tensor:
@@ -195,7 +299,7 @@ class FeatureDrafter(Drafter):
                 f"{type(self).__name__} reads target layers {self.taps} and got no features; give the "
                 "outputs of these layers, from a trace recorded with them or from the target run beside it."
             )
-        expected = (len(self.taps), self._ends.embeddings.shape[1])
+        expected = (len(self.taps), self.target_ends.embeddings.shape[1])
         if tuple(features.shape[-2:]) != expected or (num is not None and len(features) != num):
             raise ValueError(
                 f"{type(self).__name__}: features have shape {list(features.shape)}, expected "
@@ -205,50 +309,44 @@ class FeatureDrafter(Drafter):
         return features.to(self._dtype)
 
 
-def complete_sizes(sizes: LayerSizes, target: PreTrainedModel) -> dict[str, Any]:
-    """Every size of a layer, those left open taken from the target's config.
+def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
+    """A config whose open sizes are taken from the target's.
 
     Raises:
         ValueError: a hidden size that is not the target's, heads that do not divide.
     """
-    config = target.config
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    rope = getattr(config, "rope_parameters", None) or {}
-    theirs: dict[str, Any] = {
+    of = target.config
+    hidden, heads = int(of.hidden_size), int(of.num_attention_heads)
+    rope = getattr(of, "rope_parameters", None) or {}
+    defaults: dict[str, Any] = {
         "hidden_size": hidden,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": of.intermediate_size,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", heads),
-        "head_dim": getattr(config, "head_dim", None) or hidden // heads,
-        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
-        "rope_theta": float(rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0),
-        "max_position_embeddings": getattr(config, "max_position_embeddings", None) or 4096,
+        "num_key_value_heads": getattr(of, "num_key_value_heads", heads),
+        "head_dim": getattr(of, "head_dim", None) or hidden // heads,
+        "rms_norm_eps": getattr(of, "rms_norm_eps", 1e-6),
+        "rope_theta": float(rope.get("rope_theta") or getattr(of, "rope_theta", None) or 10000.0),
+        "max_position_embeddings": getattr(of, "max_position_embeddings", None) or 4096,
     }
-    mine = {key: getattr(sizes, key) for key in theirs if getattr(sizes, key) is not None}
-    found = theirs | mine
-    if found["hidden_size"] != hidden:
+    given = {key: getattr(config, key) for key in defaults if getattr(config, key) is not None}
+    found = replace(config, **defaults | given, **more)
+    if found.hidden_size != hidden:
         raise ValueError(
-            f"the drafter's hidden_size is {found['hidden_size']}, the target's {hidden}: it reads the "
-            "target's embeddings, so they must be equal. Leave hidden_size out, or use the target it "
-            "was made for."
+            f"the drafter's hidden_size is {found.hidden_size}, the target's {hidden}: it reads the target's "
+            "embeddings, so they must be equal. Leave hidden_size out, or use the target it was made for."
         )
-    if found["num_attention_heads"] % found["num_key_value_heads"]:
+    if known(found.num_attention_heads) % known(found.num_key_value_heads):
         raise ValueError(
-            f"{found['num_attention_heads']} query heads do not share "
-            f"{found['num_key_value_heads']} key-value heads evenly."
+            f"{found.num_attention_heads} query heads do not share {found.num_key_value_heads} key-value "
+            "heads evenly."
         )
     return found
 
 
 def initialise(module: nn.Module) -> None:
-    """Fresh weights: matrices normal with variance one over their inputs, norms one."""
+    """Draw fresh weights: matrices normal with variance one over their inputs, norms one."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
         elif isinstance(part, RMSNorm):
             nn.init.ones_(part.weight)
-
-
-def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
-    """A config with nothing left open."""
-    return replace(config, **complete_sizes(config, target), **more)

@@ -1,15 +1,23 @@
-"""What an exported drafter says about itself: `CardFacts` in, `drafter.json` out.
+"""Metadata of an export: what is asked for, which engines read it, and certdraft's own `drafter.json`.
 
-`drafter.json` is certdraft's own file beside the files every engine reads. It says for which target and
-tokenizer the drafter was made, how it was trained, what was measured, and the hashes of what was written.
+`drafter.json` lies beside the files every engine reads. It names the target and tokenizer the drafter was
+made for, how it was trained, what was measured, and the hashes of what was written.
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from certdraft.support import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SCHEMA = 1
 FILE = "drafter.json"
@@ -48,35 +56,61 @@ class CardFacts:
     license: str | None = None
 
 
+@dataclass(frozen=True)
+class Engines:
+    """Which engines read a format, and their names for the drafter; None: the engine cannot.
+
+    Attributes:
+        transformers: class that loads the folder for `generate(assistant_model=…)`.
+        speculation_type: argument of `generate`, where the class needs one.
+        vllm: its `method`.
+        sglang: its `--speculative-algorithm`.
+        llama_cpp: its `--spec-type`, after conversion to GGUF.
+        by_path: vLLM serves the folder's path alone.
+    """
+
+    transformers: str | None = None
+    speculation_type: str | None = None
+    vllm: str | None = None
+    sglang: str | None = None
+    llama_cpp: str | None = None
+    by_path: bool = False
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `export` was asked for; attributes as its arguments, and checked."""
+
+    format: str
+    tokenizer: PreTrainedTokenizerBase
+    draft_length: int
+    card: CardFacts | None = None
+    dtype: torch.dtype | None = None
+    adapter: bool = False
+
+
 def write_facts(
-    directory: Path,
-    *,
-    family: str,
-    format: str,
-    draft_length: int,
-    vocab_size: int,
-    base: str | None,
-    facts: CardFacts | None,
+    directory: Path, request: ExportRequest, *, family: str, vocab_size: int, base: str | None
 ) -> None:
-    """Write `drafter.json` into a finished export; hashes the weights and the tokenizer there."""
+    """Write `drafter.json` into a finished export, with the hashes of its weights and tokenizer."""
     from certdraft import __version__
 
     content = {
         "schema": SCHEMA,
         "certdraft": __version__,
         "family": family,
-        "format": format,
+        "format": request.format,
         "vocab_size": vocab_size,
-        "draft_length": draft_length,
+        "draft_length": request.draft_length,
         "base": Path(base).name if base and Path(base).is_dir() else base,
-        "facts": asdict(facts) if facts else None,
-        "sha256": {path.name: sha256(path) for path in hashed_files(directory)},
+        "facts": asdict(request.card) if request.card else None,
+        "sha256": _hashes(directory),
     }
     (directory / FILE).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:
-    """The content of an export's `drafter.json`.
+    """Return the content of an export's `drafter.json`.
 
     Returns:
         Keys: schema, certdraft (version), family, format, vocab_size, draft_length (tokens), base (what
@@ -91,8 +125,8 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such folder.")
     if not file.is_file():
         raise FileNotFoundError(
-            f"{path} has no {FILE}, so it is no export of certdraft. Any causal LM folder can be used with "
-            "CausalDrafter(pretrained=...) instead."
+            f"{path} has no {FILE}, so it is not an export of certdraft. Any causal LM folder can be used "
+            "with CausalDrafter(pretrained=...) instead."
         )
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -111,22 +145,17 @@ def check_hashes(path: str | Path) -> None:
     """
     directory = Path(path).expanduser()
     written: dict[str, str] = read_facts(directory)["sha256"]
-    found = {file.name: sha256(file) for file in hashed_files(directory)}
+    found = _hashes(directory)
     for name in sorted(written.keys() | found.keys()):
         if written.get(name) != found.get(name):
             raise ValueError(
-                f"{directory / name} is not the file that was exported: {FILE} says "
-                f"{written.get(name, 'nothing')[:12]}, the file {found.get(name, 'is missing')[:12]}. Copy "
+                f"{directory / name} is not the file that was exported: {FILE} has hash "
+                f"{written.get(name, 'none')[:12]}, the file {found.get(name, 'is missing')[:12]}. Copy "
                 "the export again, or export the drafter again."
             )
 
 
-def hashed_files(directory: Path) -> list[Path]:
-    """Files whose change makes another drafter: the weights and the tokenizer."""
-    return sorted([*directory.glob("*.safetensors"), *directory.glob("tokenizer.json")])
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashes(directory: Path) -> dict[str, str]:
+    """Of the files whose change makes another drafter: the weights and the tokenizer."""
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("tokenizer.json")])
+    return {file.name: sha256_of(file) for file in files}

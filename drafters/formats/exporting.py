@@ -1,39 +1,24 @@
 """Export and reload of drafters: a checked folder appears whole, or nothing does."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from certdraft.drafters.causal.export import write_transformers
-from certdraft.drafters.causal.model import CausalDrafter
-from certdraft.drafters.dflash.model import BlockDrafter
-from certdraft.drafters.eagle3.model import EagleDrafter
-from certdraft.drafters.features.feature_drafter import TargetEnds
-from certdraft.drafters.formats import feature_folder
-from certdraft.drafters.formats.export_metadata import CardFacts, check_hashes, read_facts, write_facts
+from certdraft.drafters.formats.export_metadata import (
+    CardFacts,
+    ExportRequest,
+    check_hashes,
+    read_facts,
+    write_facts,
+)
 from certdraft.drafters.formats.lint_export import lint_export
 from certdraft.drafters.formats.model_card import write_card
 from certdraft.drafters.protocol import Drafter
-
-FAMILIES: dict[str, type[Drafter]] = {"causal": CausalDrafter, "eagle": EagleDrafter, "block": BlockDrafter}
-# What a family can be written as, its default first: the layout, or None for a causal LM's folder.
-FORMATS: dict[str, dict[str, feature_folder.Layout | None]] = {
-    "causal": {"transformers": None},
-    "eagle": {"eagle3": feature_folder.eagle3, "speculators": feature_folder.speculators},
-    "block": {
-        "dflash": feature_folder.dflash,
-        "speculators": feature_folder.speculators,
-        "transformers": feature_folder.native,
-    },
-}
+from certdraft.drafters.registry import kind_named
+from certdraft.support import appearing_folder
 
 
 class ExportError(OSError):
@@ -74,66 +59,50 @@ def export(
         The folder.
 
     Raises:
-        ValueError: a format this family has not, a draft length below 1 or longer than a block, a vocabulary
-            that is not the target's or smaller than the tokenizer's, or an export that does not load as the
-            same drafter.
+        ValueError: a format this kind of drafter does not have, a draft length below 1 or longer than a
+            block, a vocabulary that is not the target's or smaller than the tokenizer's, or an export that
+            does not load as the same drafter.
         ExportError: the folder exists, or cannot be written (disk full, permissions).
     """
     path = Path(path).expanduser().absolute()
-    family = family_of(drafter)
-    format = format or next(iter(FORMATS[family]))
-    if format not in FORMATS[family]:
+    formats = drafter.export_formats
+    if not drafter.family or not formats:
         raise ValueError(
-            f"unknown export format {format!r} for {type(drafter).__name__}; there is "
-            f"{', '.join(FORMATS[family])}."
+            f"{type(drafter).__name__} cannot be exported: it needs @register_drafter and export_formats."
+        )
+    format = format or next(iter(formats))
+    if format not in formats:
+        raise ValueError(
+            f"unknown export format {format!r} for {type(drafter).__name__}; there is {', '.join(formats)}."
         )
     _check_length(drafter, draft_length)
     _check_vocabulary(drafter, tokenizer, card)
-    if adapter and family != "causal":
-        raise ValueError("adapter=True is for causal drafters with LoRA; this one is trained whole.")
-    base = getattr(drafter, "pretrained", None)
-    with _appearing(path, overwrite) as directory:
-        common: dict[str, Any] = {
-            "tokenizer": tokenizer,
-            "draft_length": draft_length,
-            "dtype": getattr(torch, dtype) if dtype else None,
-        }
-        layout = FORMATS[family][format]
-        target: dict[str, int | None] | None = None
-        model: nn.Module
-        if isinstance(drafter, EagleDrafter | BlockDrafter):
-            assert layout is not None
-            model = feature_folder.write_features(drafter, directory, layout, card=card, **common)
-            target = {
-                "vocab_size": drafter.vocab_size,
-                "hidden_size": drafter.config.hidden_size,
-                "num_hidden_layers": drafter.num_target_layers,
-            }
-        else:
-            model = write_transformers(drafter, directory, adapter=adapter, **common)
-        _check_rules(directory, target)
-        write_card(
-            directory,
-            name=(card.name if card else None) or path.name,
-            family=family,
-            format=format,
-            draft_length=draft_length,
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-            vocab_size=drafter.vocab_size,
-            taps=drafter.taps,
-            base=base,
-            facts=card,
-        )
-        write_facts(
-            directory,
-            family=family,
-            format=format,
-            draft_length=draft_length,
-            vocab_size=drafter.vocab_size,
-            base=base,
-            facts=card,
-        )
+    request = ExportRequest(
+        format, tokenizer, draft_length, card, getattr(torch, dtype) if dtype else None, adapter
+    )
+    try:
+        with appearing_folder(path, overwrite=overwrite) as folder:
+            model = drafter.write(folder, request)
+            write_card(folder, drafter, model, request, path.name)
+            write_facts(
+                folder,
+                request,
+                family=drafter.family,
+                vocab_size=drafter.vocab_size,
+                base=drafter.pretrained,
+            )
+            _check_rules(folder, drafter.target_config)
+    except FileExistsError as error:
+        raise ExportError(
+            f"{path} exists already; choose another, or replace it with `--overwrite true`."
+        ) from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError) and error.errno is None:
+            raise  # with a message of our own
+        raise ExportError(
+            f"the export to {path} could not be written: {error}. Free some space or choose another folder; "
+            "nothing was left behind."
+        ) from error
     return path
 
 
@@ -143,8 +112,8 @@ def load_drafter(
     target: PreTrainedModel | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     attention: Literal["sdpa", "eager"] = "sdpa",
-) -> CausalDrafter | EagleDrafter | BlockDrafter:
-    """An exported drafter of any family and format, checked against its `drafter.json`, in eval mode.
+) -> Any:
+    """Load an exported drafter of any kind and format, checked against its `drafter.json`, in eval mode.
 
     Args:
         path: folder written by `export`.
@@ -153,64 +122,39 @@ def load_drafter(
         dtype: of the parameters; None: the file's.
         attention: implementation, of causal drafters.
 
+    Returns:
+        The drafter, of the class that is registered for its kind.
+
     Raises:
         FileNotFoundError: no such folder, or not an export.
         ValueError: weights or tokenizer are not those exported, another target, none where one is needed, or
-            a family this version does not know.
+            a kind that is not registered.
     """
-    facts = read_facts(path)
-    family = facts["family"]
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{path} holds a drafter of family {family!r}; this version loads {', '.join(FAMILIES)}."
-        )
-    check_hashes(path)
-    if family == "causal":
-        drafter = CausalDrafter(pretrained=str(path), dtype=dtype, attention=attention)
-        drafter.build(facts["vocab_size"])
-        drafter.eval()
-        return drafter
-    if target is None:
-        raise ValueError(
-            f"{path} holds a drafter that reads its target's embeddings and layers; give target= the model "
-            f"{(facts['facts'] or {}).get('target', 'it was trained for')}."
-        )
-    kind: Any = FAMILIES[family]
-    num = int(target.config.num_hidden_layers)
-    loaded: Any = feature_folder.load_features(Path(path).expanduser(), kind, TargetEnds.of(target), num)
-    if dtype is not None:
-        loaded.to(getattr(torch, dtype))
-    return loaded
-
-
-def family_of(drafter: Drafter) -> str:
-    """The key of a drafter's class in `FAMILIES`.
-
-    Raises:
-        ValueError: a class that no format is for.
-    """
-    for name, kind in FAMILIES.items():
-        if isinstance(drafter, kind):
-            return name
-    raise ValueError(f"no export format is for {type(drafter).__name__}; there is {', '.join(FAMILIES)}.")
+    facts, folder = read_facts(path), Path(path).expanduser()
+    kind = kind_named(facts["family"], path)
+    check_hashes(folder)
+    return kind.from_folder(
+        folder, vocab_size=facts["vocab_size"], target=target, dtype=dtype, attention=attention
+    )
 
 
 def _check_length(drafter: Drafter, draft_length: int) -> None:
+    limit = drafter.max_draft_length
     if draft_length < 1:
         raise ValueError(f"draft_length {draft_length} must be at least 1 token.")
-    if isinstance(drafter, BlockDrafter) and draft_length > drafter.config.block_size - 1:
+    if limit is not None and draft_length > limit:
         raise ValueError(
-            f"draft_length {draft_length} is more than a block of {drafter.config.block_size} holds: the "
-            f"root and {drafter.config.block_size - 1} draft tokens."
+            f"draft_length {draft_length} is more than a block of {limit + 1} holds: the root and {limit} "
+            "draft tokens."
         )
 
 
-def _check_rules(directory: Path, target: dict[str, int | None] | None) -> None:
-    """No export leaves that an engine would read wrongly."""
-    errors = [f for f in lint_export(directory, target) if f.severity == "error"]
+def _check_rules(folder: Path, target: dict[str, int | None] | None) -> None:
+    """Refuse an export that an engine would read wrongly."""
+    errors = [f for f in lint_export(folder, target) if f.severity == "error"]
     if errors:
-        said = "\n".join(f"  {finding.where}: {finding.message}" for finding in errors)
-        raise ValueError(f"engines would read this export wrongly:\n{said}")
+        listed = "\n".join(f"  {finding.where}: {finding.message}" for finding in errors)
+        raise ValueError(f"engines would read this export wrongly:\n{listed}")
 
 
 def _check_vocabulary(drafter: Drafter, tokenizer: PreTrainedTokenizerBase, card: CardFacts | None) -> None:
@@ -226,41 +170,3 @@ def _check_vocabulary(drafter: Drafter, tokenizer: PreTrainedTokenizerBase, card
             f"the tokenizer has token id {largest}, but the drafter's vocabulary ends at {size - 1}; this is "
             "not the tokenizer it was trained with."
         )
-
-
-@contextmanager
-def _appearing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` when the block ends well, and vanishes otherwise."""
-    if path.exists() and not (overwrite and path.is_dir()):
-        raise ExportError(f"{path} exists already; choose another, or replace it with `--overwrite true`.")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _sync(temporary)
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, FileNotFoundError | ExportError) and error.errno is None:
-            raise  # said in our own words already
-        raise ExportError(
-            f"the export to {path} could not be written: {error}. Free some space or choose another folder; "
-            "nothing was left behind."
-        ) from error
-    finally:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync(directory: Path) -> None:
-    """Force a folder and everything below it to the disk, so that its rename cannot outrun its content."""
-    for entry in [*directory.rglob("*"), directory]:
-        handle = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

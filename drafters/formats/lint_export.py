@@ -1,102 +1,51 @@
 """A static check of exported drafters: every rule of the formats that files alone can break.
 
-Engines load wrong folders without a word: a layer id off by one, a missing head, a flag left to its default
-cost acceptance, never correctness, so nobody notices. This reads config.json, the headers of the safetensors
-and the two vocabulary tables. It builds no network; what only numbers show (permuted columns, swapped norms,
+Engines load wrong folders silently: a layer id off by one, a missing lm_head, a flag left to its default cost
+acceptance, never correctness, so nobody notices. This reads config.json, the headers of the safetensors and
+the two vocabulary tables. It builds no network; what only numbers show (permuted columns, swapped norms,
 another rotary base) is left to the comparison with real engines.
 
-The rules are stated here a second time on purpose and share nothing with the writers.
+The rules of each kind, in its `lint.py`, repeat the formats on purpose and share nothing with the writers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from certdraft.drafters.dflash import lint as lint_dflash
-from certdraft.drafters.eagle3 import lint as lint_eagle3
-from certdraft.drafters.formats.lint_files import (
-    SIZES,
-    Config,
-    Finding,
-    Folder,
-    check_numbers,
-    check_rope,
-    check_tensors,
-    decoder_shapes,
-    error,
-    read_folder,
-    read_json,
-)
-
-Rules = Callable[[Folder, Config | None], Iterator[Finding]]
+from certdraft.drafters.formats.export_metadata import FILE
+from certdraft.drafters.formats.lint_files import Config, Finding, Folder, Layout, read_folder, read_json
+from certdraft.drafters.registry import drafter_kinds
 
 
 def lint_export(path: str | Path, target: str | Path | Config | None = None) -> tuple[Finding, ...]:
-    """What is wrong with a folder that engines are to load as a drafter.
+    """List what is wrong with a folder that engines are to load as a drafter.
 
     Args:
         path: folder with config.json and safetensors, in any layout `export` writes, whoever wrote it.
         target: folder of the target, its config.json, or what is in it, for what only the pair can get wrong:
-            hidden size, vocabulary, number of layers.
+            hidden size, vocabulary, number of layers and positions.
 
     Returns:
-        Findings, errors first; empty when nothing is wrong.
+        Findings, errors first; empty when nothing is wrong, or when the folder's kind has no rules.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json or safetensors in it.
         ValueError: a file that cannot be read at all.
     """
     folder = read_folder(path)
-    found = LAYOUTS[layout_of(folder)](folder, _target_config(target))
+    layout = layout_of(folder)
+    found = () if layout is None else layout.rules(folder, _target_config(target))
     return tuple(sorted(found, key=lambda finding: finding.severity))
 
 
-def layout_of(folder: Folder) -> str:
-    """Which layout a folder is written in: a key of `LAYOUTS`."""
-    config = folder.config
-    names = " ".join(config.get("architectures") or ())
-    model = config.get("speculators_model_type")
-    if model is not None or "speculators_config" in config:
-        return "dflash-speculators" if model == "dflash" or "DFlash" in names else "eagle3-speculators"
-    if config.get("model_type") == "muse_glimmer_assistant":
-        return "dflash-transformers"
-    if "dflash_config" in config or "DFlash" in names:
-        return "dflash"
-    if "Eagle3" in names or "eagle_config" in config or "draft_vocab_size" in config:
-        return "eagle3"
-    return "transformers"
+def layout_of(folder: Folder) -> Layout | None:
+    """Return the layout a folder is written in: of the kind in its `drafter.json`, or else of any kind.
 
-
-def lint_causal(folder: Folder, target: Config | None) -> Iterator[Finding]:
-    """A causal LM folder."""
-    config = folder.config
-    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        if not (folder.path / file).is_file():
-            yield error(file, "is missing.")
-    problems = list(check_numbers(config, [key for key in SIZES if key != "head_dim" or key in config]))
-    yield from problems
-    if "rope_parameters" in config or "rope_theta" in config:
-        yield from check_rope(config)
-    if target is not None and target.get("vocab_size") != config.get("vocab_size"):
-        yield error("vocab_size", f"is {config.get('vocab_size')}, the target's {target.get('vocab_size')}.")
-    if config.get("model_type") != "qwen3" or problems:
-        return  # other architectures have other tensors
-    h, v = config["hidden_size"], config["vocab_size"]
-    required = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
-    if not config.get("tie_word_embeddings"):
-        required["lm_head.weight"] = (v, h)
-    for layer in range(config["num_hidden_layers"]):
-        required |= decoder_shapes(config, f"model.layers.{layer}.", norms=True)
-    yield from check_tensors(folder, required)
-
-
-LAYOUTS: dict[str, Rules] = {
-    "transformers": lint_causal,
-    "eagle3": lint_eagle3.lint_flat,
-    "eagle3-speculators": lint_eagle3.lint_speculators,
-    "dflash": lint_dflash.lint_zlab,
-    "dflash-speculators": lint_dflash.lint_speculators,
-    "dflash-transformers": lint_dflash.lint_transformers,
-}
+    Kinds registered last are tried first, because any causal LM's folder is one of a causal drafter.
+    """
+    kinds, own = drafter_kinds(), folder.path / FILE
+    family = read_json(own).get("family") if own.is_file() else None
+    tried = [kinds[family]] if family in kinds else reversed(kinds.values())
+    return next((layout for kind in tried for layout in kind.layouts if layout.matches(folder)), None)
 
 
 def _target_config(target: str | Path | Config | None) -> Config | None:

@@ -1,13 +1,13 @@
 """What the static check of an export reads, and the rules that all formats share.
 
 Only config.json, safetensors headers and, where asked for, single small tensors are read. Letters: V target
-vocabulary, H target hidden, A tapped layers; h, f sizes of the drafter; n query heads, k key-value heads, d
-head dimension.
+vocabulary, H target hidden, A aux hidden-state layers; h, f sizes of the drafter; n query heads, k key-value
+heads, d head dimension.
 """
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ class Finding:
 
     Attributes:
         severity: "error": an engine that reads the format refuses the folder, or drafts badly with it.
-            "warning": fewer engines read it than the format promises.
+            "warning": fewer engines read it than the format is meant for, or shorter texts.
         where: key of config.json, or tensor.
         message: what is wrong and what to do.
     """
@@ -72,6 +72,34 @@ class Folder:
         return value
 
 
+@dataclass(frozen=True)
+class Layout:
+    """One way a drafter kind is written to disk.
+
+    Attributes:
+        name: of the layout.
+        matches: whether a folder is written in it.
+        rules: what is wrong with such a folder, given the target's config or None.
+    """
+
+    name: str
+    matches: Callable[[Folder], bool]
+    rules: Callable[[Folder, Config | None], Iterator[Finding]]
+
+
+def class_names(folder: Folder) -> str:
+    """`architectures` of the config, joined."""
+    return " ".join(folder.config.get("architectures") or ())
+
+
+def by_speculators(folder: Folder, model_type: str | None = None) -> bool:
+    """Whether a folder is written in the layout of speculators, for this of its model types."""
+    found = folder.config.get("speculators_model_type")
+    if model_type is not None:
+        return found == model_type
+    return found is not None or "speculators_config" in folder.config
+
+
 def read_folder(path: str | Path) -> Folder:
     """Config and headers of a folder.
 
@@ -107,7 +135,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
 
     Raises:
         FileNotFoundError: no safetensors, or a shard missing.
-        ValueError: a file that is no safetensors.
+        ValueError: a file that is not safetensors.
     """
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
@@ -126,7 +154,9 @@ def _header(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
         if length > size - 8:
-            raise ValueError(f"{file} is no safetensors file, or only the beginning of one; write it again.")
+            raise ValueError(
+                f"{file} is not a safetensors file, or only the beginning of one; write it again."
+            )
         try:
             content: dict[str, Any] = json.loads(stream.read(length))
         except ValueError as problem:
@@ -160,8 +190,35 @@ def check_rope(config: Config, at: str = "") -> Iterator[Finding]:
     elif legacy != modern["rope_theta"]:
         yield error(
             f"{at}rope_theta",
-            f"is {legacy!r}, rope_parameters says {modern['rope_theta']!r}; write both the same.",
+            f"is {legacy!r}, in rope_parameters {modern['rope_theta']!r}; write the same value to both.",
         )
+
+
+def check_positions(config: Config, target: Config | None, at: str = "") -> Iterator[Finding]:
+    """As many positions as the target has."""
+    found, wanted = (c.get("max_position_embeddings") if c else None for c in (config, target))
+    if isinstance(found, int) and isinstance(wanted, int) and found < wanted:
+        yield warning(
+            f"{at}max_position_embeddings",
+            f"is {found}, the target's {wanted}: in longer texts engines stop drafting, or limit the context "
+            "of both. Train a drafter with the target's number of positions.",
+        )
+
+
+def check_speculators(config: Config, algorithm: str) -> Iterator[Finding]:
+    """What vLLM checks before it serves a folder of speculators by its path alone."""
+    section = config.get("speculators_config") or {}
+    at = "speculators_config."
+    yield from check_equal(section, {"algorithm": algorithm, "default_proposal_method": "greedy"}, at)
+    methods = section.get("proposal_methods") or [{}]
+    yield from check_equal(methods[0], {"proposal_type": "greedy"}, f"{at}proposal_methods[0].")
+    yield from check_numbers(methods[0], ("speculative_tokens",), f"{at}proposal_methods[0].")
+    verifier = section.get("verifier") or {}
+    for key in ("name_or_path", "architectures"):
+        if not verifier.get(key):
+            yield error(f"{at}verifier.{key}", "is missing; vLLM serves the folder's own path with it.")
+    if not config.get("speculators_version"):
+        yield error("speculators_version", "is missing.")
 
 
 def check_tensors(folder: Folder, required: Shapes, optional: Shapes | None = None) -> Iterator[Finding]:
@@ -177,7 +234,7 @@ def check_tensors(folder: Folder, required: Shapes, optional: Shapes | None = No
     for name in sorted(folder.tensors.keys() - known.keys()):
         inner = next((key for key in known if name.endswith(f".{key}")), None)
         hint = f"; drop the prefix {name.removesuffix(inner)!r}" if inner else ""
-        yield error(name, f"is no tensor of this format{hint}. Engines refuse it, or skip it silently.")
+        yield error(name, f"is not a tensor of this format{hint}. Engines refuse it, or skip it silently.")
 
 
 def decoder_shapes(config: Config, prefix: str, *, inputs: int | None = None, norms: bool = False) -> Shapes:
@@ -189,16 +246,8 @@ def decoder_shapes(config: Config, prefix: str, *, inputs: int | None = None, no
         inputs: what attention reads; None: the hidden size.
         norms: normalised queries and keys (Qwen3).
     """
-    h, f, n, k, d = (
-        config[key]
-        for key in (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        )
-    )
+    h, f, n, k = (config[key] for key in (*SIZES[:2], "num_attention_heads", "num_key_value_heads"))
+    d = config["head_dim"]
     read = inputs or h
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (h,),

@@ -1,46 +1,35 @@
 """The model card (README.md) of an exported drafter, from `templates/card.md.jinja`."""
 
+from __future__ import annotations
+
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from certdraft.drafters.formats.export_metadata import CardFacts
+from torch import nn
+
+from certdraft.drafters.formats.export_metadata import ExportRequest
+from certdraft.drafters.protocol import Drafter
 
 _TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def write_card(
-    directory: Path,
-    *,
-    name: str,
-    family: str,
-    format: str,
-    draft_length: int,
-    num_parameters: int,
-    dtype: str,
-    vocab_size: int,
-    taps: Sequence[int] = (),
-    base: str | None,
-    facts: CardFacts | None,
+    directory: Path, drafter: Drafter, model: nn.Module, request: ExportRequest, name: str
 ) -> None:
     """Write README.md: metadata for the hub, what the drafter is for, how to serve it, what was measured.
 
     Args:
         directory: the export.
-        name: title of the card.
-        family: "causal", "eagle" or "block".
-        format: of the files; with the family it decides who can serve them.
-        draft_length: draft tokens per round the serving commands ask for.
-        num_parameters: of the drafter, tied ones counted once.
-        dtype: of the weights.
-        vocab_size: entries of the vocabulary.
-        taps: target layers it reads, 0-based.
-        base: what training started from; None for fresh weights.
-        facts: about target, training and metrics; None leaves these parts out.
+        drafter: what was exported.
+        model: as written, whose parameters are counted.
+        request: format, draft length and facts; without a card these parts are left out.
+        name: title where the card has none.
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    facts, base, format = request.card, drafter.pretrained, request.format
+    name = (facts.name if facts else None) or name
     # Metadata names what the hub can resolve; a folder on one machine is neither a model nor a data set.
     models = [m for m in (facts.target if facts else None, base) if m and is_hub_id(m)]
     metrics = dict(facts.metrics) if facts else {}
@@ -69,14 +58,14 @@ def write_card(
         data,
         template_path=str(_TEMPLATE),
         title=name,
-        family=family,
+        description=drafter.description,
         format=format,
-        method={"causal": "draft_model", "eagle": "eagle3", "block": "dflash"}[family],
-        taps=list(taps),
-        draft_length=draft_length,
-        num_parameters=num_parameters,
-        dtype=dtype,
-        vocab_size=vocab_size,
+        engines=drafter.export_formats[format],
+        taps=list(drafter.taps),
+        draft_length=request.draft_length,
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        vocab_size=drafter.vocab_size,
         base=base if not base or is_hub_id(base) else Path(base).name,
         facts=facts,
         target=facts.target if facts else "TARGET",

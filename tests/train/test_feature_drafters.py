@@ -297,7 +297,7 @@ def test_what_does_not_fit_is_refused(tiny: Path, trace: Path) -> None:
     other = EagleDrafter(EagleConfig(target_layer_ids=(1,)))
     with pytest.raises(ValueError, match="layers 0 to 1, of which 0 to 0"):
         fit_to_target(other, None, plain)
-    with pytest.raises(ValueError, match="misses too much.*missed: "):
+    with pytest.raises(ValueError, match="misses too many.*missed: "):
         fit_to_target(make("eagle", draft_vocab_size=3), None, data_of(tiny))
     with pytest.raises(ValueError, match="give a trace to count in"):
         make("eagle", draft_vocab_size=30).build(304, load(tiny))

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from torch import Tensor
 
 from certdraft.data import load_target, load_tokenizer, target_config
-from certdraft.drafters import BlockDrafter, CardFacts, CausalDrafter, EagleDrafter, export, lint_export
+from certdraft.drafters import CardFacts, export, lint_export
 from certdraft.train.drafter_module import DrafterModule
+from certdraft.train.drafter_setup import target_source
 
 
 def export_run(
@@ -53,7 +53,7 @@ def export_run(
     module, content = load_module(checkpoint)
     card, drafter = card_facts(module, content, name, license), module.drafter
     if draft_length is None:
-        draft_length = drafter.config.block_size - 1 if isinstance(drafter, BlockDrafter) else 4
+        draft_length = drafter.max_draft_length or 4
     folder = export(
         drafter, out, format, tokenizer=load_tokenizer(card.target), draft_length=draft_length,
         card=card, dtype=dtype, adapter=adapter, overwrite=overwrite,
@@ -81,14 +81,14 @@ def lint(path: str, target: str | None = None) -> None:
     """
     findings = lint_export(path, target)
     errors = [finding for finding in findings if finding.severity == "error"]
-    said = "\n".join(f"  {finding}" for finding in findings)
+    listed = "\n".join(f"  {finding}" for finding in findings)
     if errors:
-        raise ValueError(f"{path} breaks {len(errors)} rule{'s' * (len(errors) > 1)}:\n{said}")
-    print(f"{path}: no error" + (f"\n{said}" if said else ""))
+        raise ValueError(f"{path} breaks {len(errors)} rule{'s' * (len(errors) > 1)}:\n{listed}")
+    print(f"{path}: no error" + (f"\n{listed}" if listed else ""))
 
 
 def find(run: str | Path) -> Path:
-    """The checkpoint meant by a run folder or a file.
+    """Return the checkpoint meant by a run folder or a file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -112,44 +112,35 @@ def find(run: str | Path) -> Path:
 
 
 def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
-    """The module a checkpoint was saved from, in eval mode, and the checkpoint's content.
+    """Load the module a checkpoint was saved from, in eval mode, and the checkpoint's content.
 
     Raises:
-        ValueError: the checkpoint does not say how to make its drafter.
+        ValueError: the checkpoint does not describe its drafter.
     """
     content = torch.load(checkpoint, weights_only=True, map_location="cpu")
     facts = content.get("certdraft", {})
     if not facts.get("target") or not facts.get("config"):
         raise ValueError(
-            f"{checkpoint} is no checkpoint of `certdraft fit` on a trace; nothing says what it is"
+            f"{checkpoint} is not a checkpoint of `certdraft fit` on a trace: it names no target and config"
         )
     module = instantiate(yaml.safe_load(facts["config"])["model"])
     if not isinstance(module, DrafterModule):
         raise ValueError(f"{checkpoint} holds a {type(module).__name__}, not a drafter")
-    _build(module, facts["target"], content["state_dict"])
+    target, prefix = facts["target"], "drafter."
+    source = target_source(
+        target["target"],
+        target["vocab_size"],
+        load=lambda: load_target(target["target"], revision=target["target_revision"]),
+    )
+    state = content["state_dict"].items()
+    module.drafter.restore(source, {n.removeprefix(prefix): v for n, v in state if n.startswith(prefix)})
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     return module.eval(), content
 
 
-def _build(module: DrafterModule, target: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """The network that the checkpoint's weights fit; they follow."""
-    drafter, vocab_size, name = module.drafter, target["vocab_size"], target["target"]
-    if isinstance(drafter, CausalDrafter):
-        drafter.init_from_target = False
-        drafter.build(vocab_size)
-    elif isinstance(drafter, EagleDrafter | BlockDrafter):
-        model = load_target(name, revision=target["target_revision"])
-        if isinstance(drafter, EagleDrafter):
-            member = state.get("drafter.t2d")  # as counts, it chooses the same draft vocabulary again
-            drafter.build(vocab_size, model, None if member is None else member.long())
-        else:
-            spare = max(load_tokenizer(name).get_vocab().values()) + 1  # as training chose it
-            drafter.build(vocab_size, model, spare if spare < vocab_size else None)
-
-
 def instantiate(settings: dict[str, Any]) -> Any:
-    """The object that a `class_path`, `init_args` pair of a config describes."""
+    """Make the object that a `class_path`, `init_args` pair of a config describes."""
     import pytorch_lightning as pl
     from jsonargparse import ArgumentParser
 
@@ -161,7 +152,7 @@ def instantiate(settings: dict[str, Any]) -> Any:
 def card_facts(
     module: DrafterModule, content: dict[str, Any], name: str | None = None, license: str | None = None
 ) -> CardFacts:
-    """What the model card says, from the settings, target and metrics that the checkpoint carries."""
+    """Facts of the model card, from the settings, target and metrics in the checkpoint."""
     facts = content["certdraft"]
     settings, target = yaml.safe_load(facts["config"]), facts["target"]
     optimizer = settings["model"]["init_args"]["optimizer"]
@@ -177,7 +168,7 @@ def card_facts(
         "learned tokens in the trace": target["num_counted"],
     }
     architectures = None
-    if isinstance(module.drafter, EagleDrafter | BlockDrafter):
+    if module.drafter.taps:  # for formats that name the target's class
         architectures = target_config(target["target"], revision=target["target_revision"]).architectures
     return CardFacts(
         target=target["target"],

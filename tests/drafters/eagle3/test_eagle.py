@@ -11,7 +11,7 @@ from oracles.feature_drafters import eagle_logits, enlarge
 from torch import Tensor
 
 from certdraft.drafters import EagleConfig, EagleDrafter
-from certdraft.drafters.features.draft_vocab import choose, coverage, from_tables, to_tables
+from certdraft.drafters.eagle3.draft_vocab import choose, coverage, from_tables, to_tables
 
 V = 40
 TARGET = tiny_qwen3(0, V, layers=7)

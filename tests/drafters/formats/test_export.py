@@ -227,7 +227,7 @@ class TestFacts:
         with pytest.raises(ValueError, match="not valid JSON"):
             load_drafter(folder)
         file.unlink()
-        with pytest.raises(FileNotFoundError, match="no export of certdraft"):
+        with pytest.raises(FileNotFoundError, match="not an export of certdraft"):
             load_drafter(folder)
         with pytest.raises(FileNotFoundError, match="no such folder"):
             load_drafter(tmp_path / "nowhere")

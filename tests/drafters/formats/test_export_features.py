@@ -26,7 +26,7 @@ from certdraft.drafters import (
 )
 from certdraft.drafters.dflash.export import read_dflash
 from certdraft.drafters.eagle3.export import read_eagle3
-from certdraft.drafters.formats.feature_folder import probe
+from certdraft.drafters.features.feature_folder import probe
 
 V = layouts.V
 Tokens = PreTrainedTokenizerFast
@@ -319,12 +319,12 @@ class TestFoldersOfOthers:
             ({"attention_bias": True}, "attention_bias True"),
             ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
             ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "scales its rotary positions"),
-            ({"rope_theta": 1e4}, "rope_theta must be said once"),
+            ({"rope_theta": 1e4}, "needs one rope_theta"),
             ({"rms_norm_eps": KeyError}, "lacks rms_norm_eps"),
             ({"vocab_size": KeyError}, "lacks vocab_size"),
             ({"temperature_scale": 2.0}, "does not know: temperature_scale"),
-            ({"num_hidden_layers": 2}, "no EAGLE-3 head"),
-            ({"model_type": "gpt2"}, "no EAGLE-3 head"),
+            ({"num_hidden_layers": 2}, "not an EAGLE-3 head"),
+            ({"model_type": "gpt2"}, "not an EAGLE-3 head"),
             ({"target_hidden_size": 64}, "not the target's 64"),
         ],
     )

@@ -36,7 +36,7 @@ def target(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("layout", MAKE)
 def test_right_folders_pass(tmp_path: Path, target: Path, layout: str) -> None:
     folder = layouts.write(tmp_path / "out", *MAKE[layout]())
-    assert layout_of(read_folder(folder)) == layout
+    assert layout_of(read_folder(folder)).name == layout
     assert lint_export(folder) == ()
     assert lint_export(folder, target) == ()
 
@@ -103,7 +103,7 @@ BROKEN: list[tuple[str, str, Callable[..., None], str]] = [
     ("eagle3", "head missing", drop("lm_head.weight"), "lm_head.weight: is missing"),
     ("eagle3", "trainer prefix", prefixed("draft_model."), "drop the prefix 'draft_model.'"),
     ("eagle3", "speculators' names", prefixed("layers.0."), "is missing"),
-    ("eagle3", "unknown tensor", extra("mask_hidden", (1,)), "mask_hidden: is no tensor of this format"),
+    ("eagle3", "unknown tensor", extra("mask_hidden", (1,)), "mask_hidden: is not a tensor of this format"),
     ("eagle3", "full head", put("draft_vocab_size", layouts.V), "lm_head.weight: has shape"),
     ("eagle3", "rope of old readers", put("rope_theta", 1e4), "rope_theta: is 10000.0"),
     ("eagle3", "rope of new readers", put("rope_parameters", None), "rope_parameters: must hold"),
@@ -124,13 +124,13 @@ BROKEN: list[tuple[str, str, Callable[..., None], str]] = [
     ("dflash", "mask beyond V", put("dflash_config/mask_token_id", layouts.V), "mask_token_id: is 96"),
     ("dflash", "mask missing", put("dflash_config/mask_token_id", None), "mask_token_id: is None"),
     ("dflash", "block size missing", put("block_size", KeyError), "block_size: is None"),
-    ("dflash", "block sizes differ", put("dflash_config/block_size", 8), "dflash_config says 8"),
+    ("dflash", "block sizes differ", put("dflash_config/block_size", 8), "in dflash_config 8"),
     ("dflash", "window", put("sliding_window", 128), "sliding_window: is set"),
     ("dflash", "window layers", put("layer_types", ["sliding_attention"] * 2), "full_attention, 2 times"),
     ("dflash", "prefix", prefixed("model."), "drop the prefix 'model.'"),
-    ("dflash", "mask_hidden", extra("mask_hidden", (32,)), "mask_hidden: is no tensor"),
-    ("dflash", "own head", extra("lm_head.weight", (96, 32)), "lm_head.weight: is no tensor"),
-    ("dflash", "own embeddings", extra("embed_tokens.weight", (96, 32)), "embed_tokens.weight: is no tensor"),
+    ("dflash", "mask_hidden", extra("mask_hidden", (32,)), "mask_hidden: is not a tensor"),
+    ("dflash", "own head", extra("lm_head.weight", (96, 32)), "lm_head.weight: is not"),
+    ("dflash", "own embeddings", extra("embed_tokens.weight", (96, 32)), "embed_tokens.weight: is not"),
     ("dflash", "target layers unknown", put("num_target_layers", KeyError), "must be a positive"),
     ("dflash", "no q_norm", drop("layers.1.self_attn.q_norm.weight"), "q_norm.weight: is missing"),
     ("dflash-speculators", "causal", put("sliding_window_non_causal", False), "makes every layer causal"),

@@ -90,8 +90,8 @@ def test_a_block_drafter_drafts_as_before(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"vocab_size": 50}, "vocabulary of 50, this target has 40"),
-        ({"hidden_size": 64}, "hidden_size is 64, the target's 32"),
+        ({"vocab_size": 50}, "embeddings are 50 by 32, this one.s are 40 by 32"),
+        ({"hidden_size": 64}, "embeddings are 40 by 64, this one.s are 40 by 32"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 3], "eagle_config": {}}, "fuses 96 .* 2 layers .* give 64"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 3, 9], "eagle_config": {}}, "layers 0 to 6"),
         ({"norm_before_residual": True}, "norm_before_residual"),
@@ -116,7 +116,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
     absolute = weights | {"d2t": weights["d2t"] + torch.arange(20)}
     with pytest.raises(ValueError, match="d2t"):
         EagleDrafter(pretrained=folder(tmp_path / "3", EAGLE, absolute)).build(V, TARGET)
-    with pytest.raises(ValueError, match=r"misses too much.*lost; missed: "):
+    with pytest.raises(ValueError, match=r"misses too many.*lost; missed: "):
         EagleDrafter(pretrained=folder(tmp_path / "4", EAGLE, weights)).build(
             V, TARGET, torch.ones(V, dtype=torch.long)
         )

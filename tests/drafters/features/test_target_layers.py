@@ -2,7 +2,7 @@
 
 import pytest
 
-from certdraft.drafters.features.layer_ids import OFFSETS, check_taps, convert
+from certdraft.drafters.features.target_layers import OFFSETS, check_layers, convert
 
 
 @pytest.mark.parametrize("numbering", OFFSETS)
@@ -29,10 +29,10 @@ def test_embeddings_are_no_layer() -> None:
 @pytest.mark.parametrize("taps", [(), (-1, 2), (2, 2), (3, 1)])
 def test_taps_that_engines_would_reorder(taps: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="ascending order"):
-        check_taps(taps)
+        check_layers(taps)
 
 
 def test_last_layer() -> None:
-    assert check_taps((0, 6), 8) == (0, 6)
-    with pytest.raises(ValueError, match="before the final norm is 6"):
-        check_taps((0, 7), 8)
+    assert check_layers((0, 6), 8) == (0, 6)
+    with pytest.raises(ValueError, match="0 to 6 can be read"):
+        check_layers((0, 7), 8)

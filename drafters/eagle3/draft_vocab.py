@@ -1,8 +1,8 @@
-"""The draft vocabulary: the tokens a drafter can propose, chosen by how often the target says them.
+"""The draft vocabulary: the tokens a drafter can propose, the target's most frequent greedy tokens.
 
-A head over the 32,000 most frequent of 150,000 tokens costs a fifth, and whatever the target says outside
-them is a sure rejection: the share of such steps is the *lost coverage*. Stored as engines read it: `d2t[i]`
-is an offset, target id = i + d2t[i]; `t2d` marks the members.
+An lm_head over the 32,000 most frequent of 150,000 tokens costs a fifth, and every greedy token outside them
+is rejected for certain: their share is the *lost coverage*. Stored as engines read it: `d2t[i]` is an offset,
+target id = i + d2t[i]; `t2d` marks the members.
 
 Letters: V target vocabulary, D draft vocabulary.
 """
@@ -19,12 +19,12 @@ ABSENT = -1e4  # logit of a token outside the draft vocabulary: finite, so that 
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """How much of what the target says a draft vocabulary holds.
+class DraftVocabCoverage:
+    """Share of the target's greedy tokens that a draft vocabulary lacks.
 
     Attributes:
-        lost: share of steps whose greedy token is outside, in [0, 1].
-        steps: steps counted.
+        lost: share of token positions whose greedy token is outside, in [0, 1].
+        steps: token positions counted.
         missed: the most frequent tokens outside, with their counts.
     """
 
@@ -40,7 +40,9 @@ class Coverage:
 
 
 def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
-    """The `size` most frequent tokens, ascending; ties go to the lower id, which byte-pair merges made first.
+    """Return the `size` most frequent tokens, ascending.
+
+    Ties go to the lower id, which byte-pair merges made first.
 
     Args:
         counts: how often the target's greedy token was each token.
@@ -58,8 +60,8 @@ def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
-def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"], worst: int = 5) -> Coverage:
-    """What a draft vocabulary loses on counted greedy tokens.
+def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"], worst: int = 5) -> DraftVocabCoverage:
+    """Count the greedy tokens that a draft vocabulary lacks.
 
     Args:
         counts: as in `choose`.
@@ -71,7 +73,7 @@ def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"], worst: int = 5) 
     values, tokens = outside.topk(min(worst, len(outside)))
     missed = tuple((t, c) for t, c in zip(tokens.tolist(), values.tolist(), strict=True) if c)
     total = int(counts.sum())
-    return Coverage(int(outside.sum()) / max(total, 1), total, missed)
+    return DraftVocabCoverage(int(outside.sum()) / max(total, 1), total, missed)
 
 
 def to_tables(ids: Int[Tensor, " D"], vocab_size: int) -> tuple[Int[Tensor, " D"], Bool[Tensor, " V"]]:
@@ -92,7 +94,7 @@ def from_tables(d2t: Int[Tensor, " D"], t2d: Bool[Tensor, " V"] | None, vocab_si
 
     Raises:
         ValueError: ids that are not ascending or leave the vocabulary, as absolute ids stored for offsets do;
-            a `t2d` that says otherwise.
+            a `t2d` that marks others.
     """
     ids = d2t.long().cpu() + torch.arange(len(d2t))
     if not (bool((ids.diff() > 0).all()) and 0 <= int(ids[0]) and int(ids[-1]) < vocab_size):

@@ -1,20 +1,24 @@
-"""What the formats of feature-reading drafters share: layer sizes as JSON and back, weights in and out.
+"""Shared by the folders of drafters that read hidden states: layer sizes as JSON and back, tensors.
 
 Reading fails closed. A key that changes what the network computes must have the one value that certdraft
-computes; a key nobody here knows is refused by name; so is a tensor too many or too few. A checkpoint that is
-read at all is read right.
+computes; an unknown key is refused by name; so is a tensor too many or too few.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from certdraft.drafters.features.transformer_layer import LayerSizes
+
+if TYPE_CHECKING:
+    from certdraft.drafters.formats.export_metadata import ExportRequest
 
 Json = dict[str, Any]
 Weights = dict[str, Tensor]
@@ -38,18 +42,59 @@ _FIXED: Mapping[str, Any] = {
 }
 # Keys that change nothing: what text means, how weights were drawn, who wrote the file.
 _IDLE = frozenset(
-    {"_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "id2label"}
-    | {
-        "initializer_range",
-        "label2id",
-        "max_window_layers",
-        "modules_to_save",
-        "pad_token_id",
-        "pretraining_tp",
-    }
-    | {"problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache", "model_max_length"}
-    | {"output_attentions", "output_hidden_states", "is_encoder_decoder", "chunk_size_feed_forward"}
+    "_name_or_path attention_dropout auto_map bos_token_id dtype eos_token_id id2label initializer_range "
+    "label2id max_window_layers modules_to_save pad_token_id pretraining_tp problem_type return_dict "
+    "torch_dtype transformers_version use_cache model_max_length output_attentions output_hidden_states "
+    "is_encoder_decoder chunk_size_feed_forward".split()
 )
+_SPECULATORS_VERSION = "0.9.0"  # of the library whose layout this is
+
+
+def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
+    """config.json and its path.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json there; give a folder with {kind}.")
+    config: Json = json.loads(file.read_text(encoding="utf-8"))
+    return config, file
+
+
+def speculators_section(algorithm: str, request: ExportRequest) -> Json:
+    """Keys of a speculators folder that vLLM needs to serve it by its path alone: proposal and target.
+
+    Args:
+        algorithm: "eagle3" or "dflash".
+        request: its card names the target and its class.
+
+    Raises:
+        ValueError: no card that does.
+    """
+    card = request.card
+    if card is None or card.target_architecture is None:
+        raise ValueError(
+            "format 'speculators' names the target and its class, so that vLLM serves the folder by its path "
+            "alone; give card=CardFacts(target=…, target_architecture='Qwen3ForCausalLM', …)."
+        )
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": request.draft_length,
+        "accept_tolerance": 0.0,
+        "verifier_accept_k": 1,
+    }
+    return {
+        "speculators_model_type": algorithm,
+        "speculators_version": _SPECULATORS_VERSION,
+        "speculators_config": {
+            "algorithm": algorithm,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": card.target, "architectures": [card.target_architecture]},
+        },
+    }
 
 
 def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
@@ -75,7 +120,7 @@ def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
 
 
 def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
-    """Arguments of `LayerSizes`, once nothing in the config speaks against them.
+    """Arguments of `LayerSizes`, from a config that asks for nothing certdraft does not compute.
 
     Args:
         config: of the network.
@@ -95,21 +140,20 @@ def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
         )
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{where} says {key} {config[key]!r}; only {value!r} is supported.")
+            raise ValueError(f"{where} has {key} {config[key]!r}; only {value!r} is supported.")
     missing = [key for key in _REQUIRED if not config.get(key)]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; engines would guess, certdraft does not.")
-    known = {
-        *_REQUIRED,
-        *_FIXED,
-        *_IDLE,
-        *own,
+    known = {*_REQUIRED, *_FIXED, *_IDLE, *own}
+    known |= {
         "architectures",
         "model_type",
         "head_dim",
         "num_key_value_heads",
+        "layer_types",
+        "sliding_window",
     }
-    known |= {"layer_types", "sliding_window", "rope_theta", "rope_scaling", "rope_parameters"}
+    known |= {"rope_theta", "rope_scaling", "rope_parameters"}
     unknown = sorted(config.keys() - known)
     if unknown:
         raise ValueError(
@@ -136,7 +180,7 @@ def _rope_theta(config: Json, where: str) -> float:
         raise ValueError(f"{where} scales its rotary positions ({modern or scaling}); that is not supported.")
     found = {value for value in (config.get("rope_theta"), modern.get("rope_theta")) if value is not None}
     if len(found) != 1:
-        raise ValueError(f"{where}: rope_theta must be said once or twice alike, found {sorted(found)}.")
+        raise ValueError(f"{where}: needs one rope_theta, or the same one twice; found {sorted(found)}.")
     return float(found.pop())
 
 
@@ -191,6 +235,6 @@ def check_names(weights: Weights, expected: Mapping[str, Tensor], where: str) ->
         if weights[name].shape != expected[name].shape
     ]
     problems = {"missing": missing, "unknown": unknown, "of another shape": shaped}
-    said = [f"{what}: {', '.join(names[:6])}" for what, names in problems.items() if names]
-    if said:
-        raise ValueError(f"the tensors of {where} do not fit its config: {'; '.join(said)}.")
+    listed = [f"{what}: {', '.join(names[:6])}" for what, names in problems.items() if names]
+    if listed:
+        raise ValueError(f"the tensors of {where} do not fit its config: {'; '.join(listed)}.")
