@@ -23,7 +23,6 @@ from certdraft.data import (
     tokenizer_fingerprint,
 )
 from certdraft.decoding import TreeBuilder, context_limit
-from certdraft.drafters import read_facts
 from certdraft.evaluation.certify.certify import CertifyProtocol, certify
 from certdraft.evaluation.certify.certify_report import headline_of_certificates, write_certify
 from certdraft.evaluation.evaluate import evaluate, refuse_builders
@@ -33,7 +32,7 @@ from certdraft.evaluation.measure.trace_reading import select_documents
 from certdraft.evaluation.prompts import read_questions
 from certdraft.evaluation.report.evaluate_report import differences, headline_table, write_evaluation
 from certdraft.evaluation.report.page import refuse_folder_in_use, report_folder, write_json
-from certdraft.evaluation.report.provenance import provenance, sha256
+from certdraft.evaluation.report.provenance import provenance, read_parts, sha256
 from certdraft.evaluation.report.publish import headline_metrics, publish
 
 _TURNS, _CORPUS, _PROMPTS, _GENERATION = Prompts(turns="all"), Corpus(), Prompts(), Generation()
@@ -181,16 +180,11 @@ def run_evaluate(
 
 
 def _check_held_out(drafters: Mapping[str, str], trace: str) -> None:
-    """Raise if an exported drafter's metadata names this trace as the one it was trained on."""
+    """Raise if the run record in an exported drafter's folder names this trace as its training trace."""
     file = Path(trace) / "trace.json"
-    if not file.is_file():
-        return
-    digest = sha256(file)
+    digest = sha256(file) if file.is_file() else None
     for name, path in drafters.items():
-        if not (Path(path) / "drafter.json").is_file():
-            continue
-        training = (read_facts(path)["facts"] or {}).get("training") or {}
-        if digest in training.values():
+        if any(part["data"].get("train", {}).get("sha256") == digest for part in read_parts(Path(path))):
             raise ValueError(
                 f"{trace} is the trace that the drafter {name} ({path}) was trained on, so its numbers would "
                 "not be about held-out text; give a trace of other prompts"
