@@ -1,15 +1,19 @@
-"""Certify a target, evaluate drafters: statistics over traces, real decoding, one report (floor 4)."""
+"""Certify a target, evaluate drafters: statistics over traces, real decoding, one report (floor 4).
+
+Start reading at `evaluate.py`: `measure/` holds the measurements, `certify/` the certificates of a target
+alone, `report/` tables, figures and pages, `commands.py` the command line.
+"""
 
 from certdraft.evaluation.certify.certify import CertifyProtocol as CertifyProtocol
 from certdraft.evaluation.certify.certify import CertifyReport as CertifyReport
 from certdraft.evaluation.certify.certify import certify as certify
-from certdraft.evaluation.certify.certify_command import run_certify as run_certify
-from certdraft.evaluation.certify.certify_drafter import join_drafter as join_drafter
 from certdraft.evaluation.certify.certify_report import certify_tables as certify_tables
 from certdraft.evaluation.certify.certify_report import write_certify as write_certify
+from certdraft.evaluation.commands import NotLossless as NotLossless
+from certdraft.evaluation.commands import run_certify as run_certify
+from certdraft.evaluation.commands import run_evaluate as run_evaluate
 from certdraft.evaluation.evaluate import EvaluationReport as EvaluationReport
 from certdraft.evaluation.evaluate import evaluate as evaluate
-from certdraft.evaluation.evaluate_command import run_evaluate as run_evaluate
 from certdraft.evaluation.measure.acceptance import Acceptance as Acceptance
 from certdraft.evaluation.measure.acceptance import CertificateViolation as CertificateViolation
 from certdraft.evaluation.measure.acceptance import measure_acceptance as measure_acceptance
@@ -22,7 +26,7 @@ from certdraft.evaluation.measure.statistics import compare_ratios as compare_ra
 from certdraft.evaluation.measure.statistics import pooled_ratio as pooled_ratio
 from certdraft.evaluation.measure.trace_reading import greedy_documents as greedy_documents
 from certdraft.evaluation.profile_command import run_profile as run_profile
-from certdraft.evaluation.report.compare import flat as flat
+from certdraft.evaluation.report.compare import flatten_settings as flatten_settings
 from certdraft.evaluation.report.evaluate_report import headline_table as headline_table
 from certdraft.evaluation.report.evaluate_report import write_evaluation as write_evaluation
 from certdraft.evaluation.report.page import Figure as Figure
@@ -30,10 +34,10 @@ from certdraft.evaluation.report.page import Page as Page
 from certdraft.evaluation.report.page import Section as Section
 from certdraft.evaluation.report.page import Table as Table
 from certdraft.evaluation.report.page import claim_directory as claim_directory
-from certdraft.evaluation.report.page import write_atomic as write_atomic
 from certdraft.evaluation.report.page import write_json as write_json
 from certdraft.evaluation.report.page import write_page as write_page
 from certdraft.evaluation.report.provenance import RECORD_FILE as RECORD_FILE
 from certdraft.evaluation.report.provenance import provenance as provenance
 from certdraft.evaluation.report.provenance import read_parts as read_parts
 from certdraft.evaluation.report.provenance import sha256 as sha256
+from certdraft.support import write_text as write_atomic  # noqa: F401, of run records

@@ -1,9 +1,14 @@
-"""Drafters side by side on held-out text: acceptance, acceptance length, speed; `report.json` is the result.
+"""`evaluate`: measure drafters on held-out text, and compare them.
 
-Three measurements of each drafter, cheapest first: teacher-forced acceptance along the trace
-(`measure_acceptance`), acceptance lengths replayed on the recorded greedy texts (`replay_lengths`), and, when
-the target is at hand, real decoding against plain decoding (`benchmark`). The first drafter is the baseline;
-every other one is compared with it, paired by document.
+Three measurements of each drafter, cheapest first, each a module of `measure/`:
+
+1. `measure_acceptance`: teacher-forced acceptance along the trace (one drafter pass per batch of documents);
+2. `replay_lengths`: acceptance lengths on the recorded greedy texts, without running the target;
+3. `benchmark`: real decoding compared with plain decoding, when the target is given.
+
+Target hidden states for feature drafters are computed once per document and shared (`features_for`). The
+first drafter is the baseline; the others are compared with it, paired by document. `EvaluationReport.data` is
+the content of report.json.
 """
 
 from __future__ import annotations
@@ -19,9 +24,8 @@ from certdraft.decoding import BestFirst, Chain, TargetRunner, TreeBuilder
 from certdraft.evaluation.measure.acceptance import DEFAULT_RULES, Acceptance, measure_acceptance
 from certdraft.evaluation.measure.acceptance_lengths import Lengths, replay_lengths
 from certdraft.evaluation.measure.bench import Benchmark, benchmark
-from certdraft.evaluation.measure.document_features import features_for
 from certdraft.evaluation.measure.statistics import compare_ratios
-from certdraft.evaluation.measure.trace_reading import Document, TraceLike, greedy_documents
+from certdraft.evaluation.measure.trace_reading import Document, TraceLike, features_for, greedy_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,12 +35,12 @@ WIDTHS = (1, 2, 4, 8)
 
 
 def default_builders() -> dict[str, TreeBuilder]:
-    """A chain of 4 and a best-first tree of 16 nodes: the plainest decoder and a good one."""
+    """Return a chain of 4 and a best-first tree of 16 nodes."""
     return labelled([Chain(4), BestFirst(16, max_depth=8)])
 
 
 def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
-    """Builders by their printed form.
+    """Return builders by their printed form.
 
     Raises:
         ValueError: none, or two that print alike.
@@ -50,7 +54,7 @@ def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
 def refuse_builders(
     builders: Sequence[TreeBuilder], target: PreTrainedModel, drafters: Mapping[str, Any]
 ) -> None:
-    """Asks every builder whether it may decode with this target and these drafters, before anything is run.
+    """Raise if a builder cannot decode with this target and these drafters, before anything is run.
 
     Raises:
         ValueError: a cost model of another device, target or drafter.
@@ -63,7 +67,7 @@ def refuse_builders(
 
 @dataclass
 class EvaluationReport:
-    """Everything measured; `data` is the content of report.json.
+    """Result of `evaluate`; `data` is the content of report.json.
 
     Attributes:
         data: see docs/reading-reports.md for every key.
@@ -72,7 +76,7 @@ class EvaluationReport:
     data: dict[str, Any]
 
     def metrics(self, drafter: str) -> dict[str, float]:
-        """Flat numbers of one drafter, for model cards and W&B: τ, coverage@m, certified share, speed-up.
+        """Return one drafter's numbers by metric name, for model cards and W&B: τ, coverage@m, speed-up.
 
         Raises:
             ValueError: no such drafter in the report.
@@ -148,13 +152,14 @@ def evaluate(
             "exact_kl recomputes the target's distributions, so it needs the target; give one or drop it"
         )
     trees = default_builders() if builders is None else labelled(builders)
-    features = {name: features_for(drafter, target) for name, drafter in drafters.items()}
     texts = greedy_documents(trace, replay_documents, max_new_tokens)
-    acceptance: dict[str, Acceptance] = {}
-    lengths: dict[str, dict[str, Lengths]] = {}
-    for number, (name, drafter) in enumerate(drafters.items()):
-        progress("acceptance", number, len(drafters))
-        acceptance[name] = measure_acceptance(
+    decoded = [] if target is None else greedy_documents(trace, prompts, max_new_tokens)
+    kept = {d.index for d in [*texts, *decoded] if d.index is not None}
+    features = features_for(drafters, target, kept)
+    documents = len(trace) if max_documents is None else min(max_documents, len(trace))
+    tick = _ticker("acceptance", len(drafters) * documents, progress)
+    acceptance = {
+        name: measure_acceptance(
             drafter,
             trace,
             target=target if exact_kl else None,
@@ -164,28 +169,36 @@ def evaluate(
             tie_gap=tie_gap,
             max_documents=max_documents,
             features=features[name],
+            progress=tick,
         )
+        for name, drafter in drafters.items()
+    }
     tick = _ticker("replay", len(drafters) * len(texts), progress)
-    for name, drafter in drafters.items():
-        lengths[name] = replay_lengths(
+    lengths = {
+        name: replay_lengths(
             drafter, texts, trees, top_m=top_m, tie_gap=tie_gap, features=features[name], progress=tick
         )
+        for name, drafter in drafters.items()
+    }
     bench = None
     if target is not None:
-        decoded = greedy_documents(trace, prompts, max_new_tokens)
         tick = _ticker("decode", len(decoded) * (1 + len(drafters) * len(trees)), progress)
-        bench = benchmark(target, drafters, decoded, trees, top_m=top_m, tie_gap=tie_gap, progress=tick)
+        bench = benchmark(
+            target, drafters, decoded, trees, top_m=top_m, tie_gap=tie_gap, features=features, progress=tick
+        )
     return EvaluationReport(_data(drafters, trace, acceptance, lengths, bench, texts, seed))
 
 
-def _ticker(stage: str, total: int, progress: Callable[[str, int, int], None]) -> Callable[[], None]:
+def _ticker(stage: str, total: int, progress: Callable[[str, int, int], None]) -> Callable[..., None]:
+    """A function that counts finished items and reports them; the stage is reported at once."""
     done = 0
 
-    def tick() -> None:
+    def tick(items: int = 1) -> None:
         nonlocal done
-        done += 1
+        done += items
         progress(stage, done, total)
 
+    tick(0)
     return tick
 
 
@@ -222,9 +235,7 @@ def _data(
             row
             for name in drafters
             if name != first
-            for row in _compare(
-                name, first, acceptance[name], acceptance[first], lengths[name], lengths[first], bench, seed
-            )
+            for row in _compare(name, first, acceptance, lengths, bench, seed)
         ],
         "bench": None if bench is None else bench.summary(seed),
     }
@@ -232,43 +243,40 @@ def _data(
 
 def _compare(
     name: str,
-    first: str,
-    ours: Acceptance,
-    theirs: Acceptance,
-    our_lengths: Mapping[str, Lengths],
-    their_lengths: Mapping[str, Lengths],
+    baseline: str,
+    acceptance: Mapping[str, Acceptance],
+    lengths: Mapping[str, Mapping[str, Lengths]],
     bench: Benchmark | None,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Paired differences and ratios against the baseline, one row per quantity."""
-    pairs: dict[str, tuple[Any, Any]] = {}
+    """Paired differences and ratios of a drafter to the baseline, one row per quantity."""
+    pair = name, baseline
+    counts: dict[str, list[Any]] = {}
     for m in WIDTHS:
-        pairs[f"coverage@{m}"] = (ours.coverage_counts(m), theirs.coverage_counts(m))
-        low = (ours.coverage_counts(m, True), theirs.coverage_counts(m, True))
+        counts[f"coverage@{m}"] = [acceptance[d].coverage_counts(m) for d in pair]
+        low = [acceptance[d].coverage_counts(m, low_margin=True) for d in pair]
         if low[0][1].sum():
-            pairs[f"low_margin_coverage@{m}"] = low
-    steps = ours.steps.sum(1)
-    for c, rule in enumerate(ours.rules):
-        certified = [(x.certified[:, :, c].sum(1), steps) for x in (ours, theirs)]
-        pairs[f"certified/{rule}"] = (certified[0], certified[1])
-    for label, found in our_lengths.items():
-        pairs[f"tau/{label}"] = (found.counts(), their_lengths[label].counts())
+            counts[f"low_margin_coverage@{m}"] = low
+    steps = acceptance[name].steps.sum(1)
+    for c, rule in enumerate(acceptance[name].rules):
+        counts[f"certified/{rule}"] = [(acceptance[d].certified[:, :, c].sum(1), steps) for d in pair]
+    for label in lengths[name]:
+        counts[f"tau/{label}"] = [lengths[d][label].counts() for d in pair]
         if bench is not None:
-            speeds = [bench.methods[d, label] for d in (name, first)]
-            ours_s, theirs_s = ((np.array(t.tokens), np.array(t.seconds)) for t in speeds)
-            pairs[f"tokens_per_s/{label}"] = (ours_s, theirs_s)
+            timings = [bench.methods[d, label] for d in pair]
+            counts[f"tokens_per_s/{label}"] = [(np.array(t.tokens), np.array(t.seconds)) for t in timings]
     rows = []
-    for quantity, (a, b) in pairs.items():
-        row: dict[str, Any] = {"drafter": name, "baseline": first, "quantity": quantity}
-        row["difference"] = vars(compare_ratios(a, b, "difference", seed=seed))
-        if b[0].sum() > 0:
-            row["ratio"] = vars(compare_ratios(a, b, "ratio", seed=seed))
+    for quantity, (first, second) in counts.items():
+        row: dict[str, Any] = {"drafter": name, "baseline": baseline, "quantity": quantity}
+        row["difference"] = vars(compare_ratios(first, second, "difference", seed=seed))
+        if second[0].sum() > 0:
+            row["ratio"] = vars(compare_ratios(first, second, "ratio", seed=seed))
         rows.append(row)
     return rows
 
 
 def _left_out(trace: TraceLike) -> dict[str, Any]:
-    """Prompts that a prompts file holds and the report does not, by reason."""
+    """Prompts of the prompts files that were left out, by reason."""
     skipped = getattr(getattr(trace, "accounting", None), "skipped", None)
     return {"left_out": {reason: skip.count for reason, skip in skipped.items()}} if skipped else {}
 

@@ -1,8 +1,7 @@
-"""What commands share: where to run, which drafter may meet which target, one line of progress."""
+"""What the commands of this room share: device, drafters of the right tokenizer, progress by stage."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,52 +9,36 @@ import torch
 
 from certdraft.data import load_tokenizer, tokenizer_fingerprint
 from certdraft.drafters import CausalDrafter, Drafter, load_drafter, read_facts
+from certdraft.support import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class HasSize(Protocol):
-    """Whatever knows how many tokens the target has."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-
 class Vocabulary(Protocol):
-    """Whatever knows the target's token ids: `certdraft.data.Trace`, or `TargetVocabulary`."""
+    """The target's token ids: a `certdraft.data.Trace` (its `meta.vocab_size`), or a `TargetVocabulary`."""
 
     @property
-    def meta(self) -> HasSize: ...
+    def meta(self) -> Any: ...
 
     def check_tokenizer(self, fingerprint: str, whose: str) -> None:
-        """Refuses another tokenizer."""
+        """Raise ValueError if the tokenizer is another one."""
         ...
 
 
 class TargetVocabulary:
-    """The vocabulary of a target that is at hand.
-
-    Args:
-        name: of the target, as `load_target` takes it.
-        vocab_size: rows of its head.
-        fingerprint: of its tokenizer.
-    """
+    """Vocabulary of a loaded target: its name, the rows of its lm_head, the fingerprint of its tokenizer."""
 
     def __init__(self, name: str, vocab_size: int, fingerprint: str) -> None:
         self.name, self.vocab_size, self.fingerprint = name, vocab_size, fingerprint
 
     @property
-    def meta(self) -> HasSize:
-        """Itself, as a trace has its numbers under this name."""
+    def meta(self) -> TargetVocabulary:
+        """Itself: a trace has its sizes under this name."""
         return self
 
     def check_tokenizer(self, fingerprint: str, whose: str) -> None:
-        """Refuses another tokenizer than the target's.
-
-        Raises:
-            ValueError: shows both fingerprints.
-        """
+        """Raise ValueError with both fingerprints if the tokenizer is not the target's."""
         if fingerprint != self.fingerprint:
             raise ValueError(
                 f"the tokenizer of the target {self.name}, {self.fingerprint[:12]}, differs from {whose} "
@@ -65,7 +48,7 @@ class TargetVocabulary:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA when there is one.
+    """Return the device of that name; "auto" is CUDA when there is one.
 
     Raises:
         ValueError: no such device here.
@@ -88,14 +71,14 @@ def load_checked(
     dtype: str,
     target: PreTrainedModel | None = None,
 ) -> Drafter:
-    """A drafter on its device, once its tokenizer is known to be the target's.
+    """Load a drafter to its device, once its tokenizer is known to be the target's.
 
     Args:
         path: exported folder, or a folder or hub name that transformers loads as a causal LM.
-        vocabulary: what its token ids must mean.
-        device: where its weights go.
-        dtype: of its weights.
-        target: the target on that device; drafters that read its layers and embeddings need it.
+        vocabulary: the target's.
+        device: of the weights.
+        dtype: of the weights.
+        target: the target on that device; needed by drafters that read its layers and embeddings.
 
     Raises:
         FileNotFoundError: no such drafter.
@@ -113,8 +96,31 @@ def load_checked(
     return drafter.to(device).eval()
 
 
-def show_progress(stage: str, done: int, total: int) -> None:
-    """One line on standard error, rewritten in place; nothing when that is not a terminal."""
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{stage}: {done}/{total}\033[K", end=end, file=sys.stderr, flush=True)
+class StageProgress:
+    """Progress of successive stages on stderr: called with the stage, items done and items in all."""
+
+    def __init__(self) -> None:
+        self._stage, self._done = "", 0
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._close()
+            self._stage, self._done = stage, 0
+            self._bar = Progress(stage, total, "steps").__enter__()
+        if self._bar is not None and done > self._done:
+            self._bar.advance(done - self._done)
+            self._done = done
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None

@@ -10,7 +10,7 @@ import torch
 
 from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.decoding import CostModel, TargetRunner, profile
-from certdraft.evaluation.loading import TargetVocabulary, load_checked, pick_device, show_progress
+from certdraft.evaluation.loading import StageProgress, TargetVocabulary, load_checked, pick_device
 from certdraft.evaluation.report.page import Table, number
 
 _CONTEXTS = [16, 128, 512]
@@ -68,7 +68,8 @@ def run_profile(
     vocabulary = TargetVocabulary(target, model.get_output_embeddings().weight.shape[0], fingerprint)
     loaded = load_checked(drafter, vocabulary, where, dtype, model)
     runner = TargetRunner(model, loaded.taps)
-    cost = profile(runner, loaded, contexts, nodes, repeats=repeats, seed=seed, progress=show_progress)
+    with StageProgress() as progress:
+        cost = profile(runner, loaded, contexts, nodes, repeats=repeats, seed=seed, progress=progress)
     cost.save(path)
     print(cost_table(cost).markdown())
     print(f"cost model: {path}", file=sys.stderr)
@@ -76,7 +77,7 @@ def run_profile(
 
 
 def cost_table(cost: CostModel) -> Table:
-    """Milliseconds of a drafter pass and of a round by its draft tokens, a row per context; fitted values."""
+    """Return fitted milliseconds of a drafter pass and of a round by its draft tokens, a row per context."""
     rows = []
     for context, draft, verify in zip(cost.contexts, cost.draft, cost.verify, strict=True):
         milliseconds = [number(1000 * s, 2) for s in (*draft, *verify)]

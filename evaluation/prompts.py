@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from certdraft.data import Corpus, CorpusError, read_records
-from certdraft.evaluation.measure.trace_reading import spread
+from certdraft.evaluation.measure.trace_reading import evenly_spaced
 
 Record = Mapping[str, Any]
 
@@ -113,7 +113,7 @@ def read_questions(path: str, limit: int | None = None) -> list[Question]:
         turns, bare = form.read(record)
         history = _asked(record["messages"])[:-1] if form.name == "conversations" else ()
         found.append(Question(where, name, str(record.get("category") or ""), turns, bare, history))
-    return [found[index] for index in spread(len(found), limit)]
+    return [found[index] for index in evenly_spaced(len(found), limit)]
 
 
 def _format_of(where: str, record: Record) -> PromptFormat:

@@ -1,13 +1,13 @@
-"""How hard is this target to draft for? Certificates over a trace, with no drafter in sight.
+"""Certificates of a target over a trace; no drafter is needed.
 
-A certificate (KL radius) of a step says how far a drafter may be from the target, in nats, before its
-proposal can be rejected. `certify` gathers, for every acceptance rule, the distribution of that number over
-the steps of a trace, and the lengths of the runs of steps that a drafter of a given quality is guaranteed to
-get through: the quantities of arXiv 2606.30265, tables 1–6 and figures 1–5.
+The certificate (KL radius) of a step is how far a drafter may be from the target, in nats, before its
+proposal can be rejected. `certify` collects its distribution over the steps of a trace for every acceptance
+rule, and the lengths of runs of steps that a drafter of a given quality is guaranteed to pass: the quantities
+of arXiv 2606.30265, tables 1–6 and figures 1–5.
 
-A trace is read row by row and nothing grows with its length. Only the steps its `loss_mask` counts enter. A
-trace keeps the K most probable tokens; where a rule's active set does not fit, the certificate is a sound
-lower bound, and the share of such steps is reported.
+A trace is read row by row in fixed memory. Only steps in the loss mask are counted. A trace keeps the K most
+probable tokens; where a rule's active set does not fit, the certificate is a sound lower bound, and the share
+of such steps is reported.
 
 Axis letters: N steps · K head entries · E budgets.
 """
@@ -15,7 +15,7 @@ Axis letters: N steps · K head entries · E budgets.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,10 +34,12 @@ from certdraft.certificates import (
     StrictGreedy,
     TopM,
     Typical,
+    ceiling,
+    certified_run_lengths,
     margin,
     radius,
 )
-from certdraft.evaluation.measure.streaming import StepDistribution
+from certdraft.evaluation.measure.distributions import StepDistribution
 from certdraft.evaluation.measure.trace_reading import TraceLike, concatenate
 
 SCHEMA = "certdraft.certify/1"
@@ -104,7 +106,7 @@ class CertifyProtocol:
 
 @dataclass
 class CertifyReport:
-    """What `certify` found; `data` is the content of certify.json.
+    """Result of `certify`; `data` is the content of certify.json.
 
     Attributes:
         data: see docs/reading-reports.md for every key.
@@ -118,7 +120,7 @@ class CertifyReport:
         return int(self.data["trace"]["counted_steps"])
 
     def rule(self, rule: Rule | str) -> dict[str, Any]:
-        """The certificate statistics of one rule.
+        """Return the certificate statistics of one rule.
 
         Raises:
             ValueError: the rule was not part of the protocol.
@@ -130,12 +132,17 @@ class CertifyReport:
         raise ValueError(f"rule {rule} is not in this report; it holds {known}")
 
 
-def certify(trace: TraceLike, protocol: CertifyProtocol | None = None) -> CertifyReport:
-    """Certificate statistics of a target along a trace.
+def certify(
+    trace: TraceLike,
+    protocol: CertifyProtocol | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> CertifyReport:
+    """Compute certificate statistics of a target along a trace.
 
     Args:
         trace: rows with a loss mask and a head; read once, in order.
         protocol: rules and budgets.
+        progress: called with stage, rows done and rows in all.
 
     Returns:
         The report; certificates in nats, forward KL(target‖drafter).
@@ -147,9 +154,10 @@ def certify(trace: TraceLike, protocol: CertifyProtocol | None = None) -> Certif
     """
     protocol = protocol or CertifyProtocol()
     tally = _Tally(protocol)
-    for head, segment, read in _chunks(trace):
+    for head, segment, read, rows in _chunks(trace):
         tally.add(head, segment)
         tally.total_steps += read
+        progress("certify", rows, len(trace))
     if tally.steps == 0:
         raise ValueError(
             f"the trace has {len(trace)} rows but its loss mask counts no step: certificates are statistics "
@@ -174,7 +182,7 @@ def certify(trace: TraceLike, protocol: CertifyProtocol | None = None) -> Certif
 
 
 def head_is_exact(head: Head, rule: Rule) -> Bool[Tensor, "*step"]:
-    """Where the head holds all that the rule's certificate depends on.
+    """Return where the head holds all that the rule's certificate depends on.
 
     Coverage(m) reads the m + 1 most probable tokens. A single-token rule reads the accepted tokens and the
     most probable rejected one, so one rejected token inside the head suffices; and nothing is missing when
@@ -195,8 +203,8 @@ def _identity(meta: Any) -> dict[str, Any]:
     return {n: getattr(meta, n) for n in names if getattr(meta, n, None) not in (None, "")}
 
 
-def _chunks(trace: TraceLike) -> Iterator[tuple[Head, NDArray[np.int64], int]]:
-    """Counted steps in chunks: their head, the unbroken segment each is in, and how many steps were read."""
+def _chunks(trace: TraceLike) -> Iterator[tuple[Head, NDArray[np.int64], int, int]]:
+    """Counted steps in chunks: their head, the unbroken segment of each, steps read, rows read so far."""
     heads: list[Head] = []
     segments: list[NDArray[np.int64]] = []
     size = segment = read = 0
@@ -211,17 +219,12 @@ def _chunks(trace: TraceLike) -> Iterator[tuple[Head, NDArray[np.int64], int]]:
             segment += int(broken[-1]) + 1
             size += len(where)
         if heads and (size >= _STEPS_PER_CHUNK or index == len(trace) - 1):
-            yield concatenate(heads), np.concatenate(segments), read
+            yield concatenate(heads), np.concatenate(segments), read, index + 1
             heads, segments, size, read = [], [], 0, 0
 
 
-def ceiling(rule: Rule) -> float:
-    """The largest finite certificate a rule can have, nats: log(m+1) for coverage, log 2 for one token."""
-    return math.log(1 + (rule.m if isinstance(rule, Coverage) else 1))
-
-
 class _Tally:
-    """Everything `certify` accumulates."""
+    """The statistics that `certify` accumulates."""
 
     def __init__(self, protocol: CertifyProtocol) -> None:
         self.protocol = protocol
@@ -229,7 +232,7 @@ class _Tally:
         self.budgets = protocol.budgets()
         self.certificates = {r: StepDistribution(ceiling(r), self.budgets) for r in self.rules}
         self.short = dict.fromkeys(self.rules, 0)
-        self.runs = {r: _Runs(protocol.run_budgets, protocol.run_cap) for r in self.rules}
+        self.runs = {r: RunCounts(protocol.run_budgets, protocol.run_cap) for r in self.rules}
         self.mass = {k: StepDistribution(1.0) for k in protocol.mass}
         self.p0 = StepDistribution(1.0)
         self.margin = StepDistribution(1.0, (0.01, 0.05, 0.1, 0.3))
@@ -294,11 +297,11 @@ def _quartet(d: StepDistribution) -> dict[str, float]:
     return {"mean": d.mean(), "median": d.quantile(0.5), "p5": d.quantile(0.05), "p25": d.quantile(0.25)}
 
 
-class _Runs:
+class RunCounts:
     """Lengths of runs of consecutive steps whose certificate exceeds a budget, for several budgets."""
 
     def __init__(self, budgets: Sequence[float], cap: int) -> None:
-        self.budgets = np.asarray(budgets, dtype=np.float64)
+        self.budgets = list(budgets)
         self.cap = cap
         self.positions = 0
         self.certified = np.zeros(len(budgets), dtype=np.int64)
@@ -306,43 +309,23 @@ class _Runs:
         self.maximal = np.zeros(len(budgets), dtype=np.int64)
 
     def add(self, values: NDArray[np.float64], segment: NDArray[np.int64]) -> None:
-        ok = values[None, :] > self.budgets[:, None]  # [E, N]
-        runs = run_lengths(ok, segment)
-        first = np.concatenate([[True], segment[1:] != segment[:-1]])
-        before = np.concatenate([np.zeros_like(ok[:, :1]), ok[:, :-1]], axis=1)
-        starts = ok & (first | ~before)
+        """Count steps with these certificates; runs end where the segment changes."""
+        # a step of certificate 0 between segments ends a run, as 0 exceeds no budget; it is not counted
+        ends = np.flatnonzero(np.diff(segment)) + 1
+        radii = torch.from_numpy(np.insert(values, ends, 0.0))
         self.positions += len(values)
-        self.certified += ok.sum(axis=1)
-        self.capped_total += np.minimum(runs, self.cap).sum(axis=1)
-        self.maximal += starts.sum(axis=1)
+        for e, budget in enumerate(self.budgets):
+            runs = certified_run_lengths(radii, budget, self.cap).runs
+            certified = runs > 0
+            self.certified[e] += int(certified.sum())
+            self.capped_total[e] += int(runs.sum())
+            self.maximal[e] += int(certified[0]) + int((certified[1:] & ~certified[:-1]).sum())
 
     def result(self) -> dict[str, list[float]]:
+        """Return the mean run from any position, from certified positions, and of maximal runs."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return {
                 "from_position": (self.capped_total / self.positions).tolist(),
                 "given_certified": (self.capped_total / self.certified).tolist(),
                 "maximal": (self.certified / self.maximal).tolist(),
             }
-
-
-def run_lengths(ok: NDArray[np.bool_], segment: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Steps from each position to the first failure or the end of its segment.
-
-    Args:
-        ok: [..., N], whether each step passes.
-        segment: [N], equal numbers for the steps of one unbroken stretch, in order.
-
-    Returns:
-        [..., N]; 0 where the step itself fails.
-
-    Examples:
-        >>> run_lengths(np.array([True, True, False, True, True]), np.array([0, 0, 0, 0, 1])).tolist()
-        [2, 1, 0, 1, 1]
-    """
-    n = len(segment)
-    index = np.arange(n)
-    failure = np.where(ok, n, index)
-    failure = np.minimum.accumulate(failure[..., ::-1], axis=-1)[..., ::-1]
-    last = np.flatnonzero(np.concatenate([segment[1:] != segment[:-1], [True]]))
-    end = last[np.searchsorted(last, index)] + 1
-    return np.minimum(failure, end) - index

@@ -1,72 +1,22 @@
-"""`certify` with a drafter: certified against realised acceptance, and why each rejection happened.
+"""`certify` with a drafter: its section of the page, beside the target's own certificates.
 
-The measurements are those of `evaluate`; here they stand beside the target's own certificates. Per step, with
-the target's text before it: is acceptance guaranteed by the divergence, does it happen, and in which margin
-bucket. Per round of a tree: which cause ended it.
+The measurements are those of `evaluate`. Per step, with the target's text before it: is acceptance guaranteed
+by the divergence, does it happen, and in which margin bucket. Per round of a tree: which cause ended it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from certdraft.decoding import TreeBuilder
-from certdraft.evaluation.evaluate import evaluate
-from certdraft.evaluation.measure.trace_reading import TraceLike
 from certdraft.evaluation.report import plots
-from certdraft.evaluation.report.evaluate_report import short
+from certdraft.evaluation.report.evaluate_report import bucket_panel, certified_tile
+from certdraft.evaluation.report.evaluate_tables import CAUSES, UNDECIDED, cause_columns, short, value_of
 from certdraft.evaluation.report.page import Figure, Section, Table, interval, number, percent
 
 Data = Mapping[str, Any]
 _PANELS = ("strict", "additive(t=0.1)", "multiplicative(alpha=0.5)", "coverage(m=4)")
-CAUSES = ("not_in_top_m", "not_in_tree", "numerical_tie")
-
-
-def join_drafter(
-    name: str,
-    drafter: Any,
-    trace: TraceLike,
-    *,
-    builders: Sequence[TreeBuilder] | None = None,
-    replay_documents: int | None = 256,
-    top_m: int = 4,
-    tie_gap: float = 1e-3,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
-) -> dict[str, Any]:
-    """A drafter along the trace a target was certified on: the "drafter" entry of certify.json.
-
-    Args:
-        name: what the report calls it.
-        drafter: in eval mode.
-        trace: the one given to `certify`, with the target's greedy text.
-        builders: draft trees whose rounds are replayed; None is a chain of 4 and a best-first tree of 16
-            nodes.
-        replay_documents: documents replayed, spread over the trace; None = all.
-        top_m: drafter ranks that count as "in top-m".
-        tie_gap: nats the target's greedy token may lead by and still count as a numerical tie.
-        seed: of the bootstrap.
-        progress: called with stage, steps done and steps in all.
-
-    Returns:
-        name, parameters, acceptance and lengths, as in report.json.
-
-    Raises:
-        CertificateViolation: a certified step was rejected.
-        ValueError: vocabularies differ, the trace counts no step, or it holds no greedy text.
-    """
-    report = evaluate(
-        {name: drafter},
-        trace,
-        builders=builders,
-        replay_documents=replay_documents,
-        top_m=top_m,
-        tie_gap=tie_gap,
-        seed=seed,
-        progress=progress,
-    )
-    return {"name": name, "tie_gap": tie_gap, **report.data["drafters"][name]}
 
 
 def drafter_section(found: Data, out: Path) -> Section:
@@ -74,10 +24,10 @@ def drafter_section(found: Data, out: Path) -> Section:
     kl = found["acceptance"]["kl"]
     return Section(
         f"With the drafter {found['name']}",
-        "What the certificates promise, and what happens. A certified step that is not accepted would be an "
-        "error, and then there would be no report. What is accepted without being certified is not luck "
-        "alone: the certificate speaks for the worst drafter at this divergence, and this one is better. Its "
-        f"KL from the target is {number(kl['mean'])} nats in the mean, {number(kl['median'])} in the median, "
+        "Certified and realised acceptance. A certified step that is rejected would be an error, and there "
+        "would be no report. Steps are accepted without being certified because the certificate covers the "
+        "worst drafter at this divergence. This drafter's KL from the target is "
+        f"{number(kl['mean'])} nats in the mean, {number(kl['median'])} in the median, "
         f"{number(kl['p95'])} at the 95th percentile.",
         [_rule_table(found), _bucket_table(found), _cause_table(found)],
         _figures(found, out),
@@ -87,10 +37,9 @@ def drafter_section(found: Data, out: Path) -> Section:
 def drafter_tiles(found: Data) -> list[tuple[str, str]]:
     """The numbers to remember."""
     rules = {row["rule"]: row for row in found["acceptance"]["rules"]}
-    checks = found["acceptance"]["steps"] * len(rules)
-    tiles = [("0", "certified steps rejected, of " + f"{checks:,} checked".replace(",", "\u202f"))]
+    tiles = [certified_tile([found["acceptance"]])]
     if "strict" in rules:
-        certified, realised = (_share(rules["strict"][k]) for k in ("certified", "realised"))
+        certified, realised = (value_of(rules["strict"][k]) for k in ("certified", "realised"))
         tiles.append(
             (
                 f"{percent(certified, 0)} of {percent(realised, 0)}",
@@ -104,7 +53,7 @@ def _rule_table(found: Data) -> Table:
     rows = []
     undecided = [row["unknown"] / found["acceptance"]["steps"] for row in found["acceptance"]["rules"]]
     for row, unknown in zip(found["acceptance"]["rules"], undecided, strict=True):
-        certified, realised = _share(row["certified"]), _share(row["realised"])
+        certified, realised = value_of(row["certified"]), value_of(row["realised"])
         part = certified / realised if certified is not None and realised else None
         rows.append(
             [row["rule"], interval(row["certified"], 1, 100), interval(row["realised"], 1, 100)]
@@ -115,13 +64,7 @@ def _rule_table(found: Data) -> Table:
         "Table 7. Certified and realised acceptance by rule (% of steps)",
         ["rule", "certified", "realised", "certified ÷ realised", "undecided"][:shown],
         [row[:shown] for row in rows],
-        "Intervals: 95 %, bootstrap over texts."
-        + (
-            " Undecided: the recorded head is too short to tell whether the rule accepts the drafter's "
-            "token; such steps count as rejected."
-            if any(undecided)
-            else ""
-        ),
+        "Intervals: 95 %, bootstrap over texts." + (UNDECIDED if any(undecided) else ""),
         "table7",
     )
 
@@ -157,7 +100,7 @@ def _cause_table(found: Data) -> Table:
         )
     return Table(
         "Table 9. Why the drafter is rejected",
-        ["tree", "of", "rejected", f"not in top-{top_m}", f"in top-{top_m}, not in the tree", "tie"],
+        ["tree", "of", "rejected", *cause_columns(top_m)],
         rows,
         "The last three columns share out the rejections. First choices: every step on its own, with the "
         "target's text before it; a tree of one node. Trees: rounds that end before the tree's full depth. "
@@ -170,20 +113,7 @@ def _cause_table(found: Data) -> Table:
 
 def _figures(found: Data, out: Path) -> list[Figure]:
     rules = {row["rule"]: row for row in found["acceptance"]["rules"]}
-    panels = [
-        {
-            "title": rule,
-            "buckets": [f"{b['low']:g}–{b['high']:g}" for b in rules[rule]["buckets"]],
-            "steps": [b["steps"] for b in rules[rule]["buckets"]],
-            "certified": [b["certified"] for b in rules[rule]["buckets"]],
-            **{
-                key: [b["realised"] and b["realised"][end] for b in rules[rule]["buckets"]]
-                for key, end in (("realised", "value"), ("low", "low"), ("high", "high"))
-            },
-        }
-        for rule in _PANELS
-        if rule in rules
-    ]
+    panels = [bucket_panel(rule, rules[rule]) for rule in _PANELS if rule in rules]
     top_m = found["acceptance"]["rejections"]["top_m"]
     return [
         Figure(
@@ -213,10 +143,6 @@ def _cause_rows(found: Data) -> list[dict[str, Any]]:
     return rows
 
 
-def _share(found: Data | None) -> float | None:
-    return None if found is None else float(found["value"])
-
-
 def _pair(bucket: Data) -> str:
-    shares = (bucket["certified"], _share(bucket["realised"]))
+    shares = (bucket["certified"], value_of(bucket["realised"]))
     return " / ".join(number(None if x is None else 100 * x, 0) for x in shares)

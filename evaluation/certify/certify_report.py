@@ -1,6 +1,6 @@
-"""From certify.json to tables in the paper's layout, survival curves, and one page.
+"""The page of `certify`: certify.json as tables in the paper's layout, survival curves, and text.
 
-Tables and figures carry the numbers of arXiv 2606.30265; what the paper does not have follows them.
+Tables and figures are numbered as in arXiv 2606.30265; those that the paper does not have follow them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from certdraft.evaluation.report.page import (
     Page,
     Section,
     Table,
+    count,
     number,
     percent,
     write_json,
@@ -73,24 +74,11 @@ def certify_tables(report: CertifyReport) -> list[Table]:
         ),
         Table(
             "Table 2. Exact certificate by rule (nats)",
+            ["rule", "mean", "median", "5th pct.", "25th pct.", "mean, ∞ as ceiling", "nothing rejected"]
+            + ["bound"],
             [
-                "rule",
-                "mean",
-                "median",
-                "5th pct.",
-                "25th pct.",
-                "mean, ∞ as ceiling",
-                "nothing rejected",
-                "bound",
-            ],
-            [
-                [
-                    name,
-                    *_cells(r, p5_digits=4),
-                    number(r["mean_capped"]),
-                    percent(r["unbounded"]),
-                    percent(r["short_head"], 2),
-                ]
+                [name, *_cells(r, p5_digits=4), number(r["mean_capped"])]
+                + [percent(r["unbounded"]), percent(r["short_head"], 2)]
                 for name, r in rules.items()
                 if _family(r) != "topm"
             ],
@@ -147,7 +135,8 @@ def _grid(rules: Mapping[str, Row]) -> Table:
     )
 
 
-def _headline(report: CertifyReport) -> Table:
+def headline_of_certificates(report: CertifyReport) -> Table:
+    """Return the share of steps certified at a few KL budgets, by rule."""
     budgets = [b for b in _HEADLINE_BUDGETS if b in report.data["survival"]["budgets"]]
     wanted = ("strict", "additive", "multiplicative", "typical", "coverage")
     typical_slack = {"additive": 0.1, "multiplicative": 0.5}
@@ -185,31 +174,24 @@ def _page(
     median = report.rule("strict")["median"]
     below = data["margin"]["below"]["0.1"]
     tiles = [
-        (f"{trace['counted_steps']:,}".replace(",", "\u202f"), "target steps measured"),
+        (count(trace["counted_steps"]), "target steps measured"),
         (
             percent(below),
             "of them have a margin p(x₀) − p(x₁) below 0.1: near-ties that only width can cover",
         ),
-        (
-            f"{number(median)} nats",
-            "median certificate of strict greedy: half the steps survive a drafter this far off",
-        ),
+        (f"{number(median)} nats", "median certificate of strict greedy: half the steps survive this KL"),
     ]
     widths = [r for r in data["certificates"] if _family(r) == "coverage"]
     if widths:
         widest = widths[-1]
-        tiles.append(
-            (
-                f"{number(widest['median'])} nats",
-                f"median certificate of coverage(m={widest['m']}): what a tree of width {widest['m']} adds",
-            )
-        )
+        label = f"median certificate of coverage(m={widest['m']}): what a tree of width {widest['m']} adds"
+        tiles.append((f"{number(widest['median'])} nats", label))
     return Page(
         title,
-        f"{trace['counted_steps']} steps of {trace['rows']} texts the target wrote greedily. A certificate "
-        "is the KL divergence, in nats, below which a drafter's proposal cannot be rejected at that step, "
-        "whatever the drafter is." + ("" if "drafter" in data else " No drafter was involved."),
-        _headline(report),
+        f"{trace['counted_steps']} steps of {trace['rows']} greedy texts of the target. A certificate is the "
+        "KL divergence, in nats, below which a drafter's proposal cannot be rejected at that step, whatever "
+        "the drafter is." + ("" if "drafter" in data else " No drafter was involved."),
+        headline_of_certificates(report),
         [
             Section(
                 "The target's own certainty",

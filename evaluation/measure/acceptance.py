@@ -1,21 +1,24 @@
-"""Certified against realised acceptance of a drafter, step by step along a held-out trace.
+"""Certified and realised acceptance of a drafter, step by step along a held-out trace.
 
-At every counted step the drafter reads the target's own text and names its first choice. What is *realised*
-is what the rule says about that choice. What is *certified* follows from the divergence (`JoinedSteps`).
-Certified steps must be among the accepted ones: one step that is not, and no report is written.
+At every step in the loss mask the drafter reads the target's own text and predicts a token. *Realised* is
+whether the rule accepts that token; *certified* is whether the divergence alone guarantees it
+(`JoinedSteps`). A certified step that is rejected raises `CertificateViolation`, and no report is written.
 
-Axis letters: N steps · R documents · B margin buckets · C rules · W widths.
+Hidden states of a batch are held; logits only for a chunk of steps at a time.
+
+Axis letters: N steps · R documents · T tokens · H hidden · V vocabulary · B margin buckets · C rules
+· W widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -28,18 +31,16 @@ from certdraft.certificates import (
     TopM,
     Typical,
 )
-from certdraft.evaluation.measure.calibration import Calibration
-from certdraft.evaluation.measure.document_features import TargetFeatures
+from certdraft.data import LogitHead
+from certdraft.evaluation.measure.distributions import Calibration, StepDistribution
 from certdraft.evaluation.measure.joined_steps import JoinedSteps
 from certdraft.evaluation.measure.statistics import pooled_ratio
-from certdraft.evaluation.measure.streaming import StepDistribution
 from certdraft.evaluation.measure.trace_reading import (
-    DrafterLike,
-    OnlineTarget,
+    TargetFeatures,
     TraceLike,
     TraceRowLike,
     batches,
-    joined_steps,
+    concatenate,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,29 @@ DEFAULT_RULES: tuple[Rule, ...] = (
     Coverage(4),
     Coverage(8),
 )
-_KL_CAP = 64.0  # nats; a step beyond says "hopeless" whatever the number
+_KL_CAP = 64.0  # nats
+_ENTRIES_PER_CHUNK = 1 << 23  # float64 log-probabilities held at once: 64 MiB a model
+
+
+class DrafterLike(Protocol):
+    """A drafter that reads whole documents: a `CausalDrafter`, or anything with these two."""
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """Return last hidden states; tokens attend within equal document ids, -1 is padding.
+
+        Only drafters that read the target's layers are given `features`.
+        """
+        ...
+
+    def head(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
+        """Return next-token logits."""
+        ...
 
 
 class CertificateViolation(ValueError):
@@ -67,16 +90,16 @@ class CertificateViolation(ValueError):
 
 @dataclass
 class Acceptance:
-    """Counts per document, from which every rate and every interval is made.
+    """Counts per document, from which all rates and intervals are computed.
 
     Attributes:
-        kl_source: "exact" (the target was computed again) or "head" (a lower bound of KL, from the trace).
+        kl_source: "exact" (target recomputed) or "head" (a lower bound of KL, from the trace).
         rules: the C rules.
         widths: the W widths of coverage@m.
         steps: [R, B] counted steps by margin bucket.
         certified: [R, B, C].
         realised: [R, B, C].
-        unknown: [C] steps whose verdict the head cannot give (counted as rejected).
+        unknown: [C] steps that the recorded head cannot decide (counted as rejected).
         covered: [R, B, W] greedy token in the drafter's top-m.
         kl: distribution of KL(target‖drafter), nats, capped at 64.
         calibration: of the drafter's confidence in its first choice.
@@ -128,17 +151,11 @@ class Acceptance:
             n = int(self.steps[:, b].sum())
             realised = _rate(self.realised[:, b, index], self.steps[:, b], seed)
             certified = int(self.certified[:, b, index].sum())
-            buckets.append(
-                {
-                    "low": low,
-                    "high": high,
-                    "steps": n,
-                    "certified": certified / n if n else None,
-                    "realised": realised,
-                }
-            )
+            share = certified / n if n else None
+            buckets.append({"low": low, "high": high, "steps": n, "certified": share, "realised": realised})
         return {
             "rule": str(self.rules[index]),
+            "certified_steps": int(self.certified[:, :, index].sum()),
             "certified": _rate(self.certified[:, :, index].sum(1), steps, seed),
             "realised": _rate(self.realised[:, :, index].sum(1), steps, seed),
             "unknown": int(self.unknown[index]),
@@ -172,12 +189,13 @@ def measure_acceptance(
     max_documents: int | None = None,
     tokens_per_batch: int = 2048,
     features: TargetFeatures | None = None,
+    progress: Callable[[int], None] = lambda documents: None,
 ) -> Acceptance:
     """Measure a drafter along a trace, teacher-forced.
 
     Args:
         drafter: reads whole documents.
-        trace: held out from the drafter's training; only steps its loss mask counts enter.
+        trace: held out from the drafter's training; only steps in its loss mask are counted.
         target: a causal LM whose distributions replace the recorded heads (exact KL, twice the cost); None
             uses the heads.
         rules: rules to certify and to apply.
@@ -188,6 +206,7 @@ def measure_acceptance(
         max_documents: read only the first so many documents.
         tokens_per_batch: tokens per drafter pass.
         features: for a drafter that reads the target's layers; see `features_for`.
+        progress: called with the number of documents after each batch.
 
     Returns:
         Counts; `summary()` is the JSON form.
@@ -196,18 +215,18 @@ def measure_acceptance(
         CertificateViolation: a certified step was rejected; names document, step, rule, KL and certificate.
         ValueError: no counted step, vocabularies differ, or NaN logits.
     """
-    rules, widths = tuple(rules), tuple(widths)
-    counts = _Counts(rules, widths, top_m, tie_gap, features)
-    online = None if target is None else OnlineTarget(target)
+    counts = _Counts(tuple(rules), tuple(widths), top_m, tie_gap)
+    recomputed = None if target is None else _RecomputedTarget(target)
     documents = len(trace) if max_documents is None else min(max_documents, len(trace))
     for first, rows in batches(trace, documents, tokens_per_batch):
-        counts.add(drafter, online, first, rows)
+        counts.add(_joined_steps(drafter, recomputed, rows, first, features), first, len(rows))
+        progress(len(rows))
     if not counts.steps or not (steps := np.stack(counts.steps)).sum():
         raise ValueError("the trace counts no step in its loss mask; there is nothing to evaluate on")
     return Acceptance(
         "head" if target is None else "exact",
-        rules,
-        widths,
+        counts.rules,
+        counts.widths,
         steps,
         np.stack(counts.certified),
         np.stack(counts.realised),
@@ -220,19 +239,63 @@ def measure_acceptance(
     )
 
 
+class _RecomputedTarget:
+    """The target's fp32 logits at chosen positions."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.body, self.head = model.base_model, LogitHead(model)
+
+    def hidden(self, ids: Int[Tensor, "R T"], attention_mask: Int[Tensor, "R T"]) -> Float[Tensor, "R T H"]:
+        return self.body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def _joined_steps(
+    drafter: DrafterLike,
+    target: _RecomputedTarget | None,
+    rows: list[TraceRowLike],
+    first: int,
+    features: TargetFeatures | None,
+) -> Iterator[tuple[JoinedSteps, Int[Tensor, "N 2"], int]]:
+    """Yield chunks of counted steps, their (row, position), and how many recomputed greedy tokens differ."""
+    length = max(len(r.input_ids) for r in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    document = torch.full_like(ids, -1)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        n = len(row.input_ids)
+        ids[i, :n], document[i, :n], mask[i, :n] = row.input_ids, i, row.loss_mask
+    device = _device_of(drafter)
+    ids, document = ids.to(device), document.to(device)
+    position = torch.arange(length, device=device).expand_as(ids).contiguous()
+    given = () if features is None else (features.padded(rows, first, length).to(device),)
+    drafter_hidden = drafter.hidden(ids, position, document, *given)
+    target_hidden = None if target is None else target.hidden(ids, (document >= 0).long())
+    recorded = concatenate([r.head[torch.as_tensor(r.loss_mask, dtype=torch.bool)] for r in rows]).to(device)
+    where = mask.nonzero()  # [N, 2]: row, position
+    size = max(1, _ENTRIES_PER_CHUNK // recorded.vocab_size)
+    for begin in range(0, len(where), size):
+        part = where[begin : begin + size]
+        at = (part[:, 0].to(device), part[:, 1].to(device))
+        head = recorded[begin : begin + size]
+        logits = drafter.head(drafter_hidden[at])
+        if target is None or target_hidden is None:
+            yield JoinedSteps.from_logits(logits, head), part, 0
+        else:
+            steps = JoinedSteps.from_logits(logits, target.head(target_hidden[at]))
+            yield steps, part, int((steps.head.greedy != head.greedy).sum())
+
+
+def _device_of(drafter: object) -> torch.device:
+    parameters = getattr(drafter, "parameters", None)
+    found = next(iter(parameters()), None) if callable(parameters) else None
+    return torch.device("cpu") if found is None else found.device
+
+
 class _Counts:
     """Accumulates over documents; see `Acceptance` for the shapes."""
 
-    def __init__(
-        self,
-        rules: tuple[Rule, ...],
-        widths: tuple[int, ...],
-        top_m: int,
-        tie_gap: float,
-        features: TargetFeatures | None,
-    ) -> None:
+    def __init__(self, rules: tuple[Rule, ...], widths: tuple[int, ...], top_m: int, tie_gap: float) -> None:
         self.rules, self.widths, self.top_m, self.tie_gap = rules, widths, top_m, tie_gap
-        self.features = features
         self.steps: list[ndarray] = []
         self.certified: list[ndarray] = []
         self.realised: list[ndarray] = []
@@ -240,65 +303,65 @@ class _Counts:
         self.unknown = np.zeros(len(rules), dtype=np.int64)
         self.kl = StepDistribution(_KL_CAP)
         self.calibration = Calibration()
-        self.rejections = {
-            "top_m": top_m, "steps": 0, "rejected": 0, "numerical_tie": 0, "in_top_m": 0, "not_in_top_m": 0
-        }  # fmt: skip
+        causes = ("steps", "rejected", "numerical_tie", "in_top_m", "not_in_top_m")
+        self.rejections = {"top_m": top_m, **dict.fromkeys(causes, 0)}
         self.greedy_changed = 0
 
     def add(
-        self, drafter: DrafterLike, target: OnlineTarget | None, first: int, rows: list[TraceRowLike]
+        self, chunks: Iterator[tuple[JoinedSteps, Int[Tensor, "N 2"], int]], first: int, documents: int
     ) -> None:
         """Count some documents, the first of which has index `first`."""
-        shape = (len(rows), len(MARGIN_EDGES) - 1)
+        shape = (documents, len(MARGIN_EDGES) - 1)
         steps = np.zeros(shape, dtype=np.int64)
         certified, realised = (np.zeros((*shape, len(self.rules)), dtype=np.int64) for _ in range(2))
         covered = np.zeros((*shape, len(self.widths)), dtype=np.int64)
-        for seen, where, changed in joined_steps(drafter, target, rows, self.features):
+        for joined, where, changed in chunks:
             self.greedy_changed += changed
-            margin = seen.margin.cpu().numpy()
+            margin = joined.margin.cpu().numpy()
             bucket = np.clip(np.searchsorted(MARGIN_EDGES, margin, "right") - 1, 0, shape[1] - 1)
             key = (where[:, 0].numpy(), bucket)
             np.add.at(steps, key, 1)
             for c, rule in enumerate(self.rules):
-                sure, happened = self._judge(seen, rule, c, where, first)
-                np.add.at(certified[..., c], key, sure)
-                np.add.at(realised[..., c], key, happened)
-            rank = seen.rank.cpu().numpy()
+                guaranteed, accepted = self._decide(joined, rule, c, where, first)
+                np.add.at(certified[..., c], key, guaranteed)
+                np.add.at(realised[..., c], key, accepted)
+            rank = joined.rank.cpu().numpy()
             for w, m in enumerate(self.widths):
                 np.add.at(covered[..., w], key, rank <= m)
-            self._sort_rejections(seen)
-            self.kl.add(seen.kl.clamp_max(_KL_CAP).cpu().numpy())
-            self.calibration.add(seen.confidence.cpu().numpy(), rank == 1)
+            self._count_rejections(joined)
+            self.kl.add(joined.kl.clamp_max(_KL_CAP).cpu().numpy())
+            self.calibration.add(joined.confidence.cpu().numpy(), rank == 1)
         self.steps.extend(steps)
         self.certified.extend(certified)
         self.realised.extend(realised)
         self.covered.extend(covered)
 
-    def _judge(
-        self, seen: JoinedSteps, rule: Rule, index: int, where: Int[Tensor, "N 2"], first: int
+    def _decide(
+        self, joined: JoinedSteps, rule: Rule, index: int, where: Int[Tensor, "N 2"], first: int
     ) -> tuple[ndarray, ndarray]:
-        sure, bound = seen.certified(rule)
-        happened, unknown = seen.accepted(rule)
-        wrong = sure & ~happened & ~unknown
+        guaranteed, bound = joined.certified(rule)
+        accepted, unknown = joined.accepted(rule)
+        wrong = guaranteed & ~accepted & ~unknown
         if bool(wrong.any()):
             at = int(wrong.nonzero()[0])
             raise CertificateViolation(
                 f"certified but rejected: document {first + int(where[at, 0])}, step {int(where[at, 1])}, "
-                f"rule {rule}: KL {float(seen.kl[at]):.6g} nats is below the certificate "
-                f"{float(bound[at]):.6g}, yet the drafter's token {int(seen.token[at])} is rejected (greedy "
-                f"token {int(seen.head.greedy[at])}, margin {float(seen.margin[at]):.6g}); "
+                f"rule {rule}: KL {float(joined.kl[at]):.6g} nats is below the certificate "
+                f"{float(bound[at]):.6g}, yet the drafter's token {int(joined.token[at])} is rejected "
+                f"(greedy token {int(joined.head.greedy[at])}, margin {float(joined.margin[at]):.6g}); "
                 f"{int(wrong.sum())} such steps in this batch. No report is written. The recorded head and "
                 "the drafter's vocabulary are the first things to check."
             )
         self.unknown[index] += int(unknown.sum())
-        return sure.cpu().numpy(), happened.cpu().numpy()
+        return guaranteed.cpu().numpy(), accepted.cpu().numpy()
 
-    def _sort_rejections(self, seen: JoinedSteps) -> None:
-        rejected = seen.rank > 1
-        tie = rejected & (seen.target_gap <= self.tie_gap)
-        near = rejected & ~tie & (seen.rank <= self.top_m)
-        self.rejections["steps"] += len(rejected)
-        self.rejections["rejected"] += int(rejected.sum())
-        self.rejections["numerical_tie"] += int(tie.sum())
-        self.rejections["in_top_m"] += int(near.sum())
-        self.rejections["not_in_top_m"] += int((rejected & ~tie & ~near).sum())
+    def _count_rejections(self, joined: JoinedSteps) -> None:
+        rejected = joined.rank > 1
+        tie = rejected & (joined.target_gap <= self.tie_gap)
+        near = rejected & ~tie & (joined.rank <= self.top_m)
+        counts = {
+            "steps": len(rejected), "rejected": rejected.sum(), "numerical_tie": tie.sum(),
+            "in_top_m": near.sum(), "not_in_top_m": (rejected & ~tie & ~near).sum(),
+        }  # fmt: skip
+        for name, count in counts.items():
+            self.rejections[name] += int(count)

@@ -1,7 +1,7 @@
-"""Acceptance lengths: how many tokens a target pass commits, depth by depth, and why rounds end.
+"""Acceptance lengths: tokens committed per target pass, acceptance by draft depth, and why rounds end.
 
-The rounds come from real decoding (`bench`) or from replaying the target's recorded greedy text with the
-drafter alone, which gives the same rounds without the target: a tight τ for a fraction of the time.
+The rounds come from real decoding (`bench`), or from replaying the target's recorded greedy text with the
+drafter alone, which gives the same rounds without running the target.
 
 Axis letters: N prompts. τ = Σ tokens / Σ target passes over all prompts, bonus tokens included.
 """
@@ -9,18 +9,68 @@ Axis letters: N prompts. τ = Σ tokens / Σ target passes over all prompts, bon
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
 
 from certdraft.decoding import Round, TreeBuilder, greedy_ranks, replay
-from certdraft.evaluation.measure.document_features import TargetFeatures
-from certdraft.evaluation.measure.expected_vs_accepted import Promises
 from certdraft.evaluation.measure.statistics import pooled_ratio
-from certdraft.evaluation.measure.trace_reading import Document
+from certdraft.evaluation.measure.trace_reading import Document, TargetFeatures
+
+_BINS = 8
+_CAUSES = ("rounds", "rejected", "numerical_tie", "not_in_tree", "not_in_top_m", "unknown")
+
+
+class ExpectedAccepted:
+    """Expected and realised accepted draft tokens, over the rounds whose tree has an expectation.
+
+    A tree expects the sum of its nodes' path probabilities under the drafter. Where that is below what is
+    accepted, best-first trees spread too wide and cost-aware ones stop too early; above, the other way round.
+    """
+
+    def __init__(self) -> None:
+        self.prompts: list[tuple[float, int]] = []  # Σ expected, Σ accepted of each prompt that has any
+        self.rounds: list[tuple[float, int]] = []
+
+    def add(self, rounds: Sequence[Round]) -> None:
+        """Count the rounds of one prompt."""
+        known = [(r.expected, r.accepted) for r in rounds if r.expected is not None and r.nodes]
+        if known:
+            self.rounds += known
+            self.prompts.append((math.fsum(e for e, _ in known), sum(a for _, a in known)))
+
+    def summary(self, seed: int = 0) -> dict[str, Any] | None:
+        """Return means over rounds, accepted ÷ expected with an interval over prompts, and bins of equal
+        counts by expectation; None without such rounds."""
+        if not self.rounds:
+            return None
+        expected, accepted = (np.array(column, dtype=float) for column in zip(*self.rounds, strict=True))
+        order = expected.argsort(kind="stable")
+        parts = np.array_split(order, min(_BINS, max(1, len(order) // 10)))
+        total_expected, total_accepted = (
+            np.array(column, dtype=float) for column in zip(*self.prompts, strict=True)
+        )
+        return {
+            "rounds": len(expected),
+            "expected": float(expected.mean()),
+            "accepted": float(accepted.mean()),
+            "kept": vars(pooled_ratio(total_accepted, total_expected, seed=seed)),
+            "bins": [
+                {
+                    "rounds": len(part),
+                    "expected": float(expected[part].mean()),
+                    "accepted": float(accepted[part].mean()),
+                    "error": float(accepted[part].std() / math.sqrt(len(part))),
+                }
+                for part in parts
+            ],
+        }
 
 
 @dataclass
@@ -34,7 +84,7 @@ class Lengths:
         reached: per draft depth 1.., rounds whose tree is that deep and whose shallower tokens were accepted.
         accepted: per draft depth, rounds that accepted it.
         rejections: rounds that ended by a rejection, by cause; see `Lengths.add`.
-        promises: expected against realised accepted tokens.
+        expected: expected and realised accepted draft tokens.
         nodes: draft tokens verified in all rounds.
     """
 
@@ -43,17 +93,8 @@ class Lengths:
     groups: list[tuple[str, ...]] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-    rejections: dict[str, int] = field(
-        default_factory=lambda: {
-            "rounds": 0,
-            "rejected": 0,
-            "numerical_tie": 0,
-            "not_in_tree": 0,
-            "not_in_top_m": 0,
-            "unknown": 0,
-        }  # fmt: skip
-    )
-    promises: Promises = field(default_factory=Promises)
+    rejections: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_CAUSES, 0))
+    expected: ExpectedAccepted = field(default_factory=ExpectedAccepted)
     nodes: int = 0
 
     def add(
@@ -69,22 +110,22 @@ class Lengths:
 
         A round is rejected when its accepted path is shorter than its tree is deep. The cause is read off the
         token the target chose instead: *numerical tie* when the target itself leads by at most `tie_gap` nats
-        there, *not in top-m* when the drafter ranks it below `top_m`, else *not in the tree*: the drafter had
-        it, the tree did not spend a node on it.
+        there, *not in top-m* when the drafter ranks it below `top_m`, else *not in the tree*: the drafter
+        ranked it high enough, but the tree has no node for it.
 
         Args:
             rounds: in order.
             ranks: rank of every committed token under the drafter, 0 = its first choice; used where a round
                 does not know the rank itself. Empty: unknown.
             lead: the target's lead at every committed token, nats.
-            top_m: drafter ranks that count as "had it".
+            top_m: drafter ranks that count as "in top-m".
             tie_gap: nats.
             groups: what else the prompt is pooled by.
         """
         self.tokens.append(sum(r.committed for r in rounds))
         self.passes.append(len(rounds))
         self.groups.append(groups)
-        self.promises.add(rounds)
+        self.expected.add(rounds)
         done = 0
         for r in rounds:
             self.nodes += r.nodes
@@ -121,7 +162,7 @@ class Lengths:
                 for d, (r, a) in enumerate(zip(self.reached, self.accepted, strict=True), start=1)
             ],
             "rejections": dict(self.rejections),
-            "promises": self.promises.summary(seed),
+            "promises": self.expected.summary(seed),
             "groups": [
                 {
                     "group": name,
@@ -180,11 +221,12 @@ def replay_lengths(
         label → rounds.
     """
     found = {label: Lengths() for label in builders}
-    mine = {label: fresh(builder) for label, builder in builders.items()}
+    fresh_builders = {label: fresh(builder) for label, builder in builders.items()}
     for document in documents:
-        along = None if features is None else features.along([*document.prompt, *document.text[:-1]])
-        ranks = ranks_of(drafter, document.prompt, document.text, features)
-        for label, builder in mine.items():
+        ids = [*document.prompt, *document.text[:-1]]
+        along = None if features is None else features.along(ids, document.index)
+        ranks = ranks_of(drafter, document.prompt, document.text, along)
+        for label, builder in fresh_builders.items():
             result = replay(drafter, document.prompt, document.text, builder, features=along)
             found[label].add(result.rounds, ranks, document.lead, top_m, tie_gap, document.groups)
         progress()
@@ -192,21 +234,20 @@ def replay_lengths(
 
 
 def fresh(builder: TreeBuilder) -> TreeBuilder:
-    """A copy that remembers nothing: what a cost-aware tree learns with one drafter is not another's."""
+    """Return a copy without learned state: a cost-aware tree learns anew with each drafter."""
     made = copy.deepcopy(builder)
-    if forget := getattr(made, "reset", None):
-        forget()
+    if reset := getattr(made, "reset", None):
+        reset()
     return made
 
 
 def ranks_of(
-    drafter: Any, prompt: Sequence[int], tokens: Sequence[int], features: TargetFeatures | None = None
+    drafter: Any, prompt: Sequence[int], tokens: Sequence[int], features: Float[Tensor, "T L H"] | None
 ) -> list[int]:
-    """Rank of each token under the drafter given the true text; empty for one that drafts all depths at once,
-    whose ranks depend on where a round starts."""
-    if drafter.kind != "conditional":
+    """Return the drafter's rank of each token given the text before it, 0 = its first choice.
+
+    Empty for a drafter that drafts all depths in parallel: its ranks depend on where a round starts.
+    """
+    if drafter.kind != "conditional" or (features is not None and not hasattr(drafter, "paths")):
         return []
-    along = None if features is None else features.along([*prompt, *tokens[:-1]])
-    if along is not None and not hasattr(drafter, "paths"):
-        return []
-    return greedy_ranks(drafter, prompt, tokens, along)
+    return greedy_ranks(drafter, prompt, tokens, features)

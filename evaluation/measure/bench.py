@@ -1,12 +1,14 @@
-"""Real speculative decoding against plain decoding by the same loop on the same prompts.
+"""Speculative decoding compared with plain decoding by the same loop on the same prompts.
 
-Every prompt is decoded by every method before the next prompt starts, and the order turns by one from prompt
-to prompt: a slow minute of the machine touches all methods alike. Speed-ups are paired by prompt. Prefill
-counts on both sides. Texts are compared token for token.
+Every prompt is decoded by every method before the next prompt starts, and the order rotates by one from
+prompt to prompt, so that a slow minute of the machine affects all methods. Speed-ups are paired by prompt and
+include the prefill. Texts are compared token for token; where one differs, the target's lead there tells a
+numerical tie from a fault.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from certdraft.decoding import DecodeResult, TargetRunner, TreeBuilder, decode, device_name, greedy
+from certdraft.decoding import DecodeResult, TargetRunner, Tree, TreeBuilder, decode, device_name, greedy
 from certdraft.evaluation.measure.acceptance_lengths import Lengths, fresh, members, ranks_of
-from certdraft.evaluation.measure.document_features import features_for
 from certdraft.evaluation.measure.statistics import compare_ratios, pooled_ratio
-from certdraft.evaluation.measure.trace_reading import Document
+from certdraft.evaluation.measure.trace_reading import Document, TargetFeatures, features_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PLAIN = "plain decoding"
+_TIE_ULPS = 4  # rounding steps of a logit within which passes of other shapes may order tokens otherwise
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Timings:
 
 @dataclass
 class Benchmark:
-    """What was decoded, how long it took, and whether it is the target's own text.
+    """Timings of all methods, and whether their texts are the target's own greedy texts.
 
     Attributes:
         plain: the target alone.
@@ -60,7 +61,7 @@ class Benchmark:
 
     @property
     def lossless(self) -> bool:
-        """Every text equal to the target's greedy text, token for token."""
+        """Whether every text equals the target's greedy text, token for token."""
         return not any(t.differing for t in self.methods.values())
 
     def summary(self, seed: int = 0) -> dict[str, Any]:
@@ -93,20 +94,15 @@ class Benchmark:
                     (t.tokens, t.seconds), (self.plain.tokens, self.plain.seconds), "ratio", seed=seed
                 )
             ),
-            "share": {
-                "draft": t.draft_s / total,
-                "verify": t.verify_s / total,
-                "host": t.host_s / total,
-                "prefill": t.prefill_s / total,
-            },
+            "share": {k: getattr(t, f"{k}_s") / total for k in ("draft", "verify", "host", "prefill")},
             "fallbacks": t.fallbacks,
         }
 
     def _group(self, t: Timings, at: Sequence[int], seed: int) -> dict[str, Any]:
-        mine, plain = ((np.array(x.tokens)[at], np.array(x.seconds)[at]) for x in (t, self.plain))
+        method, plain = ((np.array(x.tokens)[at], np.array(x.seconds)[at]) for x in (t, self.plain))
         return {
-            "tokens_per_s": vars(pooled_ratio(*mine, seed=seed)),
-            "speedup": vars(compare_ratios(mine, plain, "ratio", seed=seed)),
+            "tokens_per_s": vars(pooled_ratio(*method, seed=seed)),
+            "speedup": vars(compare_ratios(method, plain, "ratio", seed=seed)),
         }
 
 
@@ -119,6 +115,7 @@ def benchmark(
     top_m: int = 4,
     tie_gap: float = 1e-3,
     warmup: int = 1,
+    features: Mapping[str, TargetFeatures | None] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Benchmark:
     """Decode every prompt plainly and with every drafter and builder, and compare.
@@ -130,7 +127,8 @@ def benchmark(
         builders: label → tree builder.
         top_m: see `Lengths.add`.
         tie_gap: see `Lengths.add`.
-        warmup: prompts decoded once by every method before the clock counts.
+        warmup: prompts decoded once by every method before timing starts.
+        features: what each drafter reads of the target, from `features_for`; computed here if None.
         progress: called after each decoding.
 
     Returns:
@@ -138,7 +136,7 @@ def benchmark(
     """
     plain = Timings()
     methods = {(d, b): Timings() for d in drafters for b in builders}
-    features = {name: features_for(drafter, target) for name, drafter in drafters.items()}
+    features = features_for(drafters, target) if features is None else features
     runners = {name: found.runner if found else TargetRunner(target) for name, found in features.items()}
     alone = TargetRunner(target)
     made = {(d, b): fresh(builders[b]) for d, b in methods}
@@ -153,7 +151,7 @@ def benchmark(
     for document in documents[:warmup]:
         for key in order:
             run(key, document.prompt, min(8, len(document.text)))
-    made.update({key: fresh(builder) for key, builder in made.items()})  # the warm-up taught them something
+    made.update({key: fresh(builder) for key, builder in made.items()})  # the warm-up changed their state
     for index, document in enumerate(documents):
         turn = index % len(order)
         results: dict[tuple[str, str] | None, _Decoded] = {}
@@ -175,8 +173,10 @@ def benchmark(
             timings.prefill_s += result.prefill_s
             timings.fallbacks += result.fallbacks
             if tokens != reference:
-                timings.differing.append(_difference(index, reference, tokens, document))
-            ranks = ranks_of(drafters[key[0]], document.prompt, tokens, features[key[0]])
+                timings.differing.append(
+                    {"prompt": index, **difference(alone, document.prompt, reference, tokens, tie_gap)}
+                )
+            ranks = _ranks(drafters[key[0]], document, tokens, features[key[0]])
             lead = document.lead if tokens == document.text else [float("inf")] * len(tokens)
             timings.lengths.add(result.rounds, ranks, lead, top_m, tie_gap, document.groups)
     return found
@@ -210,14 +210,54 @@ def _wait(runner: TargetRunner) -> None:
         torch.cuda.synchronize(runner.device)
 
 
-def _difference(index: int, reference: list[int], tokens: list[int], document: Document) -> dict[str, Any]:
-    """Where a text leaves the target's greedy text, and how close the call was there."""
+def _ranks(drafter: Any, document: Document, tokens: list[int], features: TargetFeatures | None) -> list[int]:
+    along = None
+    if features is not None and drafter.kind == "conditional":
+        along = features.along([*document.prompt, *tokens[:-1]], document.index)
+    return ranks_of(drafter, document.prompt, tokens, along)
+
+
+@torch.inference_mode()
+def difference(
+    target: TargetRunner, prompt: list[int], reference: list[int], tokens: list[int], tie_gap: float
+) -> dict[str, Any]:
+    """Return where a text differs from the target's greedy text, and whether that is a numerical tie.
+
+    Args:
+        target: recomputes its logits at the first token that differs.
+        prompt: token ids in front of both texts.
+        reference: the target's greedy text.
+        tokens: the decoded text.
+        tie_gap: nats that are a tie in any dtype.
+
+    Returns:
+        token (position in the text), expected and got (ids; None behind a text's end), target_lead (nats by
+        which the target prefers the expected token), tie_width (nats) and tie (the lead is within it).
+    """
     pairs = zip(reference, tokens, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(reference), len(tokens)))
-    return {
-        "prompt": index,
+    found: dict[str, Any] = {
         "token": at,
         "expected": reference[at] if at < len(reference) else None,
         "got": tokens[at] if at < len(tokens) else None,
-        "target_lead": document.lead[at] if reference[: at + 1] == document.text[: at + 1] else None,
+        "target_lead": None,
+        "tie_width": None,
+        "tie": False,
     }
+    if at < min(len(reference), len(tokens)):
+        before = [*prompt, *reference[:at]]
+        logits = target.verify(target.start(before[:-1]), Tree.root_only(before[-1]))[0]
+        lead = float(logits[reference[at]] - logits[tokens[at]])
+        width = max(tie_gap, tie_width(float(logits.abs().max()), target.model.dtype))
+        found |= {"target_lead": lead, "tie_width": width, "tie": lead <= width}
+    return found
+
+
+def tie_width(logit: float, dtype: torch.dtype) -> float:
+    """Nats within which two logits of this size are equal up to rounding: 4 units in the last place.
+
+    Examples:
+        >>> tie_width(20.0, torch.bfloat16), tie_width(20.0, torch.float32) < 1e-4
+        (0.5, True)
+    """
+    return _TIE_ULPS * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(logit, 1e-30)))

@@ -1,15 +1,13 @@
-"""Reading a trace for evaluation: documents in batches, and both models at the same steps.
+"""Documents of a trace for evaluation, their greedy continuations, and target hidden states along them.
 
-Hidden states of a batch are held; logits only for a chunk of counted steps at a time.
-
-Axis letters: R documents of a batch · T tokens · H hidden · N steps · V vocabulary.
+Axis letters: R documents of a batch · T tokens · L aux hidden-state layers · H hidden · V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from certdraft.certificates import Head
-from certdraft.data import LogitHead
-from certdraft.evaluation.measure.document_features import TargetFeatures
-from certdraft.evaluation.measure.joined_steps import JoinedSteps
+from certdraft.decoding import TargetRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ENTRIES_PER_CHUNK = 1 << 23  # float64 log-probabilities held at once: 64 MiB a model
+_FEATURE_BYTES = 4 << 30  # most host memory that a target's kept features take
 
 
 class TraceRowLike(Protocol):
@@ -43,144 +39,12 @@ class TraceLike(Protocol):
 
     def __len__(self) -> int: ...
     def row(self, index: int) -> TraceRowLike:
-        """The document at `index`."""
+        """Return the document at `index`."""
         ...
-
-
-class DrafterLike(Protocol):
-    """A drafter that reads whole documents: a `CausalDrafter`, or anything with these two."""
-
-    def hidden(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T H"]:
-        """Last hidden states; tokens attend within equal document ids, -1 is padding. Drafters that read
-        nothing but tokens need not take features."""
-        ...
-
-    def head(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """Next-token logits."""
-        ...
-
-
-def concatenate(heads: Sequence[Head]) -> Head:
-    """Heads over steps [N_i, K] as one over ΣN_i steps, in float32."""
-    entropies = [h.entropy for h in heads]
-    known = [e.float() for e in entropies if e is not None]
-    return Head(
-        torch.cat([h.ids for h in heads]),
-        torch.cat([h.gap.float() for h in heads]),
-        torch.cat([h.lse_gap.float() for h in heads]),
-        heads[0].vocab_size,
-        torch.cat(known) if len(known) == len(heads) else None,
-    )
-
-
-def greedy_tail(row: TraceRowLike) -> tuple[int, int] | None:
-    """The last stretch of counted steps whose text is the target's own greedy choice: steps [start, stop).
-
-    The tokens up to and including index `start` are the prompt of that continuation, those from `start + 1`
-    to `stop` its text. None when the document has no such step.
-    """
-    ids, greedy = np.asarray(row.input_ids), np.asarray(row.head.greedy)
-    good = np.asarray(row.loss_mask, dtype=bool)[:-1] & (
-        ids[1:] == greedy[:-1]
-    )  # nothing follows the last token
-    if not good.any():
-        return None
-    stop = int(np.flatnonzero(good)[-1]) + 1
-    broken = np.flatnonzero(~good[:stop])
-    return (int(broken[-1]) + 1 if len(broken) else 0), stop
-
-
-class OnlineTarget:
-    """The target recomputed: fp32 logits of chosen positions only."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.body, self.head = model.base_model, LogitHead(model)
-
-    def hidden(self, ids: Int[Tensor, "R T"], real: Bool[Tensor, "R T"]) -> Float[Tensor, "R T H"]:
-        return self.body(input_ids=ids, attention_mask=real.long(), use_cache=False).last_hidden_state
-
-
-def joined_steps(
-    drafter: DrafterLike,
-    target: OnlineTarget | None,
-    rows: list[TraceRowLike],
-    features: TargetFeatures | None = None,
-) -> Iterator[tuple[JoinedSteps, Int[Tensor, "N 2"], int]]:
-    """Both models at the counted steps of some documents, in chunks of bounded memory.
-
-    Args:
-        drafter: reads whole documents.
-        target: recomputes the target's distributions; None uses the recorded heads.
-        rows: the documents.
-        features: what a drafter that reads the target's layers is given.
-
-    Yields:
-        The steps, their (row, position), and at how many the recomputed greedy token is not the recorded one.
-    """
-    length = max(len(r.input_ids) for r in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    document = torch.full_like(ids, -1)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[i, :n], document[i, :n], mask[i, :n] = row.input_ids, i, row.loss_mask
-    device = _device_of(drafter)
-    ids, document = ids.to(device), document.to(device)
-    position = torch.arange(length, device=device).expand_as(ids).contiguous()
-    given = () if features is None else (features.padded(rows, length).to(device),)
-    ours = drafter.hidden(ids, position, document, *given)
-    theirs = None if target is None else target.hidden(ids, document >= 0)
-    recorded = concatenate([r.head[torch.as_tensor(r.loss_mask, dtype=torch.bool)] for r in rows]).to(device)
-    where = mask.nonzero()  # [N, 2]: row, position
-    size = max(1, _ENTRIES_PER_CHUNK // recorded.vocab_size)
-    for begin in range(0, len(where), size):
-        part = where[begin : begin + size]
-        at = (part[:, 0].to(device), part[:, 1].to(device))
-        head = recorded[begin : begin + size]
-        logits = drafter.head(ours[at])
-        if target is None or theirs is None:
-            yield JoinedSteps.from_logits(logits, head), part, 0
-        else:
-            seen = JoinedSteps.from_logits(logits, target.head(theirs[at]))
-            yield seen, part, int((seen.head.greedy != head.greedy).sum())
-
-
-def batches(
-    trace: TraceLike, documents: int, tokens_per_batch: int
-) -> Iterator[tuple[int, list[TraceRowLike]]]:
-    """Runs of documents of at most `tokens_per_batch` padded tokens, at least one each."""
-    rows: list[TraceRowLike] = []
-    longest = first = 0
-    for index in range(documents):
-        row = trace.row(index)
-        longest = max(longest, len(row.input_ids))
-        if rows and longest * (len(rows) + 1) > tokens_per_batch:
-            yield first, rows
-            rows, longest, first = [], len(row.input_ids), index
-        rows.append(row)
-    if rows:
-        yield first, rows
-
-
-def _device_of(drafter: object) -> torch.device:
-    parameters = getattr(drafter, "parameters", None)
-    found = next(iter(parameters()), None) if callable(parameters) else None
-    return torch.device("cpu") if found is None else found.device
 
 
 class Selection:
-    """Some documents of a trace, in order: what `certify` and `evaluate` read when not all of it.
-
-    Args:
-        trace: the whole.
-        indices: which documents.
-    """
+    """Some documents of a trace, in the order of `indices`."""
 
     def __init__(self, trace: TraceLike, indices: Sequence[int]) -> None:
         self.trace, self.indices = trace, list(indices)
@@ -190,12 +54,14 @@ class Selection:
         return len(self.indices)
 
     def row(self, index: int) -> TraceRowLike:
-        """The document at `index` of the selection."""
+        """Return the document at `index` of the selection."""
         return self.trace.row(self.indices[index])
 
 
-def select(trace: TraceLike, max_documents: int | None = None, min_prompt_tokens: int = 0) -> TraceLike:
-    """The first documents whose prompt, the tokens up to the first counted step, is long enough.
+def select_documents(
+    trace: TraceLike, max_documents: int | None = None, min_prompt_tokens: int = 0
+) -> TraceLike:
+    """Return the first documents whose prompt (tokens up to the first one in the loss mask) is long enough.
 
     Raises:
         ValueError: no document is left.
@@ -217,6 +83,36 @@ def select(trace: TraceLike, max_documents: int | None = None, min_prompt_tokens
     return Selection(trace, kept)
 
 
+def batches(
+    trace: TraceLike, documents: int, tokens_per_batch: int
+) -> Iterator[tuple[int, list[TraceRowLike]]]:
+    """Yield the first index and the rows of batches of at most `tokens_per_batch` padded tokens."""
+    rows: list[TraceRowLike] = []
+    longest = first = 0
+    for index in range(documents):
+        row = trace.row(index)
+        longest = max(longest, len(row.input_ids))
+        if rows and longest * (len(rows) + 1) > tokens_per_batch:
+            yield first, rows
+            rows, longest, first = [], len(row.input_ids), index
+        rows.append(row)
+    if rows:
+        yield first, rows
+
+
+def concatenate(heads: Sequence[Head]) -> Head:
+    """Concatenate heads over steps [N_i, K] into one over ΣN_i steps, in float32."""
+    entropies = [h.entropy for h in heads]
+    known = [e.float() for e in entropies if e is not None]
+    return Head(
+        torch.cat([h.ids for h in heads]),
+        torch.cat([h.gap.float() for h in heads]),
+        torch.cat([h.lse_gap.float() for h in heads]),
+        heads[0].vocab_size,
+        torch.cat(known) if len(known) == len(heads) else None,
+    )
+
+
 @dataclass(frozen=True)
 class Document:
     """A prompt and the target's greedy continuation, as recorded.
@@ -226,20 +122,22 @@ class Document:
         text: the continuation, at least one token.
         lead: nats between the target's greedy token and its runner-up, at each token of `text`.
         groups: what else its numbers are pooled by: prompts file, category.
+        index: its row in the trace.
     """
 
     prompt: list[int]
     text: list[int]
     lead: list[float]
     groups: tuple[str, ...] = ()
+    index: int | None = None
 
 
 def greedy_documents(
     trace: TraceLike, limit: int | None = None, max_new_tokens: int | None = None
 ) -> list[Document]:
-    """Prompts and greedy continuations of a trace, evenly spread over it.
+    """Return prompts and greedy continuations of a trace, evenly spread over it.
 
-    Documents whose counted text is not the target's greedy text (recorded from a corpus) are passed over.
+    Documents whose learned text is not the target's greedy text (recorded from a corpus) are skipped.
 
     Args:
         trace: rows with token ids.
@@ -250,19 +148,18 @@ def greedy_documents(
         ValueError: no document has a greedy continuation.
     """
     found = []
-    for index in spread(len(trace), limit):
+    for index in evenly_spaced(len(trace), limit):
         row = trace.row(index)
         where = greedy_tail(row)
         if where is None:
             continue
         start, stop = where
         stop = stop if max_new_tokens is None else min(stop, start + max_new_tokens)
-        ids = row.input_ids.tolist()
-        lead = (
-            row.head.gap[start:stop, 1].tolist() if row.head.num_kept > 1 else [float("inf")] * (stop - start)
-        )
+        ids, lead = row.input_ids.tolist(), [float("inf")] * (stop - start)
+        if row.head.num_kept > 1:
+            lead = row.head.gap[start:stop, 1].tolist()
         groups = getattr(row, "groups", ())
-        found.append(Document(ids[: start + 1], ids[start + 1 : stop + 1], lead, groups))
+        found.append(Document(ids[: start + 1], ids[start + 1 : stop + 1], lead, groups, index))
     if not found:
         raise ValueError(
             f"none of {len(trace)} documents holds a greedy continuation of the target, so no acceptance "
@@ -271,13 +168,94 @@ def greedy_documents(
     return found
 
 
-def spread(total: int, limit: int | None) -> list[int]:
-    """`limit` indices spread evenly over `total`, all of them when there are fewer.
+def greedy_tail(row: TraceRowLike) -> tuple[int, int] | None:
+    """Return the last stretch [start, stop) of counted steps whose text is the target's own greedy choice.
+
+    The tokens up to and including index `start` are the prompt of that continuation, those from `start + 1`
+    to `stop` its text. None when the document has no such step.
+    """
+    ids, greedy = np.asarray(row.input_ids), np.asarray(row.head.greedy)
+    # nothing follows the last token
+    good = np.asarray(row.loss_mask, dtype=bool)[:-1] & (ids[1:] == greedy[:-1])
+    if not good.any():
+        return None
+    stop = int(np.flatnonzero(good)[-1]) + 1
+    broken = np.flatnonzero(~good[:stop])
+    return (int(broken[-1]) + 1 if len(broken) else 0), stop
+
+
+def evenly_spaced(total: int, limit: int | None) -> list[int]:
+    """Return `limit` indices spread evenly over `total`, all of them when there are fewer.
 
     Examples:
-        >>> spread(10, 3)
+        >>> evenly_spaced(10, 3)
         [0, 3, 6]
     """
     if limit is None or limit >= total:
         return list(range(total))
     return [i * total // limit for i in range(limit)]
+
+
+class TargetFeatures:
+    """Hidden states of the target's layers that a drafter reads, one target pass per document.
+
+    Args:
+        model: the target.
+        layers: the layers, see `certdraft.drafters.Drafter.taps`.
+        keep: documents whose features several measurements need; they are kept in host memory (4 GiB at
+            most) and serve every prefix of the document.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int], keep: Collection[int] = ()) -> None:
+        self.runner = TargetRunner(model, layers)
+        self.passes = 0
+        self._keep, self._bytes = frozenset(keep), 0
+        self._kept: dict[int, tuple[list[int], Tensor]] = {}
+
+    @torch.inference_mode()
+    def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
+        """Return the features at every token of a text; `document` is its row in the trace, if it has one."""
+        ids = list(ids)
+        if document in self._kept:
+            known, kept = self._kept[document]
+            if known[: len(ids)] == ids:
+                return kept[: len(ids)].to(self.runner.device)
+        found = self.runner.features(self.runner.start(ids))
+        assert found is not None
+        self.passes += 1
+        if document in self._keep and self._bytes + found.nbytes <= _FEATURE_BYTES:
+            self._kept[document] = ids, found.cpu()
+            self._bytes += found.nbytes
+        return found
+
+    def padded(self, rows: Sequence[TraceRowLike], first: int, length: int) -> Float[Tensor, "R T L H"]:
+        """Return the features of the documents from row `first` on, with zeros after their ends."""
+        each = [self.along(row.input_ids.tolist(), first + i) for i, row in enumerate(rows)]
+        batch = each[0].new_zeros(len(each), length, *each[0].shape[1:])
+        for index, found in enumerate(each):
+            batch[index, : len(found)] = found
+        return batch
+
+
+def features_for(
+    drafters: Mapping[str, Any], model: PreTrainedModel | None, keep: Collection[int] = ()
+) -> dict[str, TargetFeatures | None]:
+    """Return what each drafter reads of the target: None, or features shared by drafters of equal layers.
+
+    Raises:
+        ValueError: a drafter reads the target's layers and there is no target.
+    """
+    shared: dict[tuple[int, ...], TargetFeatures] = {}
+    found: dict[str, TargetFeatures | None] = {}
+    for name, drafter in drafters.items():
+        layers = tuple(getattr(drafter, "taps", ()))
+        if layers and model is None:
+            raise ValueError(
+                f"the drafter {name} reads the target's layers {layers}; give the target too (--target), "
+                "which computes them along the texts"
+            )
+        if layers and layers not in shared:
+            assert model is not None
+            shared[layers] = TargetFeatures(model, layers, keep)
+        found[name] = shared.get(layers)
+    return found

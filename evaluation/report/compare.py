@@ -19,18 +19,19 @@ from typing import Any
 
 import yaml
 
-from certdraft.evaluation.report.compare_plots import Curve, curves, intervals
 from certdraft.evaluation.report.page import (
     Figure,
     Page,
     Section,
     Table,
-    claim_directory,
     interval,
     number,
+    refuse_folder_in_use,
+    report_folder,
     write_json,
     write_page,
 )
+from certdraft.evaluation.report.plots import canvas, marks
 from certdraft.evaluation.report.provenance import provenance
 
 _SCHEMA = "certdraft.evaluate/1"
@@ -94,31 +95,29 @@ def compare(runs: list[str], out: str | None = None, title: str = "") -> Path:
     drafters = entries(reports)
     if len(trained) + len(drafters) < 2:
         raise ValueError(f"compare needs two runs or drafters; {', '.join(runs) or 'nothing'} holds fewer")
-    folder = claim_directory(out or Path("runs", "compare", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
-    sections = [
-        *([training_section(trained, folder)] if trained else []),
-        *([settings_section(trained)] if len(trained) > 1 else []),
-        *([drafter_section(drafters, folder)] if drafters else []),
-    ]
-    page = Page(
-        title=title or "Comparison",
-        lead=f"{len(trained)} training runs and {len(drafters)} evaluated drafters.",
-        headline=headline(trained, drafters),
-        sections=sections,
-        provenance=provenance(),
-        warnings=warnings(trained, reports),
-    )
-    write_json(
-        folder / "compare.json",
-        {
-            "schema": "certdraft.compare/1",
-            "runs": {r.label: {m: r.best(m)[0] for m in r.curves} for r in trained},
-            "drafters": drafters,
-        },
-    )
-    written = write_page(page, folder, "compare.html")
-    print(f"report: {written}", file=sys.stderr)
-    return written
+    path = refuse_folder_in_use(out or Path("runs", "compare", f"{datetime.now():%Y-%m-%d_%H-%M-%S}"))
+    summary = summary_table(trained, drafters)
+    with report_folder(path) as folder:
+        sections = [
+            *([training_section(trained, folder)] if trained else []),
+            *([settings_section(trained)] if len(trained) > 1 else []),
+            *([drafter_section(drafters, folder)] if drafters else []),
+        ]
+        page = Page(
+            title=title or "Comparison",
+            lead=f"{len(trained)} training runs and {len(drafters)} evaluated drafters.",
+            headline=summary,
+            sections=sections,
+            provenance=provenance(),
+            warnings=warnings(trained, reports),
+        )
+        best = {r.label: {m: r.best(m)[0] for m in r.curves} for r in trained}
+        content = {"schema": "certdraft.compare/1", "runs": best, "drafters": drafters}
+        write_json(folder / "compare.json", content)
+        name = write_page(page, folder, "compare.html").name
+    print(summary.text())
+    print(f"report: {path / name}", file=sys.stderr)
+    return path / name
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -138,17 +137,17 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; an empty group is a value.
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted key; an empty group is a value.
 
     Examples:
-        >>> flat({"trainer": {"max_steps": 5, "logger": {}}})
+        >>> flatten_settings({"trainer": {"max_steps": 5, "logger": {}}})
         {'trainer.max_steps': 5, 'trainer.logger': {}}
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flatten_settings(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found
@@ -174,7 +173,7 @@ def read_run(folder: Path, label: str) -> Run:
         )
     config = folder / "config.yaml"
     settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return Run(label, found, flat(settings))
+    return Run(label, found, flatten_settings(settings))
 
 
 def read_report(file: Path) -> dict[str, Any]:
@@ -206,17 +205,10 @@ def entries(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[
     return found
 
 
-def headline(trained: Sequence[Run], drafters: Mapping[str, Mapping[str, Any]]) -> Table:
+def summary_table(trained: Sequence[Run], drafters: Mapping[str, Mapping[str, Any]]) -> Table:
     """The few numbers of everything: expected or replayed τ, and coverage@4."""
-    rows = [
-        [
-            run.label,
-            number(_best(run, "val/tau_expected")),
-            number(_best(run, "val/coverage@4")),
-            "validation",
-        ]
-        for run in trained
-    ]
+    metrics = ("val/tau_expected", "val/coverage@4")
+    rows = [[run.label, *(number(_best(run, m)) for m in metrics), "validation"] for run in trained]
     for name, row in drafters.items():
         tau = next((value for key, value in row.items() if key.startswith("τ ")), None)
         rows.append([name, interval(tau), interval(row.get("coverage@4")), "evaluation"])
@@ -241,10 +233,7 @@ def training_section(trained: Sequence[Run], folder: Path) -> Section:
             cells.append("–" if value is None else f"{number(value, 4)} @ {step:,}")
         rows.append([metric.removeprefix("val/"), *cells])
     shown = [m for m in ("val/tau_expected", "val/coverage@4", "val/low_margin_coverage@4") if m in metrics]
-    lines = {m: [Curve(r.label, *r.curves[m]) for r in trained if m in r.curves] for m in shown}
-    path = curves(
-        folder / "training.png", {m.removeprefix("val/"): lines[m] for m in shown}, "optimiser steps"
-    )
+    path = _draw_curves(folder / "training.png", shown, trained)
     figure = Figure(
         path, "Validation along training.", "Validation metrics against optimiser steps", wide=True
     )
@@ -273,11 +262,7 @@ def drafter_section(drafters: Mapping[str, Mapping[str, Any]], folder: Path) -> 
     quantities = list(dict.fromkeys(quantity for row in drafters.values() for quantity in row))
     rows = [[q, *(interval(row.get(q)) for row in drafters.values())] for q in quantities]
     taus = [q for q in quantities if q.startswith("τ ")]
-    path = intervals(
-        folder / "tau.png",
-        {name: {q[2:]: row[q] for q in taus if q in row} for name, row in drafters.items()},
-        "acceptance length τ, tokens per target pass",
-    )
+    path = _draw_taus(folder / "tau.png", taus, drafters)
     alt = "Acceptance length of each drafter under each decoder"
     figure = Figure(path, "Acceptance length, with 95 % intervals.", alt)
     table = Table("Evaluated drafters", ("quantity", *drafters), rows, name="drafters")
@@ -286,16 +271,51 @@ def drafter_section(drafters: Mapping[str, Mapping[str, Any]], folder: Path) -> 
 
 def warnings(trained: Sequence[Run], reports: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
     """Why some of these numbers may not be compared."""
-    said = []
+    found = []
     if len({report["provenance"].get("sha-256 of trace.json") for _, report in reports}) > 1:
-        said.append("The evaluations used different traces: their differences are not the drafters' alone.")
+        found.append("The evaluations used different traces: their differences are not the drafters' alone.")
     if len({report["provenance"].get("machine") for _, report in reports}) > 1:
-        said.append("The evaluations were made on different machines: compare no speeds.")
+        found.append("The evaluations were made on different machines: compare no speeds.")
     data = ("data.init_args.validation", "data.init_args.validation_rows")
     if any(len({str(run.settings.get(key)) for run in trained}) > 1 for key in data):
-        said.append("The runs validated on different traces: their validation metrics are not comparable.")
-    return said
+        found.append("The runs validated on different traces: their validation metrics are not comparable.")
+    return found
 
 
 def _best(run: Run, metric: str) -> float | None:
     return run.best(metric)[0] if metric in run.curves else None
+
+
+def _draw_curves(path: Path, metrics: Sequence[str], trained: Sequence[Run]) -> Path:
+    """One panel per metric, one line per run."""
+    if not metrics:
+        return path
+    with canvas(path, 1, len(metrics), (3.6 * len(metrics), 3.4)) as axes:
+        for ax, metric in zip(axes[0], metrics, strict=True):
+            for number_, run in enumerate(r for r in trained if metric in r.curves):
+                ax.plot(*run.curves[metric], **marks(number_), label=run.label)
+            ax.set(title=metric.removeprefix("val/"), xlabel="optimiser steps")
+            ax.set_xlim(left=0)
+        axes[0, 0].legend(loc="lower right")
+    return path
+
+
+def _draw_taus(path: Path, taus: Sequence[str], drafters: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Intervals of τ in rows: one group per decoder, one mark per drafter."""
+    height = 1.0 + 0.32 * len(taus) * len(drafters)
+    with canvas(path, size=(6.6, max(2.4, height))) as axes:
+        ax = axes[0, 0]
+        for index, (name, row) in enumerate(drafters.items()):
+            style = marks(index)
+            for y, quantity in enumerate(taus):
+                if (found := row.get(quantity)) is not None:
+                    place = y + 0.7 * ((index + 0.5) / len(drafters) - 0.5)
+                    ax.plot([found["low"], found["high"]], [place, place], color=style["color"])
+                    ax.plot(found["value"], place, **style)
+            ax.plot([], [], **style, ls="-", label=name)
+        ax.set_yticks(range(len(taus)), [quantity.removeprefix("τ ") for quantity in taus])
+        ax.set(xlabel="acceptance length τ, tokens per target pass")
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18 if height > 3 else -0.3))
+    return path

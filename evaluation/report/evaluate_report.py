@@ -1,19 +1,20 @@
-"""From report.json to one page about drafters, its tables and its figures."""
+"""The page of `evaluate`: report.json as tables, figures and warnings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from certdraft.evaluation.evaluate import EvaluationReport
 from certdraft.evaluation.report import evaluate_tables as tables
-from certdraft.evaluation.report.evaluate_figures import draw
+from certdraft.evaluation.report import plots
+from certdraft.evaluation.report.evaluate_tables import expected_rows, short
 from certdraft.evaluation.report.evaluate_tables import headline_table as headline_table
-from certdraft.evaluation.report.evaluate_tables import short as short
-from certdraft.evaluation.report.page import Figure, Page, Section, number, write_json, write_page
+from certdraft.evaluation.report.page import Figure, Page, Section, count, number, write_json, write_page
 
 Data = Mapping[str, Any]
+_PANEL_RULES = ("strict", "coverage(m=4)")
 
 
 def write_evaluation(
@@ -32,7 +33,7 @@ def write_evaluation(
     """
     data = report.data
     write_json(out / "report.json", {**data, "provenance": dict(provenance)})
-    figures = draw(data, out)
+    figures = _figures(data, out)
     title = title or f"Drafters for {target_name(data)}"
     return write_page(_page(data, figures, provenance, title), out)
 
@@ -52,8 +53,8 @@ def _page(data: Data, figures: dict[str, Figure], provenance: Mapping[str, str],
         Section(
             "Certified and realised acceptance",
             "Dark: steps where the divergence alone guarantees acceptance. Light: steps accepted. A "
-            "certified step that is not accepted would be an error; there is none. What the dark bar misses "
-            "is luck, or a divergence spent where it does not matter.",
+            "certified step that is rejected would be an error; there is none. The difference are steps "
+            "accepted although the divergence does not guarantee it.",
             [tables.rule_table(acceptance)],
             [figures["certified"]],
         ),
@@ -66,23 +67,22 @@ def _page(data: Data, figures: dict[str, Figure], provenance: Mapping[str, str],
         ),
         Section(
             "Depth and rejections",
-            "How acceptance holds up along the draft, and why rounds end: train when the token is not in "
-            "the top-m, change the tree when it is but no node was spent on it, change precision when the "
-            "target itself is tied.",
+            "Acceptance along the draft, and why rounds end: train when the token is not in the top-m, "
+            "change the tree when it is but has no node, change precision when the target itself is tied.",
             [tables.depth_table(data), tables.rejection_table(data)],
             [figures["depths"], figures["calibration"]],
         ),
     ]
     if groups := tables.group_table(data):
         sections.insert(1, Section("Prompts by prompts file", "", [groups]))
-    if "promises" in figures:
+    if "expected" in figures:
         sections.append(
             Section(
-                "What trees expect, and get",
+                "Expected and realised acceptance of trees",
                 "A best-first tree spends its nodes by the drafter's probabilities, a cost-aware one also "
                 "decides by them when to stop.",
-                [tables.promise_table(data)],
-                [figures["promises"]],
+                [tables.expected_table(data)],
+                [figures["expected"]],
             )
         )
     if data["comparisons"]:
@@ -110,10 +110,9 @@ def _tiles(data: Data) -> list[tuple[str, str]]:
         ((n, b, row["tau"]) for n, e in data["drafters"].items() for b, row in e["lengths"].items()),
         key=lambda x: x[2]["value"],
     )
-    checks = sum(e["acceptance"]["steps"] * len(e["acceptance"]["rules"]) for e in data["drafters"].values())
     tiles = [
         (number(best["value"], 2), f"best acceptance length τ: {best_name}, {short(best_label)}"),
-        ("0", "certified steps rejected, of " + f"{checks:,} checked".replace(",", "\u202f")),
+        certified_tile([entry["acceptance"] for entry in data["drafters"].values()]),
     ]
     bench = data["bench"]
     if bench:
@@ -123,29 +122,49 @@ def _tiles(data: Data) -> list[tuple[str, str]]:
             (f"{equal} / {total}", "decoded texts equal to the target's own greedy text, token for token")
         )
         top = max(bench["methods"], key=lambda m: m["speedup"]["value"])
-        tiles.append(
-            (
-                f"{number(top['speedup']['value'], 2)}×",
-                f"best speed-up here: {top['drafter']}, {short(top['builder'])}",
-            )
-        )
+        label = f"best speed-up here: {top['drafter']}, {short(top['builder'])}"
+        tiles.append((f"{number(top['speedup']['value'], 2)}×", label))
     return tiles
 
 
-def _warnings(data: Data) -> list[str]:
+def certified_tile(acceptances: Sequence[Data]) -> tuple[str, str]:
+    """How many certified steps were checked: one that is rejected stops the evaluation, so none was."""
+    certified = sum(row["certified_steps"] for found in acceptances for row in found["rules"])
+    return "0", f"certified steps rejected, of {count(certified)} certified (summed over rules and drafters)"
+
+
+def differences(data: Data) -> tuple[str, str]:
+    """Return what to say about decoded texts that differ by more than a numerical tie, and of the others.
+
+    Empty texts where there is nothing to say.
+    """
+    methods = (data["bench"] or {"methods": []})["methods"]
+    cases = [(m, d) for m in methods for d in m["differing"]]
+    faults, ties = ([case for case in cases if case[1]["tie"] is tie] for tie in (False, True))
     found = []
-    bench = data["bench"]
-    if bench and not bench["lossless"]:
-        cases = [(m, d) for m in bench["methods"] for d in m["differing"]]
-        method, first = cases[0]
-        lead = first["target_lead"]
-        found.append(
-            f"Decoding is not lossless here: {len(cases)} texts differ from the target's greedy text. First: "
+    for chosen, text in (
+        (faults, "Decoding is not lossless here: {} differ from the target's greedy text. First: {}."),
+        (ties, "{} differ from the target's greedy text at numerical ties. First: {}."),
+    ):
+        if not chosen:
+            found.append("")
+            continue
+        method, first = max(chosen, key=lambda case: case[1]["target_lead"] or 0.0)
+        lead = "" if first["target_lead"] is None else (
+            f", where the target leads by {first['target_lead']:.2g} nats (a numerical tie "
+            f"is {first['tie_width']:.2g} or less)"
+        )  # fmt: skip
+        where = (
             f"{method['drafter']}, {method['builder']}, prompt {first['prompt']}, token {first['token']}: "
-            f"{first['got']} instead of {first['expected']}"
-            + ("" if lead is None else f", where the target leads by {lead:.2g} nats")
-            + ". Leads below 1e-3 in float32 (0.1 in bfloat16) are numerical ties; larger ones are a fault."
+            f"{first['got']} instead of {first['expected']}{lead}"
         )
+        found.append(text.format(f"{len(chosen)} texts" if len(chosen) > 1 else "1 text", where))
+    return found[0], found[1]
+
+
+def _warnings(data: Data) -> list[str]:
+    found = [text for text in differences(data) if text]
+    bench = data["bench"]
     if bench and bench["changed_texts"]:
         found.append(
             f"{bench['changed_texts']} of {bench['prompts']} live greedy texts differ from the recorded "
@@ -153,11 +172,10 @@ def _warnings(data: Data) -> list[str]:
             "made. Most: this is not the target the trace was recorded from, and the trace's numbers are not "
             "about it."
         )
-    for reason, count in data["trace"].get("left_out", {}).items():
-        found.append(f"{count} prompts were left out: {reason}.")
+    for reason, number_left in data["trace"].get("left_out", {}).items():
+        found.append(f"{number_left} prompts were left out: {reason}.")
     for name, entry in data["drafters"].items():
-        changed = entry["acceptance"]["greedy_changed"]
-        if changed:
+        if changed := entry["acceptance"]["greedy_changed"]:
             found.append(
                 f"{name}: the recomputed greedy token differs from the recorded one at {changed} steps."
             )
@@ -165,6 +183,99 @@ def _warnings(data: Data) -> list[str]:
 
 
 def target_name(data: Data) -> str:
-    """What to call the target in a title."""
+    """The target's name in a title."""
     name = data["trace"].get("target", "the target")
     return "the embedded target" if name == "embedded" else str(name)
+
+
+def _figures(data: Data, out: Path) -> dict[str, Figure]:
+    """Draw every figure the numbers allow into `out`; return them by name."""
+    drafters = data["drafters"]
+    panels = [
+        panel
+        for name, entry in drafters.items()
+        for row in entry["acceptance"]["rules"]
+        if row["rule"] in _PANEL_RULES
+        for panel in [bucket_panel(f"{name}: {row['rule']}", row)]
+    ]
+    lengths = [
+        {"drafter": n, "builder": short(b), "tau": row["tau"]}
+        for n, e in drafters.items()
+        for b, row in e["lengths"].items()
+    ]
+    first = next(iter(next(iter(drafters.values()))["lengths"]))
+    found: dict[str, Figure] = {}
+    if rows := expected_rows(data):
+        found["expected"] = Figure(
+            plots.expected_accepted(out / "promises.png", rows),
+            "Rounds in groups of equal size by what their tree expected; bars: 95 % of the mean. On the "
+            "diagonal a tree's expected length can be trusted.",
+            "Accepted against expected draft tokens",
+        )
+    if data["bench"]:
+        found["time"] = Figure(
+            plots.time_split(out / "time.png", _times(data["bench"])),
+            "Where a token's time goes. Plain decoding: its prefill is part of the bar.",
+            "Stacked bars of milliseconds per token",
+            wide=True,
+        )
+    depths = [{"label": n, "depths": e["lengths"][first]["depths"]} for n, e in drafters.items()]
+    return found | {
+        "lengths": Figure(
+            plots.acceptance_lengths(out / "acceptance-length.png", lengths),
+            "Acceptance length by drafter and tree, with 95 % intervals over texts.",
+            "Bars of acceptance length",
+            wide=True,
+        ),
+        "certified": Figure(
+            plots.certified_realised(out / "certified-realised.png", panels),
+            "By the target's margin. Bars of rare buckets have wide intervals.",
+            "Bars of certified and realised acceptance by margin",
+            wide=True,
+        ),
+        "coverage": Figure(
+            plots.coverage(
+                out / "coverage.png", {n: e["acceptance"]["coverage"] for n, e in drafters.items()}
+            ),
+            "Coverage of the greedy token by width.",
+            "Lines of coverage by width",
+            wide=True,
+        ),
+        "depths": Figure(
+            plots.depths(out / "depth.png", depths),
+            f"Acceptance at each depth of {short(first)}, among the rounds that got there.",
+            "Lines of acceptance by depth",
+        ),
+        "calibration": Figure(
+            plots.calibration(
+                out / "calibration.png", {n: e["acceptance"]["calibration"] for n, e in drafters.items()}
+            ),
+            "On the diagonal a drafter's confidence can be trusted, which is what best-first trees do.",
+            "Reliability diagram",
+        ),
+    }
+
+
+def _times(bench: Data) -> list[dict[str, Any]]:
+    plain = {"label": "plain decoding", "prefill": 0.0, "draft": 0.0, "host": 0.0}
+    rows = [{**plain, "verify": 1000 / bench["plain_tokens_per_s"]["value"]}]
+    for m in bench["methods"]:
+        whole = 1000 / m["tokens_per_s"]["value"]
+        label = f"{m['drafter']}, {short(m['builder'])}"
+        rows.append({"label": label, **{key: whole * share for key, share in m["share"].items()}})
+    return rows
+
+
+def bucket_panel(title: str, row: Data) -> dict[str, Any]:
+    """Return one panel of `plots.certified_realised` from a rule's entry of report.json."""
+    buckets = row["buckets"]
+    realised = [b["realised"] or {"value": None, "low": None, "high": None} for b in buckets]
+    return {
+        "title": title,
+        "buckets": [f"{b['low']:g}–{b['high']:g}" for b in buckets],
+        "steps": [b["steps"] for b in buckets],
+        "certified": [b["certified"] for b in buckets],
+        "realised": [r["value"] for r in realised],
+        "low": [r["low"] for r in realised],
+        "high": [r["high"] for r in realised],
+    }

@@ -1,4 +1,4 @@
-"""The tables about drafters, from the numbers in report.json."""
+"""The tables of `evaluate`, from the numbers in report.json."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 from certdraft.evaluation.report.page import Table, interval, number, percent
 
 Data = Mapping[str, Any]
+CAUSES = ("not_in_top_m", "not_in_tree", "numerical_tie")  # why rounds end, in columns and in bars
+UNDECIDED = (
+    " Undecided: the recorded head is too short to tell whether the rule accepts the drafter's token; such "
+    "steps count as rejected."
+)
 
 
 def headline_table(data: Data) -> Table:
@@ -30,14 +35,8 @@ def headline_table(data: Data) -> Table:
         )
     return Table(
         "The drafters on held-out text",
-        [
-            "drafter",
-            "coverage@1",
-            "coverage@4",
-            "coverage@4, margin < 0.1",
-            "certified coverage@4",
-            *(f"τ {short(b)}" for b in builders),
-        ],
+        ["drafter", "coverage@1", "coverage@4", "coverage@4, margin < 0.1", "certified coverage@4"]
+        + [f"τ {short(b)}" for b in builders],
         rows,
         "coverage@m: steps whose greedy token is among the drafter's m best. Certified: guaranteed by the "
         "divergence alone. τ: tokens per target pass, bonus included, pooled over texts, with a 95 % "
@@ -57,14 +56,8 @@ def length_table(data: Data) -> Table:
             )  # fmt: skip
     return Table(
         "Acceptance length τ on the recorded texts",
-        [
-            "drafter",
-            "tree",
-            "τ (tokens per target pass)",
-            "mean over requests",
-            "draft tokens per pass",
-            "texts",
-        ],
+        ["drafter", "tree", "τ (tokens per target pass)", "mean over requests", "draft tokens per pass"]
+        + ["texts"],
         rows,
         "τ = Σ tokens ÷ Σ target passes. The mean over requests of each request's own ratio weighs short "
         "texts as much as long ones; other projects sometimes report that.",
@@ -92,15 +85,8 @@ def bench_table(bench: Data) -> Table:
         )
     return Table(
         f"Real decoding of {bench['prompts']} prompts, batch 1, {bench['device']}",
-        [
-            "drafter",
-            "tree",
-            "τ",
-            "tokens/s",
-            "speed-up",
-            "draft / verify / host / prefill, % of time",
-            "equal texts",
-        ],
+        ["drafter", "tree", "τ", "tokens/s", "speed-up", "draft / verify / host / prefill, % of time"]
+        + ["equal texts"],
         rows,
         "Methods take turns on every prompt; prefill counts on both sides. Speed-ups are ratios of pooled "
         "tokens per second, paired by prompt. On a tiny target the drafter is not much cheaper than the "
@@ -132,12 +118,7 @@ def rule_table(acceptance: Data) -> Table:
         [row[:shown] for row in rows],
         "strict is lossless greedy verification; the slack rules accept other likely tokens too; coverage(m) "
         "asks for the greedy token among the drafter's m best."
-        + (
-            " Undecided: the recorded head is too short to tell whether the rule accepts the drafter's "
-            "token; such steps count as rejected. A longer head, or exact_kl, decides them."
-            if undecided
-            else ""
-        ),
+        + (f"{UNDECIDED} A longer head, or exact_kl, decides them." if undecided else ""),
         "acceptance",
         text_columns=2,
     )
@@ -178,8 +159,8 @@ def depth_table(data: Data) -> Table:
     )
 
 
-def promise_rows(data: Data) -> list[dict[str, Any]]:
-    """Drafter, builder and promises where they are known: from real decoding, else from replay."""
+def expected_rows(data: Data) -> list[dict[str, Any]]:
+    """Expected and accepted tokens by drafter and builder: from real decoding if known, else from replay."""
     live = [
         (m["drafter"], m["builder"], m["promises"]) for m in (data["bench"] or {"methods": []})["methods"]
     ]
@@ -190,7 +171,7 @@ def promise_rows(data: Data) -> list[dict[str, Any]]:
     return [{"drafter": n, "builder": short(b), **found} for n, b, found in chosen if found]
 
 
-def promise_table(data: Data) -> Table:
+def expected_table(data: Data) -> Table:
     """Expected and realised accepted draft tokens."""
     return Table(
         "Expected and accepted draft tokens of a drafted round",
@@ -198,11 +179,11 @@ def promise_table(data: Data) -> Table:
         [
             [r["drafter"], r["builder"], number(r["expected"], 2), number(r["accepted"], 2)]
             + [interval(r["kept"], 2), str(r["rounds"])]
-            for r in promise_rows(data)
+            for r in expected_rows(data)
         ],
-        "Expected: the sum of the tree's path probabilities under the drafter. Above 1 the drafter is too "
-        "modest and a best-first tree spreads too wide: lower its temperature; below 1, raise it. Cost-aware "
-        "trees learn the temperature.",
+        "Expected: the sum of the tree's path probabilities under the drafter. Above 1 the drafter is "
+        "underconfident and a best-first tree spreads too wide: lower its temperature; below 1, raise it. "
+        "Cost-aware trees learn the temperature.",
         "promises",
         text_columns=2,
     )
@@ -220,7 +201,7 @@ def group_table(data: Data) -> Table | None:
                 cells = (group["tau"], 2), (speed["tokens_per_s"], 1), (speed["speedup"], 2)
                 rows.append(
                     [group["group"], name, short(label), str(group["prompts"])]
-                    + [_spread(found, digits) for found, digits in cells]
+                    + [_with_interval(found, digits) for found, digits in cells]
                 )
     if not rows:
         return None
@@ -236,8 +217,8 @@ def group_table(data: Data) -> Table | None:
     )
 
 
-def _spread(found: Data | None, digits: int) -> str:
-    """With its interval, where there is more than one text to make it from."""
+def _with_interval(found: Data | None, digits: int) -> str:
+    """Format with the interval if there is more than one text."""
     return interval(found, digits) if found and found["prompts"] > 1 else number(value_of(found), digits)
 
 
@@ -247,7 +228,7 @@ def rejection_table(data: Data) -> Table:
     unknown = any(
         r["rejections"]["unknown"] for e in data["drafters"].values() for r in e["lengths"].values()
     )
-    causes = ("not_in_top_m", "not_in_tree", "numerical_tie", "unknown")[: 4 if unknown else 3]
+    causes = (*CAUSES, "unknown")[: 4 if unknown else 3]
     for name, entry in data["drafters"].items():
         top_m = entry["acceptance"]["rejections"]["top_m"]
         for label, row in entry["lengths"].items():
@@ -259,21 +240,18 @@ def rejection_table(data: Data) -> Table:
             )
     return Table(
         "Why rounds end",
-        [
-            "drafter",
-            "tree",
-            "rounds rejected",
-            f"not in top-{top_m}",
-            f"in top-{top_m}, not in the tree",
-            "tie",
-            "unknown",
-        ][: 3 + len(causes)],
+        ["drafter", "tree", "rounds rejected", *cause_columns(top_m), "unknown"][: 3 + len(causes)],
         rows,
         "Of the rounds that end before the tree's full depth. Tie: the target itself leads by at most a "
         "thousandth of a nat, so kernels and precision decide.",
         "rejections",
         text_columns=2,
     )
+
+
+def cause_columns(top_m: int) -> list[str]:
+    """Column heads of `CAUSES`."""
+    return [f"not in top-{top_m}", f"in top-{top_m}, not in the tree", "tie"]
 
 
 def comparison_table(data: Data) -> Table:
@@ -304,7 +282,7 @@ def comparison_table(data: Data) -> Table:
 
 
 def _quantity(name: str) -> str:
-    """A comparison's key in words."""
+    """The words for a comparison's key."""
     kind, _, rest = name.partition("/")
     if kind == "tau":
         return f"τ {short(rest)}"

@@ -1,8 +1,7 @@
-"""A report as data, and its two renderings: one self-contained HTML page, and Markdown tables.
+"""A report as data, its two renderings (one self-contained HTML page, Markdown tables), and its folder.
 
 A page is a title, a headline table, then sections of tables and figures, then where the numbers come from.
-Nothing is fetched and nothing runs: pictures are embedded, there is no script, so the file can be mailed,
-archived and printed.
+Pictures are embedded and there is no script, so that the file can be mailed, archived and printed.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from certdraft.evaluation.measure.statistics import Interval
+from certdraft.support import appearing_folder, write_text
 
 _FLAT_LIST = re.compile(r"\[[-+.\deE,\s]+\]")  # strings hold no newline, so only lists of numbers span lines
 
@@ -45,8 +45,21 @@ class Table:
     emphasis: int | None = None
     text_columns: int = 1
 
+    def text(self) -> str:
+        """Return the table for a terminal: caption, aligned columns, no note."""
+        cells = [list(map(str, row)) for row in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < self.text_columns else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in cells
+        ]
+        return "\n".join([self.caption, lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
     def markdown(self) -> str:
-        """The table as GitHub Markdown: caption, grid, note."""
+        """Return the table as GitHub Markdown: caption, grid, note."""
         lines = [f"**{self.caption}**", "", _markdown_row(self.columns)]
         words = self.text_columns
         lines.append(_markdown_row(["---"] * words + ["---:"] * (len(self.columns) - words)))
@@ -56,7 +69,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG on disk, its caption, the text for those who cannot see it; `wide` takes the full width."""
+    """A PNG on disk, its caption and its alternative text; `wide` takes the full width."""
 
     path: Path
     caption: str
@@ -65,7 +78,7 @@ class Figure:
 
     @property
     def data_uri(self) -> str:
-        """The picture itself as a `data:` address."""
+        """The picture as a `data:` address."""
         return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode("ascii")
 
 
@@ -81,7 +94,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything a report shows.
+    """The content of a report.
 
     Attributes:
         title: page title.
@@ -102,7 +115,7 @@ class Page:
     warnings: Sequence[str] = field(default_factory=tuple)
 
     def html(self) -> str:
-        """The page as one self-contained HTML document."""
+        """Return the page as one self-contained HTML document."""
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         environment = Environment(
@@ -115,13 +128,13 @@ class Page:
         return environment.get_template("report.html.j2").render(page=self)
 
     def markdown(self) -> str:
-        """All tables of the page, for people who paste."""
+        """Return all tables of the page as Markdown."""
         tables = [self.headline, *(t for s in self.sections for t in s.tables)]
         return f"# {self.title}\n\n{self.lead}\n\n" + "\n".join(t.markdown() for t in tables)
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for a table cell: fixed digits, "∞", or "–" where there is none.
+    """Format a number for a table cell: fixed digits, "∞", or "–" where there is none.
 
     Examples:
         >>> number(0.12345), number(float("inf")), number(float("nan"))
@@ -135,39 +148,35 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share in [0, 1] as per cent, "–" where there is none."""
-    return number(None if value is None else 100.0 * value, digits) + ("" if _empty(value) else " %")
+    """Format a share in [0, 1] as per cent, "–" where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return number(100.0 * value, digits) + " %"
 
 
 def interval(value: Interval | Mapping[str, Any] | None, digits: int = 3, scale: float = 1.0) -> str:
-    """`value [low, high]`, scaled (100 for per cent)."""
+    """Format `value [low, high]`, scaled (100 for per cent)."""
     if value is None:
         return "–"
-    v, low, high = (
-        (value.value, value.low, value.high)
-        if isinstance(value, Interval)
-        else (
-            value["value"],
-            value["low"],
-            value["high"],
-        )
-    )
-    return f"{number(v * scale, digits)} [{number(low * scale, digits)}, {number(high * scale, digits)}]"
+    found = vars(value) if isinstance(value, Interval) else value
+    middle, low, high = (number(found[key] * scale, digits) for key in ("value", "low", "high"))
+    return f"{middle} [{low}, {high}]"
 
 
-def _empty(value: float | None) -> bool:
-    return value is None or math.isnan(value)
+def count(value: int) -> str:
+    """Format a count with narrow spaces between groups of three digits."""
+    return f"{value:,}".replace(",", "\u202f")
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |"
 
 
-def claim_directory(out: str | os.PathLike[str]) -> Path:
-    """Create an output directory, refusing one in use.
+def refuse_folder_in_use(out: str | os.PathLike[str]) -> Path:
+    """Return `out` as a path, once it is known to be free.
 
     Raises:
-        FileExistsError: the directory exists and holds something, or is a file.
+        FileExistsError: it exists and holds something, or is a file.
     """
     path = Path(out)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
@@ -175,29 +184,32 @@ def claim_directory(out: str | os.PathLike[str]) -> Path:
             f"{path}: output directory already in use; results are never overwritten: name another "
             "one with --out, or move this one away"
         )
+    return path
+
+
+def claim_directory(out: str | os.PathLike[str]) -> Path:
+    """Create an output directory; raise FileExistsError if it is in use."""
+    path = refuse_folder_in_use(out)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a UTF-8 text file whole or not at all: temporary name, fsync, rename."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+@contextmanager
+def report_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder that is renamed to `out` at the end of the block, or removed on an error.
+
+    Raises:
+        FileExistsError: `out` is in use.
+    """
+    path = refuse_folder_in_use(out)
+    with appearing_folder(path, overwrite=path.is_dir()) as folder:
+        yield folder
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON: ±infinity becomes "inf"/"-inf", NaN null; a list of numbers is one line."""
     text = json.dumps(_strict(value), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, _FLAT_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
+    write_text(path, _FLAT_LIST.sub(lambda found: " ".join(found[0].split()), text) + "\n")
 
 
 def _strict(value: Any) -> Any:
@@ -218,7 +230,7 @@ def write_page(page: Page, out: Path, html_name: str = "report.html") -> Path:
     Returns:
         Path of the HTML file.
     """
-    write_atomic(out / "tables.md", page.markdown())
+    write_text(out / "tables.md", page.markdown())
     path = out / html_name
-    write_atomic(path, page.html())
+    write_text(path, page.html())
     return path

@@ -1,8 +1,8 @@
-"""The pictures of a report, each drawn from the numbers in `certify.json` or `report.json`.
+"""The figures of `certify` and `evaluate`, each drawn from the numbers in certify.json or report.json.
 
-Colours are Okabe–Ito's for things and a cut cividis for an ordered parameter: both survive colour blindness
-and grey paper. Axes carry units, estimates carry their intervals. matplotlib is imported inside, on the Agg
-canvas: no display is needed and `import certdraft` stays light.
+Every function writes the PNG `path` and returns it; its other arguments are entries of the JSON. Colours are
+Okabe–Ito's for categories and a cut cividis for an ordered parameter, readable with colour blindness and in
+grey. matplotlib is imported inside, on the Agg canvas: no display is needed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STYLE: dict[Any, Any] = {
 def canvas(
     path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.9), **grid: Any
 ) -> Iterator[Any]:
-    """A figure in the house style, saved to `path` on leaving; yields the axes [rows, columns]."""
+    """Yield the axes [rows, columns] of a figure in the house style; save it to `path` on leaving."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -60,14 +60,50 @@ def _ordered(count: int) -> list[Any]:
     return [colormaps["cividis"](0.02 + 0.83 * i / max(count - 1, 1)) for i in range(count)]
 
 
-def greedy_mass(path: Path, p0: Mapping[str, Any], margin: Mapping[str, Any]) -> Path:
-    """Histograms of p(x0) and of the margin: how sure the target is, and how nearly it said something else.
+def marks(index: int) -> dict[str, Any]:
+    """Return colour and marker of the series number `index`."""
+    return {"color": OKABE_ITO[index % 8], "marker": MARKERS[index % 8], "ms": 5}
 
-    Args:
-        path: PNG to write.
-        p0: {"edges": [B+1], "fraction": [B]} of the greedy token's probability.
-        margin: the same of p(x0) − p(x1).
-    """
+
+def error_sides(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """Return the two sides of error bars, never negative."""
+    return [
+        [max(0.0, m - v) for m, v in zip(middle, low, strict=True)],
+        [max(0.0, v - m) for m, v in zip(middle, high, strict=True)],
+    ]
+
+
+def _stacked_bars(
+    path: Path,
+    labels: Sequence[str],
+    parts: Sequence[tuple[str, str, Sequence[float]]],
+    show: bool,
+    **axis: Any,
+) -> Path:
+    """Draw one horizontal bar per label, stacked from (name, colour, widths); `show`: print widths from 4 on,
+    else the totals."""
+    with canvas(path, size=(7.2, 1.35 + 0.42 * len(labels))) as axes:
+        ax = axes[0, 0]
+        left = [0.0] * len(labels)
+        text = {"va": "center", "fontsize": 8.5}
+        for name, colour, widths in parts:
+            ax.barh(range(len(labels)), widths, 0.64, left=left, color=colour, label=name)
+            for y, (start, width) in enumerate(zip(left, widths, strict=True)):
+                if show and width >= 4:
+                    ax.annotate(f"{width:.0f} %", (start + width / 2, y), ha="center", **text)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for y, total in enumerate([] if show else left):
+            ax.annotate(f"{total:.1f}", (total, y), (4, 0), textcoords="offset points", **text)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.invert_yaxis()
+        ax.grid(axis="y", visible=False)
+        ax.set(xlim=(0, 100 if show else 1.1 * max(left)), **axis)
+        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=4, handlelength=1.2)
+    return path
+
+
+def greedy_mass(path: Path, p0: Mapping[str, Any], margin: Mapping[str, Any]) -> Path:
+    """Histograms of the greedy token's probability p(x0) and of the margin p(x0) − p(x1)."""
     with canvas(path, 1, 2, (7.6, 3.2), sharey=True) as axes:
         for ax, data, colour, label in (
             (axes[0, 0], p0, OKABE_ITO[0], "probability of the greedy token  p(x₀)"),
@@ -129,13 +165,7 @@ def survival(
 
 
 def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
-    """Certified and realised acceptance by the target's margin, one panel per drafter and rule.
-
-    Args:
-        path: PNG to write.
-        panels: {"title", "buckets": [labels], "steps": [counts], "certified": [share], "realised": [share],
-            "low", "high": ends of the realised share's interval}.
-    """
+    """Certified and realised acceptance by the target's margin; `panels` are those of `bucket_panel`."""
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
     with canvas(path, rows, columns, (4.6 * columns, 0.5 + 2.7 * rows), sharey=True) as axes:
@@ -143,10 +173,8 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
         for ax, panel in zip(flat, panels, strict=False):
             x = range(len(panel["buckets"]))
             realised = [100 * (v or 0) for v in panel["realised"]]
-            error = [
-                [max(0.0, r - 100 * (lo or 0)) for r, lo in zip(realised, panel["low"], strict=True)],
-                [max(0.0, 100 * (hi or 0) - r) for r, hi in zip(realised, panel["high"], strict=True)],
-            ]
+            ends = ([100 * (v or 0) for v in panel[end]] for end in ("low", "high"))
+            error = error_sides(realised, *ends)
             ax.bar(x, realised, 0.76, color="#a9d6f0", label="realised")
             ax.bar(
                 x, [100 * (v or 0) for v in panel["certified"]], 0.42, color=OKABE_ITO[0], label="certified"
@@ -155,14 +183,9 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
                 [i + 0.3 for i in x], realised, error, fmt="none", elinewidth=1, capsize=2, ecolor="#333333"
             )
             total = max(sum(panel["steps"]), 1)
-            ax.set_xticks(
-                list(x),
-                [
-                    f"{b}\n{100 * n / total:.0f} %"
-                    for b, n in zip(panel["buckets"], panel["steps"], strict=True)
-                ],
-                fontsize=8,
-            )
+            shares = [f"{100 * n / total:.0f} %" for n in panel["steps"]]
+            ticks = [f"{b}\n{share}" for b, share in zip(panel["buckets"], shares, strict=True)]
+            ax.set_xticks(list(x), ticks, fontsize=8)
             ax.set(ylim=(0, 105))
             ax.grid(axis="x", visible=False)
             ax.set_title(panel["title"])
@@ -186,12 +209,7 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Coverage of the greedy token by the drafter's top-m, over all steps and over low-margin steps.
-
-    Args:
-        path: PNG to write.
-        drafters: name → [{"m", "all": interval, "low_margin": interval or None}].
-    """
+    """Coverage of the greedy token by the drafter's top-m, over all steps and over low-margin steps."""
     panels = (("all", "all steps"), ("low_margin", "low-margin steps (margin < 0.1)"))
     with canvas(path, 1, 2, (8.4, 3.5)) as axes:
         widths = [row["m"] for row in next(iter(drafters.values()))]
@@ -199,22 +217,9 @@ def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) ->
             for i, (name, rows) in enumerate(drafters.items()):
                 rows = [r for r in rows if r[key] is not None]
                 x = [widths.index(r["m"]) + 0.07 * (i - (len(drafters) - 1) / 2) for r in rows]
-                y = [100 * r[key]["value"] for r in rows]
-                error = [
-                    [100 * (r[key]["value"] - r[key]["low"]) for r in rows],
-                    [100 * (r[key]["high"] - r[key]["value"]) for r in rows],
-                ]
-                ax.errorbar(
-                    x,
-                    y,
-                    error,
-                    color=OKABE_ITO[i % 8],
-                    marker=MARKERS[i % 8],
-                    ms=5,
-                    capsize=2.5,
-                    elinewidth=1,
-                    label=name,
-                )
+                y, low, high = ([100 * r[key][end] for r in rows] for end in ("value", "low", "high"))
+                error = error_sides(y, low, high)
+                ax.errorbar(x, y, error, **marks(i), capsize=2.5, elinewidth=1, label=name)
             ax.set_xticks(range(len(widths)), [str(m) for m in widths])
             ax.set(xlabel="m (drafter's most probable tokens)", title=title)
         axes[0, 0].set_ylabel("greedy token covered (%)")
@@ -223,12 +228,7 @@ def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) ->
 
 
 def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Acceptance length τ by drafter and builder, with intervals over prompts.
-
-    Args:
-        path: PNG to write.
-        rows: {"drafter", "builder", "tau": interval}.
-    """
+    """Acceptance length τ by drafter and tree ({"drafter", "builder", "tau"} a row), with intervals."""
     drafters = list(dict.fromkeys(r["drafter"] for r in rows))
     builders = list(dict.fromkeys(r["builder"] for r in rows))
     thick = 0.8 / len(drafters)
@@ -246,14 +246,8 @@ def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
                 xerr=[[tau["value"] - tau["low"]], [tau["high"] - tau["value"]]],
                 error_kw={"elinewidth": 1.1, "capsize": 2.5, "ecolor": "#222222"},
             )
-            ax.annotate(
-                f"{tau['value']:.2f}",
-                (tau["high"], y),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-            )
+            place = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
+            ax.annotate(f"{tau['value']:.2f}", (tau["high"], y), (4, 0), **place)
         ax.axvline(1, color="#555555", lw=0.9, ls=(0, (2, 2)))
         ax.set_yticks(range(len(builders)), builders)
         ax.invert_yaxis()
@@ -269,50 +263,23 @@ def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a share, sensible at 0 and 1 and for few trials.
-
-    Examples:
-        >>> [round(end, 2) for end in wilson(2, 2)]
-        [0.34, 1.0]
-
-    Source: Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 1927.
-    """
-    z, share = 1.96, hits / trials
-    middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def depths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Acceptance at each draft depth, among the rounds that got there.
+    """Acceptance at each draft depth among the rounds that reach it, with Wilson intervals.
 
-    Args:
-        path: PNG to write.
-        rows: {"label", "depths": [{"depth", "reached", "accepted"}]}.
+    `rows` hold "label" and "depths", a list of {"depth", "reached", "accepted"}.
     """
+    from scipy.stats import binomtest
+
     with canvas(path) as axes:
         ax = axes[0, 0]
         for i, row in enumerate(rows):
-            x = [d["depth"] for d in row["depths"] if d["reached"]]
-            counts = [(d["accepted"], d["reached"]) for d in row["depths"] if d["reached"]]
-            share = [accepted / reached for accepted, reached in counts]
-            ends = [wilson(*pair) for pair in counts]
-            error = [
-                [max(0.0, s - low) for s, (low, _) in zip(share, ends, strict=True)],
-                [max(0.0, high - s) for s, (_, high) in zip(share, ends, strict=True)],
-            ]
-            ax.errorbar(
-                [v + 0.05 * (i - (len(rows) - 1) / 2) for v in x],
-                [100 * s for s in share],
-                [[100 * e for e in side] for side in error],
-                color=OKABE_ITO[i % 8],
-                marker=MARKERS[i % 8],
-                ms=5,
-                capsize=2.5,
-                elinewidth=1,
-                label=row["label"],
-            )
+            reached = [d for d in row["depths"] if d["reached"]]
+            x = [d["depth"] + 0.05 * (i - (len(rows) - 1) / 2) for d in reached]
+            tests = [binomtest(d["accepted"], d["reached"]) for d in reached]
+            ends = [test.proportion_ci(method="wilson") for test in tests]
+            y = [100 * test.statistic for test in tests]
+            error = error_sides(y, [100 * e.low for e in ends], [100 * e.high for e in ends])
+            ax.errorbar(x, y, error, **marks(i), capsize=2.5, elinewidth=1, label=row["label"])
         deepest = max((d["depth"] for r in rows for d in r["depths"] if d["reached"]), default=1)
         ax.set_xticks(range(1, deepest + 1))
         ax.set(ylim=(0, 103), xlabel="draft depth", ylabel="accepted, of rounds that reach this depth (%)")
@@ -321,12 +288,7 @@ def depths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Reliability of the drafter's confidence, and how often each confidence is voiced.
-
-    Args:
-        path: PNG to write.
-        drafters: name → {"edges": [B+1], "steps": [B], "confidence": [B], "frequency": [B], "ece"}.
-    """
+    """Reliability of the drafter's confidence, and the share of steps at each confidence."""
     with canvas(path, 2, 1, (5.4, 5.2), sharex=True, gridspec_kw={"height_ratios": [3, 1]}) as axes:
         top, bottom = axes[0, 0], axes[1, 0]
         top.plot([0, 100], [0, 100], color="#555555", lw=0.9, ls=(0, (2, 2)))
@@ -335,9 +297,7 @@ def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
             top.plot(
                 [100 * data["confidence"][j] for j in kept],
                 [100 * data["frequency"][j] for j in kept],
-                color=OKABE_ITO[i % 8],
-                marker=MARKERS[i % 8],
-                ms=5,
+                **marks(i),
                 label=f"{name} (ECE {100 * data['ece']:.1f} %)",
             )
             total = max(sum(data["steps"]), 1)
@@ -350,33 +310,62 @@ def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
 
 
 def rejection_causes(path: Path, rows: Sequence[Mapping[str, Any]], top_m: int) -> Path:
-    """Rejections by cause, one stacked bar a tree: the share of all steps or rounds.
-
-    Args:
-        path: PNG to write.
-        rows: {"label", "of": steps or rounds, "not_in_top_m", "not_in_tree", "numerical_tie": counts}.
-        top_m: the m of the labels.
-    """
+    """Rejections by cause, one stacked bar a tree: the share of all steps or rounds (`row["of"]`)."""
     causes = (
         ("not_in_top_m", f"not in the drafter's top-{top_m}", OKABE_ITO[5]),
         ("not_in_tree", f"in top-{top_m}, not in the tree", OKABE_ITO[1]),
         ("numerical_tie", "numerical tie of the target", OKABE_ITO[6]),
     )
-    with canvas(path, size=(7.2, 1.35 + 0.42 * len(rows))) as axes:
+    parts = [
+        (label, colour, [100 * row[key] / max(row["of"], 1) for row in rows]) for key, label, colour in causes
+    ]
+    xlabel = "rejected, of all steps (first choices) or rounds (trees)  (%)"
+    return _stacked_bars(path, [row["label"] for row in rows], parts, True, xlabel=xlabel)
+
+
+def expected_accepted(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Accepted against expected draft tokens of a round: a colour per drafter, a marker per tree.
+
+    `rows` hold "drafter", "builder" and "bins", a list of {"expected", "accepted", "error"}.
+    """
+    drafters = list(dict.fromkeys(row["drafter"] for row in rows))
+    builders = list(dict.fromkeys(row["builder"] for row in rows))
+    with canvas(path, size=(6.4, 4.2 + 0.1 * len(rows))) as axes:
         ax = axes[0, 0]
-        left = [0.0] * len(rows)
-        for key, label, colour in causes:
-            share = [100 * row[key] / max(row["of"], 1) for row in rows]
-            ax.barh(range(len(rows)), share, 0.62, left=left, color=colour, label=label)
-            for y, (start, width) in enumerate(zip(left, share, strict=True)):
-                if width >= 4:
-                    ax.annotate(
-                        f"{width:.0f} %", (start + width / 2, y), ha="center", va="center", fontsize=8.5
-                    )
-            left = [a + b for a, b in zip(left, share, strict=True)]
-        ax.set_yticks(range(len(rows)), [row["label"] for row in rows])
-        ax.invert_yaxis()
-        ax.grid(axis="y", visible=False)
-        ax.set(xlim=(0, 100), xlabel="rejected, of all steps (first choices) or rounds (trees)  (%)")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, handlelength=1.2)
+        for row in rows:
+            d, b = drafters.index(row["drafter"]), builders.index(row["builder"])
+            name = row["builder"] if len(drafters) == 1 else f"{row['drafter']}, {row['builder']}"
+            ax.errorbar(
+                [part["expected"] for part in row["bins"]],
+                [part["accepted"] for part in row["bins"]],
+                [1.96 * part["error"] for part in row["bins"]],
+                color=OKABE_ITO[(b if len(drafters) == 1 else d) % 8],
+                marker=MARKERS[b % 8],
+                ls=("-", "--", "-.", ":")[b % 4],
+                ms=5,
+                capsize=2.5,
+                elinewidth=1,
+                label=name,
+            )
+        top = 1.05 * max(max(p["expected"], p["accepted"]) for row in rows for p in row["bins"])
+        ax.plot([0, top], [0, top], color="#555555", lw=0.9, ls=(0, (2, 2)))
+        ax.set(
+            xlim=(0, top),
+            ylim=(0, None),
+            xlabel="expected accepted draft tokens (drafter's own probabilities)",
+        )
+        ax.set_ylabel("accepted draft tokens of a round")
+        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, handlelength=2.4)
     return path
+
+
+def time_split(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Milliseconds a token by part ("prefill", "draft", "verify", "host" of a row), plain decoding first."""
+    parts = (
+        ("prefill", "prefill", OKABE_ITO[6]),
+        ("draft", "drafter", OKABE_ITO[1]),
+        ("verify", "target and verdict", OKABE_ITO[0]),
+        ("host", "everything else", OKABE_ITO[2]),
+    )
+    widths = [(label, colour, [row[key] for row in rows]) for key, label, colour in parts]
+    return _stacked_bars(path, [row["label"] for row in rows], widths, False, xlabel="milliseconds per token")

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, command, source state, file hashes."""
+"""Provenance of a result: versions, machine, command, source state, file hashes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from certdraft.support import sha256_of
+
 RECORD_FILE = "run.yaml"  # of a training run; train/record.py writes it
 _PACKAGES = ("certdraft", "torch", "transformers", "numpy", "scipy")
 
 
 def provenance(files: Mapping[str, str | os.PathLike[str]] | None = None) -> dict[str, str]:
-    """Facts that let a reader repeat a result.
+    """Return what a reader needs to repeat a result.
 
     Args:
         files: label → file or directory whose sha-256 belongs to the result.
@@ -41,7 +43,7 @@ def provenance(files: Mapping[str, str | os.PathLike[str]] | None = None) -> dic
 
 
 def read_parts(folder: Path) -> list[dict[str, Any]]:
-    """The parts of a training run, one per command that worked on it, oldest first."""
+    """Return the parts of a training run, one per command that worked on it, oldest first."""
     import yaml
 
     file = folder / RECORD_FILE
@@ -49,16 +51,13 @@ def read_parts(folder: Path) -> list[dict[str, Any]]:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file; of a directory, the digest over its sorted relative names and contents."""
+    """Hex digest of a file; of a directory, the digest over its sorted relative names and their digests."""
     root = Path(path)
-    digest = hashlib.sha256()
-    for file in [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file()):
-        if file != root:
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    if root.is_file():
+        return sha256_of(root)
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    lines = [f"{file.relative_to(root).as_posix()} {sha256_of(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _version(package: str) -> str:
@@ -71,18 +70,17 @@ def _version(package: str) -> str:
 def _git_revision(folder: Path) -> str:
     if not (folder / ".git").exists():
         return "installed package"
-    git = ["git", "-C", str(folder)]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return found.stdout.strip()
+
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" + local changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return head.stdout.strip() + (" + local changes" if dirty.stdout.strip() else "")
 
 
 def _machine() -> str:

@@ -18,8 +18,8 @@ _KINDS = {"report.json": "evaluation", "certify.json": "certificates", "compare.
 Rows = tuple[Sequence[str], list[list[Any]]]
 
 
-def headline(report: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers a sweep can rank decoders by, of the report's last drafter under its first decoder.
+def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers a sweep ranks decoders by, of the report's last drafter under its first decoder.
 
     Args:
         report: content of report.json.
@@ -40,7 +40,7 @@ def headline(report: Mapping[str, Any]) -> dict[str, float]:
 
 
 def tables(report: Mapping[str, Any]) -> dict[str, Rows]:
-    """report.json as tables of plain numbers: name → (columns, rows).
+    """Return report.json as tables of plain numbers: name → (columns, rows).
 
     "coverage" has one row per drafter and m; "by_margin" one per drafter, rule and margin bucket, with the
     number of steps and the certified and realised shares; "lengths" one per drafter and decoder; "decoding"
@@ -68,26 +68,12 @@ def tables(report: Mapping[str, Any]) -> dict[str, Rows]:
     }
     if report["bench"]:
         rows = [
-            [
-                m["drafter"],
-                m["builder"],
-                *_interval(m["tau"]),
-                *_interval(m["speedup"]),
-                m["tokens_per_s"]["value"],
-            ]
+            [m["drafter"], m["builder"], *_interval(m["tau"]), *_interval(m["speedup"])]
+            + [m["tokens_per_s"]["value"]]
             for m in report["bench"]["methods"]
         ]
-        columns = (
-            "drafter",
-            "decoder",
-            "tau",
-            "low",
-            "high",
-            "speedup",
-            "speedup_low",
-            "speedup_high",
-            "tokens_per_s",
-        )
+        columns = ("drafter", "decoder", "tau", "low", "high")
+        columns += ("speedup", "speedup_low", "speedup_high", "tokens_per_s")
         found["decoding"] = (columns, rows)
     return found
 
@@ -132,7 +118,7 @@ def publish(
             logged[page.stem] = wandb.Html(page.read_text(encoding="utf-8"), inject=False)
         if kind == "evaluation":
             logged |= {n: wandb.Table(columns=list(c), data=rows) for n, (c, rows) in tables(report).items()}
-            logged |= headline(report)
+            logged |= headline_metrics(report)
         active.log(logged)
         lineage = _traces(run, report)
         for trace in lineage:

@@ -1,7 +1,9 @@
 """`certify` and `evaluate` as a user runs them: the embedded target, a trace, an exported drafter, YAML."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from jsonargparse import ArgumentParser
 import certdraft
 from certdraft.data import Corpus, Generation, Prompts, embedded_target_path, load_tokenizer, open_trace
 from certdraft.drafters import CardFacts, CausalDrafter, export
-from certdraft.evaluation import CertifyProtocol, run_certify, run_evaluate
+from certdraft.evaluation import CertifyProtocol, commands, run_certify, run_evaluate
 from certdraft.evaluation.loading import load_checked
+from certdraft.evaluation.measure import bench
+from certdraft.support import sha256_of
+from certdraft.train.commands.cli import main
 
 CONFIGS = sorted((Path(certdraft.__file__).parent / "configs" / "certify").glob("*.yaml"))
 
@@ -84,6 +89,126 @@ def test_evaluate_runs_an_exported_drafter(certified: Path, drafter: Path, tmp_p
     assert data["bench"]["changed_texts"] == 0
     assert data["drafters"]["fresh"]["lengths"]["chain(depth=4)"]["tau"]["value"] < 2
     assert {"sha-256 of drafter fresh", "sha-256 of trace.json", "command"} <= set(data["provenance"])
+
+
+def test_a_drafters_own_training_trace_is_refused(certified: Path, drafter: Path, tmp_path: Path) -> None:
+    trace = certified / "trace"
+    part = {"data": {"train": {"path": "elsewhere", "sha256": sha256_of(trace / "trace.json")}}}
+    trained = tmp_path / "trained"
+    shutil.copytree(drafter, trained)
+    (trained / "run.yaml").write_text(json.dumps({"parts": [part]}))
+    with pytest.raises(ValueError, match="the drafter mine .* was trained on"):
+        run_evaluate(str(tmp_path / "out"), {"mine": str(trained)}, str(trace), device="cpu")
+    part["data"]["train"]["sha256"] = "0" * 64
+    (trained / "run.yaml").write_text(json.dumps({"parts": [part]}))
+    run_evaluate(str(tmp_path / "out"), {"mine": str(trained)}, str(trace), device="cpu")
+
+
+@pytest.mark.parametrize("where", ["evaluate", "write_evaluation"])
+def test_an_interrupted_evaluation_leaves_nothing_and_the_same_command_works(
+    certified: Path,
+    drafter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+) -> None:
+    out = tmp_path / "runs" / "out"
+
+    def run() -> Path:
+        return run_evaluate(str(out), {"fresh": str(drafter)}, str(certified / "trace"), device="cpu")
+
+    real = getattr(commands, where)
+
+    def cut_off(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, where, cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert list((tmp_path / "runs").iterdir()) == []
+    monkeypatch.undo()
+    assert run() == out / "report.html"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["out"]
+    assert {"report.json", "metrics.json", "tables.md"} <= {path.name for path in out.iterdir()}
+    shown = capsys.readouterr().out
+    assert "The drafters on held-out text" in shown
+    assert "coverage@4" in shown
+    with pytest.raises(FileExistsError, match="already in use"):
+        run()
+
+
+def test_an_interrupted_certification_is_taken_up_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trace that was recorded is kept; of the report there is nothing, and then all of it."""
+    out = tmp_path / "out"
+
+    def run() -> Path:
+        return run_certify(
+            str(out),
+            target="embedded",
+            corpus=Corpus(split="test", max_rows=2),
+            prompts=Prompts(prompt_tokens=16),
+            generation=Generation(max_new_tokens=8, loops="keep"),
+            num_kept=16,
+            accelerator="cpu",
+        )
+
+    real = commands.write_certify
+
+    def cut_off(*args: Any, **kwargs: Any) -> None:
+        real(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "write_certify", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert [path.name for path in out.iterdir()] == ["trace"]
+    monkeypatch.undo()
+    page = run()
+    assert page == out / "certify.html"
+    assert {"trace", "certify.json", "certify.html", "tables.md"} <= {path.name for path in out.iterdir()}
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+    assert "cannot be rejected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("lead", "exits"), [("fault", True), ("tie", False)])
+def test_a_text_that_differs_ends_the_command_with_an_error_unless_the_target_is_tied(
+    certified: Path,
+    drafter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    lead: str,
+    exits: bool,
+) -> None:
+    right = bench.decode
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = right(*args, **kwargs)
+        result.tokens[2] = (result.tokens[2] + 1) % 2048
+        return result
+
+    monkeypatch.setattr(bench, "decode", wrong)
+    if lead == "tie":
+        monkeypatch.setattr(bench, "tie_width", lambda logit, dtype: 1e3)
+    command = ["evaluate", "--out", str(tmp_path / "out"), "--trace", str(certified / "trace")]
+    command += ["--drafters", f"{{fresh: {drafter}}}", "--target", "embedded", "--prompts", "1"]
+    if exits:
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--device", "cpu"])
+        assert stop.value.code == 2
+    else:
+        main([*command, "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert ("not lossless" in said) == exits
+    assert ("numerical ties" in said) != exits
+    assert "where the target leads by" in said
+    case = json.loads((tmp_path / "out" / "report.json").read_text())["bench"]["methods"][0]["differing"][0]
+    assert (case["token"], case["tie"]) == (2, not exits)
+    assert case["target_lead"] > 0
 
 
 def test_a_drafter_with_another_tokenizer_is_refused_with_both_fingerprints(

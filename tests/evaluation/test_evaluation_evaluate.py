@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.certificates import Head
-from certdraft.decoding import BestFirst, Chain, StaticTree, greedy
-from certdraft.drafters import CausalDrafter
+from certdraft.decoding import BestFirst, Chain, StaticTree, TargetRunner, greedy
+from certdraft.drafters import CausalDrafter, EagleConfig, EagleDrafter
 from certdraft.evaluation.evaluate import EvaluationReport, evaluate, labelled
 from certdraft.evaluation.measure import bench as bench_module
+from certdraft.evaluation.measure.acceptance import measure_acceptance
 from certdraft.evaluation.measure.acceptance_lengths import replay_lengths
-from certdraft.evaluation.measure.bench import benchmark
-from certdraft.evaluation.measure.trace_reading import greedy_documents
+from certdraft.evaluation.measure.bench import benchmark, difference, tie_width
+from certdraft.evaluation.measure.trace_reading import TargetFeatures, features_for, greedy_documents
 from certdraft.evaluation.report.evaluate_report import headline_table, write_evaluation
 from certdraft.evaluation.report.page import claim_directory, write_json
 
@@ -204,6 +206,83 @@ def test_the_page_is_self_contained_and_shows_the_numbers(report: EvaluationRepo
     table = headline_table(report.data)
     assert [row[0] for row in table.rows] == ["random", "noisy", "perfect"]
     assert table.markdown() in (tmp_path / "tables.md").read_text()
+
+
+def test_the_targets_pass_is_not_repeated_for_drafters_that_read_its_layers(
+    target: PreTrainedModel, trace: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Acceptance, replay and ranks of two drafters: one feature pass per document, and the same numbers."""
+
+    def eagle(seed: int) -> EagleDrafter:
+        torch.manual_seed(seed)
+        made = EagleDrafter(EagleConfig(target_layer_ids=(0,)), unroll=2, max_lost_coverage=1.0)
+        return made.build(48, target, torch.arange(48) + 1).eval()
+
+    both = {"one": eagle(1), "two": eagle(2)}
+    documents = greedy_documents(trace)
+    shared = features_for(both, target, range(len(trace)))
+    assert shared["one"] is shared["two"]
+    assert shared["one"] is not None
+    found = {}
+    for name, features in shared.items():
+        acceptance = measure_acceptance(both[name], trace, features=features)
+        lengths = replay_lengths(both[name], documents, labelled(BUILDERS), features=features)
+        found[name] = acceptance.summary(), {label: each.summary() for label, each in lengths.items()}
+    assert shared["one"].passes == len(trace)
+    for name, drafter in both.items():
+        alone = features_for({name: drafter}, target)[name]
+        assert found[name][0] == measure_acceptance(drafter, trace, features=alone).summary()
+        lengths = replay_lengths(drafter, documents, labelled(BUILDERS), features=alone)
+        assert found[name][1] == {label: each.summary() for label, each in lengths.items()}
+    made: list[dict[str, TargetFeatures | None]] = []
+
+    def spy(*args: Any) -> dict[str, TargetFeatures | None]:
+        made.append(features_for(*args))
+        return made[-1]
+
+    monkeypatch.setattr(sys.modules["certdraft.evaluation.evaluate"], "features_for", spy)
+    evaluate(both, trace, target, builders=[Chain(3)], prompts=2)
+    assert made[0]["one"] is not None
+    assert made[0]["one"].passes == len(trace)  # real decoding's own passes aside
+    with pytest.raises(ValueError, match=r"the drafter two reads the target's layers .*--target"):
+        features_for(dict(reversed(both.items())), None)
+
+
+def test_a_tie_is_a_few_rounding_steps_of_the_targets_dtype(target: PreTrainedModel) -> None:
+    """Logits of 16 to 32 are multiples of 1/8 in bfloat16; the lead is the target's own, recomputed."""
+    assert tie_width(20.0, torch.bfloat16) == 4 / 8
+    assert tie_width(15.9, torch.bfloat16) == 4 / 16
+    assert tie_width(20.0, torch.float32) < 1e-3
+    prompt, runner = [1, 2, 3], TargetRunner(target)
+    reference = greedy(target, prompt, 4)
+    with torch.inference_mode():
+        logits = target(torch.tensor([[*prompt, *reference[:2]]])).logits[0, -1]
+    other = int(logits.topk(5).indices[4])
+    lead = float(logits.max() - logits[other])
+    case = difference(runner, prompt, reference, [*reference[:2], other, 0], 1e-3)
+    assert (case["token"], case["expected"], case["got"]) == (2, reference[2], other)
+    assert case["target_lead"] == pytest.approx(lead, abs=1e-4)
+    assert (case["tie"], case["tie_width"]) == (False, 1e-3)
+    assert difference(runner, prompt, reference, [*reference[:2], other], lead + 0.1)["tie"]
+    shorter = difference(runner, prompt, reference, reference[:2], 1e9)
+    assert (shorter["token"], shorter["got"], shorter["target_lead"], shorter["tie"]) == (
+        2,
+        None,
+        None,
+        False,
+    )
+
+
+def test_the_tile_counts_certified_positions(report: EvaluationReport, tmp_path: Path) -> None:
+    rules = [row for e in report.data["drafters"].values() for row in e["acceptance"]["rules"]]
+    certified = sum(row["certified_steps"] for row in rules)
+    steps = report.data["drafters"]["noisy"]["acceptance"]["steps"]
+    assert 0 < certified < steps * len(rules)
+    assert [round(row["certified"]["value"] * steps) for row in rules] == [
+        r["certified_steps"] for r in rules
+    ]
+    page = unescape(write_evaluation(report, tmp_path, {}).read_text())
+    assert f"certified steps rejected, of {certified:,} certified" in page.replace("\u202f", ",")
 
 
 def test_bad_requests_are_refused(trace: Rows, drafters: dict[str, CausalDrafter]) -> None:

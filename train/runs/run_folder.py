@@ -184,9 +184,9 @@ def differences(
         >>> differences({"trainer": {"max_steps": 5, "logger": True}}, {"trainer": {"max_steps": 9}})
         {'trainer.max_steps': (5, 9)}
     """
-    from certdraft.evaluation import flat
+    from certdraft.evaluation import flatten_settings
 
-    before, after = flat(old), flat(new)
+    before, after = flatten_settings(old), flatten_settings(new)
     patterns = tuple(free)
     return {
         key: (before.get(key), after.get(key))

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from certdraft.certificates import Additive, Coverage, Head, Multiplicative, StrictGreedy, radius
-from certdraft.evaluation.certify.certify import CertifyProtocol, certify, head_is_exact, run_lengths
+from certdraft.evaluation.certify.certify import CertifyProtocol, RunCounts, certify, head_is_exact
 from certdraft.evaluation.certify.certify_report import certify_tables, write_certify
-from certdraft.evaluation.measure.trace_reading import select
+from certdraft.evaluation.measure.trace_reading import select_documents
 
 
 @dataclass(eq=False)
@@ -155,18 +155,34 @@ def test_rows_are_read_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_run_lengths_agree_with_walking() -> None:
+    """All three means, over chunks of several segments, with several budgets and a cap."""
     rng = np.random.default_rng(0)
+    budgets, cap = [0.0, 0.2, 0.5], 3
     for _ in range(50):
-        n = int(rng.integers(1, 40))
-        ok, segment = rng.random((3, n)) < 0.7, np.cumsum(rng.random(n) < 0.2)
-        expected = np.zeros_like(ok, dtype=int)
-        for e in range(3):
-            for i in range(n):
-                j = i
-                while j < n and ok[e, j] and segment[j] == segment[i]:
-                    j += 1
-                expected[e, i] = j - i
-        assert run_lengths(ok, segment).tolist() == expected.tolist()
+        found = RunCounts(budgets, cap)
+        from_position, certified, maximal, positions = [0] * 3, [0] * 3, [0] * 3, 0
+        for _ in range(2):
+            n = int(rng.integers(1, 40))
+            values, segment = rng.choice([0.0, 0.1, 0.4, np.inf], n), np.cumsum(rng.random(n) < 0.2)
+            found.add(values, segment)
+            positions += n
+            for e, budget in enumerate(budgets):
+                ok = values > budget
+                for i in range(n):
+                    j = i
+                    while j < n and ok[j] and segment[j] == segment[i]:
+                        j += 1
+                    from_position[e] += min(j - i, cap)
+                    certified[e] += int(ok[i])
+                    maximal[e] += ok[i] and (i == 0 or segment[i - 1] != segment[i] or not ok[i - 1])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = {
+                "from_position": np.array(from_position) / positions,
+                "given_certified": np.array(from_position) / np.array(certified),
+                "maximal": np.array(certified) / np.array(maximal),
+            }
+        for name, value in found.result().items():
+            assert value == pytest.approx(expected[name], nan_ok=True), name
 
 
 def test_heads_that_are_too_short_are_flagged_and_never_over_claim() -> None:
@@ -225,11 +241,11 @@ def test_documents_are_selected_by_the_length_of_their_prompt() -> None:
         Row(torch.arange(20) >= prompt - 1, Head.from_logits(torch.randn(20, 40), 9))
         for prompt in (3, 12, 9, 15)
     )
-    assert len(select(made)) == 4
-    assert select(made, min_prompt_tokens=9).indices == [1, 2, 3]
-    assert select(made, max_documents=2, min_prompt_tokens=9).indices == [1, 2]
+    assert len(select_documents(made)) == 4
+    assert select_documents(made, min_prompt_tokens=9).indices == [1, 2, 3]
+    assert select_documents(made, max_documents=2, min_prompt_tokens=9).indices == [1, 2]
     with pytest.raises(ValueError, match="min_prompt_tokens"):
-        select(made, min_prompt_tokens=16)
+        select_documents(made, min_prompt_tokens=16)
 
 
 def test_gaps_rounded_to_float16_as_a_trace_stores_them() -> None:

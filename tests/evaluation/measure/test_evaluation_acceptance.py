@@ -14,7 +14,7 @@ from certdraft.decoding import Round
 from certdraft.evaluation.measure import joined_steps as views
 from certdraft.evaluation.measure.acceptance import MARGIN_EDGES, CertificateViolation, measure_acceptance
 from certdraft.evaluation.measure.acceptance_lengths import Lengths
-from certdraft.evaluation.measure.calibration import Calibration
+from certdraft.evaluation.measure.distributions import Calibration
 from certdraft.evaluation.measure.joined_steps import JoinedSteps
 from certdraft.evaluation.measure.trace_reading import greedy_documents, greedy_tail
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certdraft.evaluation.measure import statistics
+from certdraft.evaluation.measure.distributions import StepDistribution
 from certdraft.evaluation.measure.statistics import compare_ratios, pooled_ratio
-from certdraft.evaluation.measure.streaming import StepDistribution
 
 
 def test_a_pooled_ratio_is_the_ratio_of_sums_not_the_mean_of_ratios() -> None:

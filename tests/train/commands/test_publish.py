@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from certdraft.evaluation.report.publish import headline, tables
+from certdraft.evaluation.report.publish import headline_metrics, tables
 from certdraft.train.commands.cli import main
 
 
@@ -34,8 +34,8 @@ def test_a_report_an_export_and_its_run(
     assert all(len(row) == len(columns) for columns, rows in found.values() for row in rows)
     strict = [row for row in found["by_margin"][1] if row[1] == "strict"]
     assert sum(row[4] for row in strict) == data["drafters"]["tiny"]["acceptance"]["steps"]
-    assert json.loads((report / "metrics.json").read_text()) == headline(data)
-    assert headline(data)["eval/tau"] == data["drafters"]["tiny"]["lengths"]["chain(depth=4)"]["tau"]["value"]
+    assert json.loads((report / "metrics.json").read_text()) == headline_metrics(data)
+    assert headline_metrics(data)["eval/tau"] == data["drafters"]["tiny"]["lengths"]["chain(depth=4)"]["tau"]["value"]
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -1,16 +1,18 @@
-"""Distributions of per-step quantities, gathered over a trace of any length in fixed memory.
+"""Distributions of per-step quantities over a trace of any length, in fixed memory.
 
-A certificate lives in [0, log(m+1)] or is +inf, a probability in [0, 1]: a fixed fine histogram over a known
-range holds everything a table or a survival curve needs. Each bin keeps the sum of what fell into it, so a
-quantile is the mean of a bin 1/65536 of the range wide: at most 1.1e-5 nats off for log 2, exact when a bin
-holds one value.
+A certificate lies in [0, log(m+1)] or is +inf, a probability in [0, 1]: a fixed fine histogram holds what a
+table or a survival curve needs. Each bin also keeps the sum of its values, so a quantile is the mean of a bin
+1/65536 of the range wide: at most 1.1e-5 nats off for log 2, exact when a bin holds one value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
+from numpy import ndarray
 from numpy.typing import NDArray
 
 _BINS = 65_536
@@ -91,3 +93,56 @@ class StepDistribution:
         cuts = np.clip(np.rint(np.asarray(edges) / self.upper * _BINS).astype(np.int64), 0, _BINS)
         cumulative = np.concatenate([[0], np.cumsum(self._counts)])
         return np.diff(cumulative[cuts])
+
+
+class Calibration:
+    """Reliability of the drafter's confidence: how often its first choice is the greedy token, in equal bins.
+
+    Best-first trees spend their node budget by these probabilities; where they are wrong the budget goes to
+    the wrong branch even if the ranking of tokens is right.
+
+    Args:
+        bins: how many bins [0, 1] is cut into.
+    """
+
+    def __init__(self, bins: int = 10) -> None:
+        self.bins = bins
+        self.steps = np.zeros(bins, dtype=np.int64)
+        self.confidence = np.zeros(bins)
+        self.hits = np.zeros(bins, dtype=np.int64)
+
+    def add(self, confidence: Float[ndarray, " N"], hit: Bool[ndarray, " N"]) -> None:
+        """Count some steps.
+
+        Args:
+            confidence: probability the drafter gave its token, in [0, 1].
+            hit: whether that token was the target's greedy one.
+        """
+        place = np.clip((confidence * self.bins).astype(np.int64), 0, self.bins - 1)
+        self.steps += np.bincount(place, minlength=self.bins)
+        self.confidence += np.bincount(place, weights=confidence, minlength=self.bins)
+        self.hits += np.bincount(place[hit], minlength=self.bins)
+
+    def expected_error(self) -> float:
+        """Expected calibration error: mean |frequency − confidence| over bins, weighted by their steps, in
+        [0, 1].
+
+        Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
+        """
+        total = self.steps.sum()
+        return float(np.abs(self.hits - self.confidence).sum() / total) if total else float("nan")
+
+    def summary(self) -> dict[str, Any]:
+        """Bins with their mean confidence and frequency (None where a bin is empty), and the error."""
+        return {
+            "edges": [i / self.bins for i in range(self.bins + 1)],
+            "steps": self.steps.tolist(),
+            "confidence": [
+                c / n if n else None
+                for c, n in zip(self.confidence.tolist(), self.steps.tolist(), strict=True)
+            ],
+            "frequency": [
+                h / n if n else None for h, n in zip(self.hits.tolist(), self.steps.tolist(), strict=True)
+            ],
+            "ece": self.expected_error(),
+        }
