@@ -53,6 +53,15 @@ class Table:
         lines += [_markdown_row(row) for row in self.rows]
         return "\n".join([*lines, "", self.note] if self.note else lines) + "\n"
 
+    def text(self) -> str:
+        """The table for a terminal: caption, and one line per row with columns aligned."""
+        columns = [[str(cell) for cell in column] for column in zip(self.columns, *self.rows, strict=True)]
+        for index, cells in enumerate(columns):
+            width = max(map(len, cells))
+            left = index < self.text_columns
+            columns[index] = [cell.ljust(width) if left else cell.rjust(width) for cell in cells]
+        return "\n".join([self.caption, *("  ".join(row) for row in zip(*columns, strict=True))])
+
 
 @dataclass(frozen=True)
 class Figure:
