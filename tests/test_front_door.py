@@ -71,7 +71,7 @@ def test_links_of_the_front_pages_lead_somewhere() -> None:
 def test_rows_from_python(kind: str, tmp_path: Path) -> None:
     from certdraft.data import Generation, record_trace
 
-    rows = [{"text": f"def add_{n}(x):\n    return x + {n}\n" * 3} for n in range(3)]
+    rows = [{"text": f"def add_{n}(x):\n    return x + {n}\n" * 30} for n in range(3)]
     given = rows
     if kind == "dataset":
         from datasets import Dataset

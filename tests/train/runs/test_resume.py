@@ -107,7 +107,9 @@ def test_only_other_ranks_share_a_run_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "getppid", os.getpid)
     for name in ("LOCAL_RANK", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    first = run_folder.new_run_folder(tmp_path, "x")  # a command of its own, though started by the same process
+    first = run_folder.new_run_folder(
+        tmp_path, "x"
+    )  # a command of its own, though started by the same process
     assert first.parent == tmp_path / "x"
     first.mkdir(parents=True)
     assert run_folder.new_run_folder(tmp_path, "x") != first
