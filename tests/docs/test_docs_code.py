@@ -55,7 +55,7 @@ def commands(page: Path) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-# The README's quickstart is run with fewer rows and steps. Lightning warns where a Trainer is used with so little.
+# The README's quickstart is run with fewer rows and steps; Lightning warns about such small runs.
 SMALLER = {"rows=rows[:-16]": "rows=rows[:64]", "max_steps=100": "max_steps=2"}
 
 
