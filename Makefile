@@ -28,7 +28,7 @@ test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_FLAGS)
 
 docs: $(READY) .cache/types/certdraft  ## the documentation as a site, in .cache/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One environment per engine under .cache/interop, made once; one that cannot be made is said and skipped.
 interop: $(READY)  ## exports in real engines: llama.cpp, vLLM, OpenVINO, speculators (6 GB, minutes)

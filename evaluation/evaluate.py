@@ -26,6 +26,7 @@ from certdraft.evaluation.measure.acceptance_lengths import Lengths, replay_leng
 from certdraft.evaluation.measure.bench import Benchmark, benchmark
 from certdraft.evaluation.measure.statistics import compare_ratios
 from certdraft.evaluation.measure.trace_reading import Document, TraceLike, features_for, greedy_documents
+from certdraft.evaluation.report.evaluate_tables import headline_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +75,10 @@ class EvaluationReport:
     """
 
     data: dict[str, Any]
+
+    def __str__(self) -> str:
+        """The headline table as aligned text: coverage, certified share and τ of every drafter."""
+        return headline_table(self.data).text()
 
     def metrics(self, drafter: str) -> dict[str, float]:
         """Return one drafter's numbers by metric name, for model cards and W&B: τ, coverage@m, speed-up.

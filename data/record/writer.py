@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet
 from certdraft.data.corpus.corpora import Corpus
+from certdraft.data.corpus.given_rows import corpus_of_rows
 from certdraft.data.record.generation import Generation, LogitHead, eos_ids_of, record_batch
 from certdraft.data.record.recording import (
     DType,
@@ -70,6 +71,7 @@ def record_trace(
     num_nodes: int = 1,
     strategy: str = "auto",
     server: Server = Server(),  # noqa: B008, frozen
+    rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> TraceMeta:
     """Record what a target says along its own greedy continuations of a corpus.
 
@@ -96,6 +98,8 @@ def record_trace(
         strategy: Lightning strategy.
         server: with a url, an inference server that runs the target in this command's place; `target` then
             names its tokenizer and config, and dtype, batch_size and devices mean nothing.
+        rows: rows to record instead of a corpus, all of them: a list of `{"text": ...}`, `{"prompt": ...}` or
+            `{"messages": [...]}`, or a `datasets.Dataset`. They are kept in `out_dir`.rows.jsonl.
 
     Returns:
         The metadata of the finished trace.
@@ -104,12 +108,16 @@ def record_trace(
         ValueError: bad rows, a target that cannot be recorded, a folder in use, a disk too small.
         FileNotFoundError: no such corpus, target or tokenizer.
     """
+    folder = Path(out_dir).expanduser()
+    if rows is not None:
+        if corpus != _DEFAULT.corpus:
+            raise ValueError("give either corpus or rows; both were given")
+        corpus = corpus_of_rows(rows, folder.with_name(f"{folder.name}.rows.jsonl"))
     recording = Recording(
         target, corpus, prompts, generation, tokenizer, revision, dtype, num_kept, batch_size, shard_rows,
         tuple(feature_layers),
     )  # fmt: skip
     check_settings(recording)
-    folder = Path(out_dir).expanduser()
     refuse_foreign_content(folder)
     if server.url is not None:
         return record_from_server(folder, recording, server)

@@ -40,8 +40,8 @@ class CostModel:
     Attributes:
         contexts: committed tokens before the root, ascending, [C].
         nodes: draft tokens, ascending from 0, [N].
-        verify: seconds, [C][N], non-decreasing along N; measured at n = 0, fitted and convex from n = 1 on.
-        draft: (seconds of a pass that reads one node, seconds of each further node) per context, [C][2].
+        verify: seconds, [C, N], non-decreasing along N; measured at n = 0, fitted and convex from n = 1 on.
+        draft: (seconds of a pass that reads one node, seconds of each further node) per context, [C, 2].
         device: where it was measured; "*" fits every device (a table made by hand).
         target: fingerprint of the target's architecture; "*" fits every target.
         drafter: fingerprint of the drafter's architecture; "*" fits every drafter.

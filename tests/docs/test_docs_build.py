@@ -22,9 +22,9 @@ def test_the_site_builds_without_warnings(tmp_path: Path, monkeypatch: pytest.Mo
     links = ROOT / ".cache" / "types" / "certdraft"
     if not links.exists():
         subprocess.run(["make", "-s", ".cache/types/certdraft"], cwd=ROOT, check=True)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
-    assert told.stderr.strip() == ""
+    assert "WARNING" not in told.stderr  # `-q` would hide warnings from --strict, too
     page = (tmp_path / "site" / "reference" / "certificates" / "index.html").read_text()
     assert re.search(r"<h2[^>]*>\s*<span[^>]*>radius</span>|id=\"certdraft.certificates.*radius\"", page)

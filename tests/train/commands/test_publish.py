@@ -35,7 +35,10 @@ def test_a_report_an_export_and_its_run(
     strict = [row for row in found["by_margin"][1] if row[1] == "strict"]
     assert sum(row[4] for row in strict) == data["drafters"]["tiny"]["acceptance"]["steps"]
     assert json.loads((report / "metrics.json").read_text()) == headline_metrics(data)
-    assert headline_metrics(data)["eval/tau"] == data["drafters"]["tiny"]["lengths"]["chain(depth=4)"]["tau"]["value"]
+    assert (
+        headline_metrics(data)["eval/tau"]
+        == data["drafters"]["tiny"]["lengths"]["chain(depth=4)"]["tau"]["value"]
+    )
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
