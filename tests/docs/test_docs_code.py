@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib
 import io
 import re
 import shlex
@@ -184,3 +185,31 @@ def test_bash_blocks_are_commands_that_exist(
             assert not stop.value.code, f"{line}\n{capsys.readouterr().err}"
         else:
             assert words[0] in FOREIGN, f"{page.name}: who runs {line!r}?"
+
+
+FOLDERS = (
+    "arbitration|benchmarks|certificates|configs|data|decoding|drafters|evaluation|losses|support|tests|train"
+)
+_PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w/.-]+\.(?:py|yaml|json|png|sbatch)\b")
+_MODULE = re.compile(rf"\bcertdraft\.(?:{FOLDERS})(?:\.\w+)*")
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "configs").rglob("*.yaml"))], ids=lambda p: p.stem)
+def test_files_and_modules_named_on_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert [path for path in _PATH.findall(text) if not (ROOT / path).exists()] == []
+    assert [name for name in _MODULE.findall(text) if not importable(name)] == []
+
+
+def importable(name: str) -> bool:
+    """Whether a dotted name is a module, or something that a module holds."""
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[size:]:
+            found = getattr(found, part, None)
+        return found is not None
+    return False
