@@ -40,3 +40,13 @@ from certdraft.certificates.rules import StrictGreedy as StrictGreedy
 from certdraft.certificates.rules import TopM as TopM
 from certdraft.certificates.rules import Typical as Typical
 from certdraft.certificates.selection import largest as largest
+
+__all__ = [
+    "Additive", "Coverage", "Direction", "Head", "Multiplicative", "Rule", "RunLengths", "SingleTokenRule",
+    "StrictGreedy", "TopM", "Typical", "budget_radius", "ceiling", "certified_length", "certified_rank",
+    "certified_run_lengths", "coarse_kl", "coarse_radius", "coverage_level", "entropy",
+    "expected_length_bound", "greedy_token", "js_divergence", "kl_divergence", "kl_divergence_logp",
+    "largest", "margin", "margin_bound", "minimiser", "num_tail_above", "order_margin", "path_radius",
+    "radii", "radius", "safe_margin", "safe_probability", "smooth_certified_length", "tv_distance",
+    "tv_radius", "used_budget",
+]  # fmt: skip

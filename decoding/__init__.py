@@ -34,3 +34,11 @@ from certdraft.decoding.trees.ranking import greedy_ids as greedy_ids
 from certdraft.decoding.trees.ranking import top_rows as top_rows
 from certdraft.decoding.trees.tree import NodeStream as NodeStream
 from certdraft.decoding.trees.tree import Tree as Tree
+
+__all__ = [
+    "Acceptor", "BestFirst", "Chain", "Clock", "CostAware", "CostModel", "DecodeResult", "NodeStream",
+    "NonFiniteLogits", "Propose", "RealClock", "Relaxed", "Round", "SampleMatch", "StaticTree", "Strict",
+    "TableClock", "TargetRunner", "Tree", "TreeBuilder", "Verdict", "acceptance_length", "as_acceptor",
+    "context_limit", "decode", "decode_batch", "device_name", "fingerprint", "greedy", "greedy_ids",
+    "greedy_ranks", "profile", "replay", "top_rows",
+]  # fmt: skip

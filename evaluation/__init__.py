@@ -41,3 +41,12 @@ from certdraft.evaluation.report.provenance import provenance as provenance
 from certdraft.evaluation.report.provenance import read_parts as read_parts
 from certdraft.evaluation.report.provenance import sha256 as sha256
 from certdraft.support import write_text as write_atomic  # noqa: F401, of run records
+
+__all__ = [
+    "Acceptance", "Benchmark", "CertificateViolation", "CertifyProtocol", "CertifyReport", "EvaluationReport",
+    "Figure", "Interval", "Lengths", "NotLossless", "Page", "RECORD_FILE", "Section", "Table", "benchmark",
+    "certify", "certify_tables", "claim_directory", "compare_ratios", "evaluate", "flatten_settings",
+    "greedy_documents", "headline_table", "measure_acceptance", "pooled_ratio", "provenance", "read_parts",
+    "replay_lengths", "run_certify", "run_evaluate", "run_profile", "sha256", "write_certify",
+    "write_evaluation", "write_json", "write_page",
+]  # fmt: skip

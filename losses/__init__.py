@@ -45,3 +45,14 @@ from certdraft.losses.step_weights import PrefixWeights as PrefixWeights
 from certdraft.losses.step_weights import StepWeights as StepWeights
 from certdraft.losses.target import OnlineTarget as OnlineTarget
 from certdraft.losses.target import TargetBatch as TargetBatch
+
+__all__ = [
+    "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin", "DepthWeights",
+    "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss", "LowMarginWeights",
+    "MarginDiscountedCE", "Mixture", "OnlineTarget", "PathWeights", "PoolDiscountedCE", "PrefixWeights",
+    "Ramp", "Reduction", "ReverseKL", "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss",
+    "StepWeights", "TargetBatch", "TokenCE", "TotalVariation", "auto_chunk_tokens", "budget_loss",
+    "budget_weights", "certain_budget_nats", "depth_decay", "estimated_budget_nats", "fold",
+    "low_margin_weight", "next_tokens", "path_mask", "prefix_weights", "reduce", "step_coefficients",
+    "windows",
+]  # fmt: skip
