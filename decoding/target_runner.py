@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import CachedLM, TreeCache
+from certdraft.support import context_limit as context_limit
 
 
 class Target(Protocol):
@@ -68,7 +69,7 @@ class TargetRunner:
 
     @property
     def max_context(self) -> int | None:
-        """`max_position_embeddings` of the config."""
+        """Positions or attention window of the model, whichever is smaller."""
         return context_limit(self.model)
 
     @property
@@ -91,12 +92,6 @@ class TargetRunner:
     def keep(self, state: TreeCache, path: Sequence[int]) -> None:
         """See `Target.keep`."""
         state.keep(path)
-
-
-def context_limit(model: object) -> int | None:
-    """The most positions a model was built for, None when it does not say."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def fingerprint(model: object) -> str:

@@ -11,6 +11,11 @@ from .hidden_states import bits_of as bits_of
 from .hub import HUB_TIMEOUT_S as HUB_TIMEOUT_S
 from .hub import hub_answers as hub_answers
 from .hub import hub_endpoint as hub_endpoint
+from .model_facts import ModelFacts as ModelFacts
+from .model_facts import context_limit as context_limit
+from .model_facts import facts_of as facts_of
+from .model_facts import text_body as text_body
+from .model_facts import text_config as text_config
 from .pretrained import ModelSource as ModelSource
 from .pretrained import load_generation_config as load_generation_config
 from .pretrained import load_pretrained as load_pretrained

@@ -23,7 +23,7 @@ from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.support import load_causal_lm, project_fp32
+from certdraft.support import context_limit, load_causal_lm, project_fp32
 
 _SIZES = (
     "hidden_size",
@@ -212,9 +212,8 @@ class CausalDrafter(Drafter):
 
     @property
     def max_context(self) -> int | None:
-        """`max_position_embeddings` of the network."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return int(limit) if limit else None
+        """Positions or attention window of the network, whichever is smaller."""
+        return context_limit(self.model)
 
     @property
     def head_weight(self) -> Float[Tensor, "V H"]:
@@ -238,6 +237,8 @@ class CausalDrafter(Drafter):
         if document_ids is not None:
             if position_ids is None:
                 raise ValueError("document_ids need position_ids that restart with every document.")
+            if self._lm.facts.window is not None:
+                self._lm.facts.check_window(int(position_ids.max()) + 1)
             mask = document_mask(document_ids, self.model.dtype)
         # use_cache=False: with a cache, transformers ignores restarting positions and documents would mix.
         output = self.model.base_model(
@@ -282,7 +283,8 @@ class CausalDrafter(Drafter):
         return model
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        split_causal_lm(model)  # refuses what training and decoding would get wrong
+        _, head = split_causal_lm(model)  # refuses what training and decoding would get wrong
+        _freeze_bias(type(model).__name__, head)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it and warns at the old name
             enable = getattr(model, "activation_checkpointing_enable", None)
@@ -311,6 +313,23 @@ class CausalDrafter(Drafter):
             )
         own.copy_(source)
         self.head_weight.copy_(head)
+
+
+def _freeze_bias(name: str, head: nn.Module) -> None:
+    """Keep a zero bias of the lm_head at zero: the chunked losses read its weight alone.
+
+    Raises:
+        ValueError: a bias that is not zero.
+    """
+    bias = getattr(head, "bias", None)
+    if bias is None:
+        return
+    if bias.any():
+        raise ValueError(
+            f"the lm_head of {name} has a bias, which the losses of a drafter do not apply. Draft with a "
+            "model without one, such as Qwen3 or Llama; as a target this model is fine."
+        )
+    bias.requires_grad_(False)
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:

@@ -3,9 +3,10 @@
 `CachedLM` binds a model, `TreeCache` is the state of one sequence. The same two serve the target (verify all
 draft tokens in one pass) and causal drafters (draft a tree level by level).
 
-Assumed: batch 1, full attention in every layer, positions given by `position_ids`, logits = head(hidden).
+Assumed: batch 1, texts within any attention window, positions given by `position_ids`, logits = head(hidden).
+A numeric probe checks it once per model (`tree_probe`).
 Masks are additive floats, because eager attention reads a boolean mask wrongly without a word.
-Letters: N committed tokens, K nodes of one pass, L tapped layers, H hidden, V vocabulary.
+Letters: N committed tokens, K nodes of one pass, L aux hidden-state layers, H hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from certdraft.drafters.lm.tree_cache import TreeCache
-from certdraft.support import HiddenStates, project_fp32
+from certdraft.drafters.lm.tree_probe import check_tree_decoding
+from certdraft.support import HiddenStates, facts_of, project_fp32, text_body
 
-_POST_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The two halves of a causal LM: tokens → hidden (after the final norm), and hidden → logits.
+    """The two parts of a causal LM: tokens to hidden states after the final norm, and lm_head.
 
     Args:
         model: a transformers causal LM whose logits are exactly `head(hidden)`.
@@ -32,26 +34,28 @@ def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
         `(body, head)`, modules of `model` itself, sharing its parameters.
 
     Raises:
-        ValueError: the model has no output embeddings, changes its logits after the head (soft-capping,
-            scaling), or does not attend to all previous tokens in every layer.
+        ValueError: the model has no output embeddings, changes its logits after the lm_head (soft-capping,
+            scaling), or has layers without attention to previous tokens. Attention windows are refused where
+            a text outgrows them, see `ModelFacts.check_window`.
     """
-    name, config, head = type(model).__name__, model.config, model.get_output_embeddings()
+    name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
         raise ValueError(
             f"{name} has no separate language-model head; use a causal LM such as Qwen3ForCausalLM."
         )
-    changed = [key for key in _POST_HEAD if getattr(config, key, None) not in (None, 1.0)]
-    if changed:
+    facts = facts_of(model)
+    if facts.logit_changes:
         raise ValueError(
-            f"{name} changes its logits after the head ({', '.join(changed)} in its config); use one whose "
-            "logits are lm_head(hidden), such as Qwen3 or Llama."
+            f"{name} changes its logits after the head ({', '.join(facts.logit_changes)} in its config); use "
+            "one whose logits are lm_head(hidden), such as Qwen3 or Llama."
         )
-    partial = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if partial:
+    other = set(facts.layer_types) - _WHOLE_PAST
+    if other:
         raise ValueError(
-            f"{name} has {', '.join(sorted(partial))} layers; tree decoding needs full_attention in each."
+            f"{name} has {', '.join(sorted(other))} layers; tree decoding needs attention to the previous "
+            "tokens in each layer."
         )
-    return model.base_model, head
+    return text_body(model), head
 
 
 class CachedLM:
@@ -60,6 +64,9 @@ class CachedLM:
     Args:
         model: a transformers causal LM with eager or sdpa attention, used where and as it is.
         taps: 0-based decoder layers whose outputs `TreeCache.features` shall hold (before the final norm).
+
+    Raises:
+        ValueError: a model or layers it cannot serve, or one whose trees differ from its plain passes.
 
     Examples:
         One round of greedy tree decoding:
@@ -75,7 +82,8 @@ class CachedLM:
         self.body, self.head = split_causal_lm(model)
         self._embeddings: Any = model.get_input_embeddings()
         self.taps = tuple(taps)
-        self.num_layers = int(model.config.num_hidden_layers)
+        self.facts = facts_of(model)
+        self.num_layers = self.facts.num_layers
         if model.config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError(
                 f"attention {model.config._attn_implementation!r} cannot follow a tree; load "
@@ -84,11 +92,13 @@ class CachedLM:
         if not all(0 <= tap < self.num_layers for tap in self.taps):
             raise ValueError(f"taps {self.taps} must be layers 0 to {self.num_layers - 1} of the model.")
         self._outputs = HiddenStates(self.body, self.taps)
+        if not model.training:
+            check_tree_decoding(self)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the language-model head."""
-        return int(self.model.config.vocab_size)
+        """Rows of the lm_head."""
+        return int(self.head.weight.shape[0])  # type: ignore[index]
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +122,7 @@ class CachedLM:
             room: tokens to reserve beyond them; the cache doubles when it is full.
 
         Returns:
-            The state; `length` is the number of ids, `features` [N, L, H] when layers are tapped.
+            The state; `length` is the number of ids, `features` [N, L, H] when `taps` names layers.
 
         Raises:
             ValueError: the model is in training mode, where dropout would make its logits random.
@@ -122,7 +132,9 @@ class CachedLM:
                 f"{type(self.model).__name__} is in training mode; call .eval() before decoding."
             )
         ids = torch.as_tensor(ids, dtype=torch.long, device=self.device).reshape(1, -1)
+        check_tree_decoding(self)
         num = ids.shape[1]
+        self.facts.check_window(num)
         cache = TreeCache(self.num_layers, num + room)
         if num:
             positions = torch.arange(num, device=self.device)[None]
@@ -162,6 +174,7 @@ class CachedLM:
                 f"{num} tokens and {len(parents)} parents; each token, at least one, needs a parent."
             )
         cache.append(parents)
+        self.facts.check_window(cache.length + max(cache.depths[old:]) + 1)
         positions = torch.tensor(cache.depths[old:]).add_(cache.length)
         mask = cache.mask(num, self.dtype, self.device)
         hidden = self._forward(cache, ids.view(1, -1).to(self.device), positions[None].to(self.device), mask)
@@ -175,7 +188,7 @@ class CachedLM:
 
     @torch.no_grad()
     def _forward(self, cache: TreeCache, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Last hidden state [1, K, H] of one pass; writes the cache and the tapped features."""
+        """Last hidden state [1, K, H] of one pass; writes the cache and the features."""
         with self._outputs.recorded():
             hidden: Tensor = self.body(
                 input_ids=ids,

@@ -147,8 +147,17 @@ def test_models_that_would_be_wrong_are_refused() -> None:
     with pytest.raises(ValueError, match="training mode"):
         CachedLM(qwen3().train()).prefill([1])
     windowed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
-    with pytest.raises(ValueError, match="sliding_attention"):
-        CachedLM(qwen3(**windowed))
+    lm = CachedLM(qwen3(**windowed))
+    cache = lm.prefill([1, 2, 3])
+    lm.extend(cache, [4, 5], [-1, -1])
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has layers that attend to the last 4 tokens only"):
+        lm.extend(cache, [6], [0])
+    with pytest.raises(ValueError, match="a text has 5"):
+        lm.prefill([1, 2, 3, 4, 5])
+    linear = qwen3()
+    linear.config.layer_types = ["linear_attention"] * 3
+    with pytest.raises(ValueError, match="has linear_attention layers"):
+        CachedLM(linear)
     with pytest.raises(ValueError, match="no separate language-model head"):
         split_causal_lm(qwen3().model)
     capped = qwen3()

@@ -1,0 +1,80 @@
+"""A numeric check that a model decodes token trees as it reads plain text, run once per model object.
+
+Configs of new architectures state their windows, logit scales and position tricks under new names; numbers
+show them all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from certdraft.drafters.lm.cached_lm import CachedLM
+
+_PARENTS = (-1, 0, 0, 1, 1, 2, -1, 6)
+_PATHS = ((0, 1, 3), (0, 1, 4), (0, 2, 5), (6, 7))  # of the leaves
+_DEPTH = 3
+_MAX_PREFIX = 16
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}  # relative; 16-bit floats round differently by shape
+_TOLERANCE_16_BIT = 0.1
+
+_checked: WeakSet[nn.Module] = WeakSet()
+
+
+@torch.no_grad()
+def check_tree_decoding(lm: CachedLM) -> None:
+    """Compare the logits of a small tree with those of plain passes, unless the model was checked before.
+
+    Models on the meta device, in training mode, or too small for the tree are left alone.
+
+    Raises:
+        ValueError: the logits differ, or the model cannot be run this way at all; names its class.
+    """
+    model, limit = lm.model, lm.facts.context_limit
+    if model in _checked or model.training or lm.device.type == "meta":
+        return
+    _checked.add(model)
+    prefix = min(_MAX_PREFIX, (limit or _MAX_PREFIX + _DEPTH) - _DEPTH)
+    if prefix < 1:
+        return
+    tokens = (torch.arange(prefix + len(_PARENTS)) * 7 + 1) % lm.vocab_size
+    text, nodes = tokens[:prefix], tokens[prefix:]
+    rows = torch.zeros(len(_PATHS), prefix + _DEPTH, dtype=torch.long)
+    for row, path in zip(rows, _PATHS, strict=True):
+        row[: prefix + len(path)] = torch.cat([text, nodes[list(path)]])
+    try:
+        tree = lm.extend(lm.prefill(text, room=1), nodes, _PARENTS)
+        plain = model(input_ids=rows.to(lm.device), use_cache=False).logits.float()
+    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError) as error:
+        _checked.discard(model)
+        raise ValueError(
+            f"{lm.facts.name} cannot decode token trees: {type(error).__name__}: {error}. Use a causal LM "
+            "whose layers attend to all previous tokens, such as Qwen3 or Llama."
+        ) from error
+    expected = torch.stack(
+        [plain[_place(node)[0], prefix + _place(node)[1]] for node in range(len(_PARENTS))]
+    )
+    error_ = _relative_error(tree, expected)
+    if error_ > _TOLERANCE.get(lm.dtype, _TOLERANCE_16_BIT):
+        _checked.discard(model)
+        raise ValueError(
+            f"{lm.facts.name} does not decode token trees as it reads plain text: logits differ by "
+            f"{100 * error_:.1f} %. Its attention, its positions or its logits follow rules that certdraft "
+            "does not know, so nothing decoded with it would be lossless. Use another model, such as Qwen3 "
+            "or Llama."
+        )
+
+
+def _place(node: int) -> tuple[int, int]:
+    """Row and depth of a node among the leaves' paths."""
+    return next((row, path.index(node)) for row, path in enumerate(_PATHS) if node in path)
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest norm of a difference over the norm of the centred logits; NaN where they are not finite."""
+    spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
+    return float(((found - expected).norm(dim=-1) / spread.clamp_min(1e-30)).max())

@@ -1,0 +1,200 @@
+"""Architectures as targets and as causal drafters: equal to plain passes, or refused by name."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from certdraft.drafters import CachedLM, CausalDrafter
+from certdraft.losses import OnlineTarget
+from certdraft.support import context_limit, facts_of, text_body
+
+V = 96
+TEXT = torch.randint(0, V, (80,), generator=torch.Generator().manual_seed(5))
+NODES, PARENTS = [3, 17, 40, 41, 5, 6], [-1, 0, 0, 2, -1, 4]
+SIZES: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA = {"sliding_window": 16, "final_logit_softcapping": None}
+
+
+def made(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model of a class of transformers, weights large enough that a wrong mask shows."""
+    torch.manual_seed(0)
+    config_class = getattr(transformers, f"{name}Config")
+    if name == "Gemma3":
+        vision = {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+        config = config_class(
+            text_config=SIZES | changes, vision_config=vision | {"image_size": 28, "patch_size": 14}
+        )
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    else:
+        names = {"Gemma3Text": "Gemma3", "Qwen3_5Text": "Qwen3_5"}
+        model = getattr(transformers, f"{names.get(name, name)}ForCausalLM")(config_class(**SIZES | changes))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25) if parameter.ndim > 1 else None
+    head: Any = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    return model.eval()
+
+
+EQUAL = {
+    "llama": ("Llama", {}),
+    "llama 3 rope": ("Llama", {"rope_parameters": LLAMA_3_ROPE}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "phi with a bias": ("Phi", {"num_key_value_heads": 4}),
+    "qwen3 moe": ("Qwen3Moe", EXPERTS),
+    "wide window": ("Mistral", {"sliding_window": 100}),
+    "gemma 3 text": ("Gemma3Text", GEMMA | {"sliding_window": 100}),
+    "gemma 3 multimodal": ("Gemma3", GEMMA | {"sliding_window": 100}),
+}
+REFUSED = {
+    "mistral": ("Mistral", {"sliding_window": 16}, "MistralForCausalLM has layers .* last 16 tokens only"),
+    "gemma 3 text": ("Gemma3Text", GEMMA, "Gemma3ForCausalLM has layers .* last 16 tokens only"),
+    "soft-capped": (
+        "Gemma3",
+        GEMMA | {"final_logit_softcapping": 30.0},
+        r"Gemma3\w+ changes its logits .*\(final_logit_softcapping",
+    ),
+    "granite": ("Granite", {"logits_scaling": 8.0}, r"GraniteForCausalLM .*\(logits_scaling"),
+    "qwen3 next": ("Qwen3Next", EXPERTS | LINEAR, "Qwen3NextForCausalLM has linear_attention layers"),
+    "qwen3.5": ("Qwen3_5Text", LINEAR, "Qwen3_5ForCausalLM has linear_attention layers"),
+}
+
+
+def path_of(node: int) -> list[int]:
+    return [] if node < 0 else [*path_of(PARENTS[node]), NODES[node]]
+
+
+@torch.no_grad()
+def plain(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    return model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_trees_equal_plain_passes(case: str) -> None:
+    model = made(EQUAL[case][0], **EQUAL[case][1])
+    lm = CachedLM(model, taps=(0, 3))
+    cache = lm.prefill(TEXT)
+    assert cache.features.shape == (80, 2, 32)
+    for node, logits in enumerate(lm.extend(cache, NODES, PARENTS)):
+        expected = plain(model, torch.cat([TEXT, torch.tensor(path_of(node))]))[-1]
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+    cache.keep([0, 2])
+    chain = lm.extend(cache, [7, 8])  # a chain takes the model's own causal mask
+    expected = plain(model, torch.cat([TEXT, torch.tensor([3, 40, 7, 8])]))[-2:]
+    torch.testing.assert_close(chain, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_differ_is_refused_by_name(case: str) -> None:
+    name, changes, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        CachedLM(made(name, **changes)).prefill(TEXT)
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_online_targets_equal_the_models_logits(case: str) -> None:
+    model = made(EQUAL[case][0], **EQUAL[case][1])
+    with torch.no_grad():
+        hidden = text_body(model)(input_ids=TEXT[None], use_cache=False).last_hidden_state[0]
+    head: Any = model.get_output_embeddings()
+    target = OnlineTarget(hidden, head.weight, k=4, bias=head.bias)[:]
+    expected = plain(model, TEXT).log_softmax(-1)
+    torch.testing.assert_close(target.logp, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(target.greedy, expected.argmax(-1))
+
+
+@pytest.mark.parametrize("case", [case for case in EQUAL if "multimodal" not in case and "bias" not in case])
+def test_causal_drafters_keep_packed_documents_apart(case: str, tmp_path: Any) -> None:
+    name, changes = EQUAL[case]
+    made(name, **changes).save_pretrained(tmp_path)
+    drafter = CausalDrafter(pretrained=str(tmp_path)).eval()
+    positions = torch.cat([torch.arange(30), torch.arange(50)])[None]
+    documents = torch.tensor([[0] * 30 + [1] * 50])
+    packed = drafter.logits(TEXT[None], positions, documents)[0]
+    alone = torch.cat([plain(drafter.model, TEXT[:30]), plain(drafter.model, TEXT[30:])])
+    torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
+
+
+def test_causal_drafters_refuse_packed_rows_beyond_a_window() -> None:
+    drafter = CausalDrafter(config=SIZES | {"model_type": "mistral", "sliding_window": 16}).eval()
+    assert drafter.max_context == 16
+    with pytest.raises(ValueError, match="MistralForCausalLM has layers .* last 16 tokens only"):
+        drafter.logits(TEXT[None], torch.arange(80)[None], torch.zeros(1, 80, dtype=torch.long))
+
+
+def test_a_drafter_with_a_biased_head_is_refused(tmp_path: Any) -> None:
+    model = made("Phi", num_key_value_heads=4)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="lm_head of PhiForCausalLM has a bias"):
+        CausalDrafter(pretrained=str(tmp_path))
+    head: Any = model.get_output_embeddings()
+    torch.nn.init.zeros_(head.bias)
+    model.save_pretrained(tmp_path)
+    drafter: Any = CausalDrafter(pretrained=str(tmp_path))
+    assert not drafter.model.lm_head.bias.requires_grad  # the losses would not train it
+
+
+def test_facts_of_a_multimodal_config_are_those_of_its_text() -> None:
+    facts = facts_of(made("Gemma3", **GEMMA))
+    assert (facts.num_layers, facts.hidden_size, facts.vocab_size) == (4, 32, V)
+    assert (facts.max_positions, facts.window, facts.context_limit) == (128, 16, 16)
+    assert context_limit(made("Llama")) == 128
+    assert context_limit(object()) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_finds_what_no_config_states(dtype: torch.dtype) -> None:
+    model = made("Llama").to(dtype)
+    CachedLM(model)  # as it is, it passes in both dtypes
+
+    class Rounded(type(model)):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.tanh()
+            return output
+
+    model = made("Llama").to(dtype)
+    model.__class__ = Rounded
+    with pytest.raises(ValueError, match="Rounded does not decode token trees as it reads plain text"):
+        CachedLM(model)
+    model = made("Llama").to(dtype)
+    attention = model.model.layers[1].self_attn.forward
+    model.model.layers[1].self_attn.forward = lambda *args, **kwargs: attention(
+        *args, **(kwargs | {"attention_mask": None})
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM does not decode token trees"):
+        CachedLM(model)
