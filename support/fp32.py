@@ -32,7 +32,7 @@ def project_fp32(
     with torch.autocast(hidden.device.type, enabled=False):
         if weight.dtype == wide:
             return F.linear(hidden.to(wide), weight, None if bias is None else bias.to(wide))
-        flat = hidden.flatten(0, -2)
+        flat = hidden.reshape(-1, hidden.shape[-1])
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             logits = F.linear(flat.to(wide), weight.to(wide))
         elif weight.is_cuda and hidden.dtype == weight.dtype and wide == torch.float32:
@@ -41,7 +41,7 @@ def project_fp32(
             logits = _by_blocks(flat.to(wide), weight)
         if bias is not None:
             logits = logits + bias.to(wide)
-        return logits.unflatten(0, hidden.shape[:-1])
+        return logits.view(*hidden.shape[:-1], len(weight))
 
 
 def _by_blocks(hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "N V"]:
