@@ -1,5 +1,6 @@
 """Drafter kinds and their registry, tree-cached decoding, checkpoint formats and export (floor 2)."""
 
+from certdraft.drafters.causal.layer_cut import TargetLayers as TargetLayers
 from certdraft.drafters.causal.lora import LoraSettings as LoraSettings
 from certdraft.drafters.causal.model import CausalDrafter as CausalDrafter
 from certdraft.drafters.dflash.config import BlockConfig as BlockConfig

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from certdraft.drafters.causal import export
+from certdraft.drafters.causal.layer_cut import TargetLayers, cut_from
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
 from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
@@ -39,14 +40,15 @@ _SIZES = (
 class CausalDrafter(Drafter):
     """A small causal LM that drafts token by token; it reads tokens only.
 
-    Exactly one of `config` and `pretrained` is given. A fresh network needs the target's vocabulary size, in
-    `vocab_size`, in `config`, or later through `build`.
+    Exactly one of `config`, `pretrained` and `from_target` is given. A fresh network needs the target's
+    vocabulary size, in `vocab_size`, in `config`, or later through `build`.
 
     Args:
         config: of a fresh network: the keys of its transformers config (Qwen3Config unless `model_type` says
             otherwise). All sizes must be given; the class's own defaults describe a large model.
         pretrained: folder or hub id of a causal LM to start from.
         lora: train low-rank adapters on `pretrained` instead of all its weights.
+        from_target: start from layers of the target, with its embeddings and lm_head; made by `build`.
         vocab_size: entries of the target's vocabulary.
         init_from_target: start a fresh network with the target's embeddings and lm_head; needs the target's
             hidden size. See `build`.
@@ -55,8 +57,8 @@ class CausalDrafter(Drafter):
         gradient_checkpointing: recompute activations in the backward pass, for memory.
 
     Raises:
-        ValueError: both or neither of `config` and `pretrained`; an unknown or missing config key; LoRA or
-            `init_from_target` where they mean nothing; weights that do not fit.
+        ValueError: not exactly one of `config`, `pretrained` and `from_target`; an unknown or missing config
+            key; LoRA or `init_from_target` where they mean nothing; weights that do not fit.
         FileNotFoundError: `pretrained` is not there, or the hub cannot be reached.
 
     Examples:
@@ -79,6 +81,7 @@ class CausalDrafter(Drafter):
         config: dict[str, Any] | None = None,
         pretrained: str | None = None,
         lora: LoraSettings | None = None,
+        from_target: TargetLayers | None = None,
         *,
         vocab_size: int | None = None,
         init_from_target: bool = False,
@@ -87,19 +90,23 @@ class CausalDrafter(Drafter):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if (config is None) == (pretrained is None):
+        if [config, pretrained, from_target].count(None) != 2:
             raise ValueError(
-                "a causal drafter needs either config (fresh weights) or pretrained (a folder or hub id)."
+                "a causal drafter needs either config (fresh weights), pretrained (a folder or hub id) or "
+                "from_target (layers of the target)."
             )
         if config is None and init_from_target:
             raise ValueError(
-                "init_from_target overwrites embeddings; it is for a fresh config, not for pretrained."
+                "init_from_target overwrites embeddings; it is for a fresh config, not for pretrained or "
+                "from_target."
             )
-        if config is not None and lora is not None:
+        if pretrained is None and lora is not None:
             raise ValueError(
-                "lora freezes the network it adapts; it is for pretrained, not for a fresh config."
+                "lora freezes the network it adapts; it is for pretrained, not for a fresh config or "
+                "from_target."
             )
         self.config, self.pretrained, self.lora = config, pretrained, lora
+        self.from_target = TargetLayers(**from_target) if isinstance(from_target, dict) else from_target
         self._fitted = False
         self.init_from_target = init_from_target
         self.dtype: torch.dtype | None = getattr(torch, dtype) if dtype else None
@@ -115,7 +122,7 @@ class CausalDrafter(Drafter):
             fresh_config(config, sized or 1)  # refuse a bad config now, wherever `build` happens
             if sized is not None:
                 self._adopt(self._fresh(sized))
-        else:
+        elif pretrained is not None:
             model = load_causal_lm(str(pretrained), dtype=self.dtype, attention=attention)
             self._adopt(model)
             if vocab_size not in (None, self.vocab_size):
@@ -129,15 +136,22 @@ class CausalDrafter(Drafter):
 
         Args:
             vocab_size: entries of the target's vocabulary.
-            target: the target, read by `init_from_target` only.
+            target: the target, read by `from_target` and `init_from_target` only.
 
         Returns:
             The drafter itself.
 
         Raises:
-            ValueError: another vocabulary; `init_from_target` without a target or with another hidden size.
+            ValueError: another vocabulary; `from_target` or `init_from_target` without a target, or with one
+                that does not fit.
         """
-        if self.network is None:
+        if self.network is None and self.from_target is not None:
+            if target is None:
+                raise ValueError(
+                    "from_target needs the target model, but only its vocabulary size was given."
+                )
+            self._adopt(cut_from(target, self.from_target, dtype=self.dtype, attention=self.attention))
+        elif self.network is None:
             self._adopt(self._fresh(vocab_size))
         if self.vocab_size != vocab_size:
             raise ValueError(
@@ -151,15 +165,16 @@ class CausalDrafter(Drafter):
         return self
 
     def build_from_target(self, target: TargetSource) -> Self:
-        """See `Drafter.build_from_target`; the target is loaded for `init_from_target` only."""
+        """See `Drafter.build_from_target`; the target is loaded only where its weights are copied."""
         if not self._fitted:
-            self.build(target.vocab_size, target.load() if self.init_from_target else None)
+            copies = self.init_from_target or self.from_target is not None
+            self.build(target.vocab_size, target.load() if copies else None)
         return self
 
     def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
         """See `Drafter.restore`."""
         self.init_from_target = False
-        return self.build(target.vocab_size)
+        return self.build(target.vocab_size, None if self.from_target is None else target.load())
 
     @classmethod
     def on_meta(

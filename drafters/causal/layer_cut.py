@@ -1,0 +1,102 @@
+"""A causal LM cut from a larger one: some of its layers, its embeddings, final norm and lm_head."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from certdraft.drafters.lm.cached_lm import split_causal_lm
+from certdraft.support import facts_of, text_config
+
+
+@dataclass(frozen=True)
+class TargetLayers:
+    """The layers of the target that a drafter starts from.
+
+    Args:
+        layers: 0-based layers, ascending, or how many: evenly spaced, first and last included.
+    """
+
+    layers: int | list[int]
+
+    def chosen(self, num_layers: int) -> list[int]:
+        """The layers, for a target of `num_layers`.
+
+        Raises:
+            ValueError: layers that the target does not have, or not in ascending order.
+
+        Examples:
+            >>> TargetLayers(4).chosen(30)
+            [0, 10, 19, 29]
+        """
+        if isinstance(self.layers, int):
+            if not 1 <= self.layers <= num_layers:
+                raise ValueError(
+                    f"from_target.layers is {self.layers}; the target has {num_layers} layers, so give 1 to "
+                    f"{num_layers}."
+                )
+            step = (num_layers - 1) / max(self.layers - 1, 1)
+            return [round(step * place) for place in range(self.layers)]
+        layers = list(self.layers)
+        if not layers or layers != sorted({*layers}) or not 0 <= layers[0] <= layers[-1] < num_layers:
+            raise ValueError(
+                f"from_target.layers is {layers}; give layers from 0 to {num_layers - 1}, ascending, each at "
+                "most once."
+            )
+        return layers
+
+
+@torch.no_grad()
+def cut_from(
+    target: PreTrainedModel,
+    layers: TargetLayers,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: Literal["sdpa", "eager"] = "sdpa",
+) -> PreTrainedModel:
+    """A new causal LM with copies of some layers of `target`, in train mode.
+
+    Args:
+        target: the causal LM to cut from; it is not changed.
+        layers: to keep.
+        dtype: of the copy; None keeps the target's.
+        attention: implementation.
+
+    Raises:
+        ValueError: layers the target does not have, or an architecture whose layers depend on their number.
+    """
+    body, head = split_causal_lm(target)
+    facts = facts_of(target)
+    kept = layers.chosen(facts.num_layers)
+    config = copy.deepcopy(text_config(target.config))
+    for key, value in config.to_dict().items():
+        if key == "mlp_only_layers":
+            setattr(config, key, [kept.index(layer) for layer in value or () if layer in kept])
+        elif isinstance(value, list) and len(value) == facts.num_layers:  # one entry per layer
+            setattr(config, key, [value[layer] for layer in kept])
+    config.num_hidden_layers = len(kept)
+    model: Any = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention, dtype=dtype or target.dtype
+    )
+    weights = {}
+    for name, value in body.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "layers":
+            if int(parts[1]) not in kept:
+                continue
+            parts[1] = str(kept.index(int(parts[1])))
+        weights[".".join(parts)] = value
+    try:
+        model.base_model.load_state_dict(weights)
+        model.get_output_embeddings().load_state_dict(head.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"layers {kept} of {facts.name} do not fit a smaller model of its class: its layers differ by "
+            "their number. Choose layers of the same kinds in the same places, or a fresh config."
+        ) from error
+    model.generation_config = copy.deepcopy(target.generation_config)
+    return model
