@@ -24,6 +24,8 @@ from .record.generation import eos_ids_of as eos_ids_of
 from .record.generation import record_batch as record_batch
 from .record.loops import loop_onset as loop_onset
 from .record.recording import Recording as Recording
+from .record.self_prompts import Sampling as Sampling
+from .record.self_prompts import write_prompts as write_prompts
 from .record.server.http_server import Server as Server
 from .record.server.http_server import ServerError as ServerError
 from .record.writer import record_trace as record_trace

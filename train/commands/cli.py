@@ -39,6 +39,7 @@ COMMANDS = {
     "plan": Command(
         "certdraft.train.plan.plan_command:plan", "memory, disk and time of a run, before it is started"
     ),
+    "prompts": Command("certdraft.data:write_prompts", "prompts that an instruct model writes itself"),
     "trace": Command("certdraft.data:record_trace", "record what a target says along its own greedy text"),
     "certify": Command("certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace"),
     "fit": Command(TRAINER, "train a drafter (LightningCLI)"),

@@ -1,0 +1,226 @@
+"""Prompts that an instruct model writes itself, for when there are no chats to record.
+
+Its chat template is opened at the user's turn, and the rest is sampled.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from certdraft.data.corpus.accounting import Accounting
+from certdraft.data.record.generation import eos_ids_of
+from certdraft.data.record.loops import loop_onset
+from certdraft.data.targets import load_target, load_tokenizer
+from certdraft.support import Progress, quiet, write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_MARK = "CERTDRAFT-USER-TURN"
+_MAX_TRIES = 20  # times the number of prompts asked for
+_SHOWN = 60  # characters of a skipped prompt in the accounting
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How user turns are sampled, and which are kept.
+
+    Args:
+        temperature: of the sampling; lower is more alike, higher is more broken.
+        top_p: share of the probability that is sampled from.
+        max_new_tokens: longest turn; a turn that has not ended there is dropped.
+        min_characters: shortest turn.
+        batch_size: turns sampled side by side.
+        seed: of the sampling; the same seed gives the same prompts on the same machine.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.95
+    max_new_tokens: int = 160
+    min_characters: int = 16
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "max_new_tokens", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; give a number above 0.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"sampling.top_p is {self.top_p}; give a share in (0, 1].")
+
+
+def write_prompts(
+    out: str,
+    target: str = "embedded",
+    count: int = 1000,
+    sampling: Sampling = Sampling(),
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Accounting:
+    """Let an instruct model write prompts, for when there are no chats to record.
+
+    Real chats are better: a model's own prompts are narrower than those of its users. Killed at any moment,
+    the same command goes on after the last batch it finished.
+
+    Args:
+        out: file to write, one {"prompt": ...} per line, to be read as any corpus.
+        target: "embedded", a local folder, a GGUF file, or a hub name; it needs a chat template.
+        count: prompts to write.
+        sampling: how they are sampled, and which are kept.
+        revision: hub revision of the target.
+        dtype: dtype of the target's weights.
+
+    Returns:
+        How many turns were sampled, and why some were not kept.
+
+    Raises:
+        FileExistsError: `out` exists.
+        ValueError: no chat template, an unfinished file of other settings, or turns hardly ever kept.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; give at least 1.")
+    file = Path(out)
+    if file.exists():
+        raise FileExistsError(f"{file} exists already; remove it, or give another name.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_target(target, revision=revision, dtype=getattr(torch, dtype), device=device)
+    writer = _Writer(model, load_tokenizer(target, revision=revision), sampling)
+    settings = {"target": target, "revision": revision, "dtype": dtype, **asdict(sampling)}
+    journal = file.with_name(f".{file.name}.partial.json")
+    batch = writer.resume(journal, settings)
+    with Progress("writing prompts", count, "prompts") as progress:
+        progress.advance(min(len(writer.prompts), count))
+        while len(writer.prompts) < count:
+            if writer.accounting.read >= _MAX_TRIES * count + 10 * sampling.batch_size:
+                raise ValueError(
+                    f"{len(writer.prompts)} of {count} prompts after {writer.accounting.read} sampled turns: "
+                    f"{target} hardly ever ends a user's turn that can be kept.\n{writer.accounting}\nUse a "
+                    "model trained on chats, other sampling settings, or a corpus of chats."
+                )
+            before = len(writer.prompts)
+            tokens = writer.sample(batch)
+            batch += 1
+            progress.advance(min(len(writer.prompts), count) - before, tokens)
+            state = {"settings": settings, "batches": batch, "prompts": writer.prompts}
+            write_json(journal, state | {"accounting": writer.accounting.to_dict()})
+    surplus = len(writer.prompts) - count
+    if surplus:
+        writer.accounting.used -= surplus
+        writer.accounting.skip("more than asked for", writer.prompts[count][:_SHOWN], surplus)
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in writer.prompts[:count]]
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    journal.unlink(missing_ok=True)
+    print(f"{file}: {writer.accounting}", file=sys.stderr)
+    return writer.accounting
+
+
+class _Writer:
+    """Samples batches of user turns and keeps those that pass the filters."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+    ) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.opening, ends = _user_turn(tokenizer)
+        self.ends = sorted(eos_ids_of(model, tokenizer) | ends)
+        self.prompts: list[str] = []
+        self.accounting = Accounting("turns")
+        self._keys: set[str] = set()
+
+    def resume(self, journal: Path, settings: dict[str, Any]) -> int:
+        """Read what an earlier, killed run has finished; returns the number of its batches."""
+        if not journal.exists():
+            return 0
+        state = json.loads(journal.read_text(encoding="utf-8"))
+        changed = [key for key, value in settings.items() if state["settings"].get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{journal} holds unfinished prompts with another {', '.join(changed)}; remove it to begin "
+                "again, or give the same settings to go on."
+            )
+        self.prompts = state["prompts"]
+        self._keys = {_key(prompt) for prompt in self.prompts}
+        self.accounting = Accounting.from_dict(state["accounting"])
+        return int(state["batches"])
+
+    @torch.inference_mode()
+    def sample(self, batch: int) -> int:
+        """Sample one batch, seeded by its number; returns the number of tokens sampled."""
+        sampling, device = self.sampling, self.model.device
+        ids = torch.tensor([self.opening] * sampling.batch_size, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet():
+            torch.manual_seed(sampling.seed * 1_000_003 + batch)
+            rows: Any = self.model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=0,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=self.ends,
+                pad_token_id=self.ends[0],
+            )
+        num_tokens = 0
+        for row in rows[:, len(self.opening) :].cpu().numpy():
+            ended = np.isin(row, self.ends)
+            length = int(ended.argmax()) if ended.any() else len(row)
+            num_tokens += length
+            self._judge(row[:length], bool(ended.any()))
+        return num_tokens
+
+    def _judge(self, ids: Any, ended: bool) -> None:
+        text = self.tokenizer.decode(ids).strip()
+        key = _key(text)
+        self.accounting.read += 1
+        if loop_onset(ids) is not None:
+            reason = "repeats itself"
+        elif not ended:
+            reason = "did not end"
+        elif len(text) < self.sampling.min_characters:
+            reason = "too short"
+        elif "\ufffd" in text or np.isin(ids, self.tokenizer.all_special_ids).any():
+            reason = "broken characters or special tokens"
+        elif key in self._keys:
+            reason = "duplicate"
+        else:
+            self.accounting.used += 1
+            self.prompts.append(text)
+            self._keys.add(key)
+            return
+        self.accounting.skip(reason, repr(text[:_SHOWN]))
+
+
+def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], frozenset[int]]:
+    """Token ids up to the user's first word, and the special token that ends the turn, if there is one.
+
+    Raises:
+        ValueError: no chat template, or one that does not show the user's text.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the target's tokenizer has no chat template, so it was not trained on users' turns; use an "
+            "instruct model, or a corpus of chats."
+        )
+    chat = [{"role": "user", "content": _MARK}]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False))
+    opening, found, closing = text.partition(_MARK)
+    if not found:
+        raise ValueError("the target's chat template does not show the user's text; use a corpus of chats.")
+    first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
+    ends = frozenset(first) & frozenset([*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder])
+    ids: list[int] = tokenizer(opening, add_special_tokens=False)["input_ids"]
+    return ids, ends
+
+
+def _key(text: str) -> str:
+    """Letters and digits alone: prompts that differ in case, spaces or marks count as one."""
+    return "".join(character for character in text.casefold() if character.isalnum())

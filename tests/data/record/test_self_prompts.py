@@ -1,0 +1,127 @@
+"""Prompts a model writes itself: reproducible, resumed after a kill, filtered, every turn accounted for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from certdraft.data import Accounting, Sampling, read_rows, write_prompts
+from certdraft.data.corpus.corpora import Corpus
+from certdraft.data.record import self_prompts
+
+SAMPLING = Sampling(max_new_tokens=40, batch_size=4, min_characters=4, seed=3)
+
+
+class Typist:
+    """Stands for a model that writes words at random and ends a text now and then."""
+
+    device = torch.device("cpu")
+    generation_config = config = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        words = tokenizer("the quick brown fox jumps over a lazy dog 0 1 2", add_special_tokens=False)
+        self.ids = torch.tensor(sorted({*words["input_ids"]}))
+
+    def generate(self, ids: Tensor, *, max_new_tokens: int, eos_token_id: list[int], **_: Any) -> Tensor:
+        rows = self.ids[torch.randint(len(self.ids), (len(ids), max_new_tokens))]
+        ends = torch.rand(rows.shape) < 0.05
+        return torch.cat([ids, rows.masked_fill(ends, eos_token_id[-1])], dim=1)
+
+
+@pytest.fixture
+def typist(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase) -> None:
+    monkeypatch.setattr(self_prompts, "load_target", lambda *_, **__: Typist(tokenizer))
+    monkeypatch.setattr(self_prompts, "load_tokenizer", lambda *_, **__: tokenizer)
+
+
+def prompts_in(file: Path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.usefixtures("typist")
+def test_prompts_are_written_and_every_turn_is_accounted_for(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "prompts.jsonl"
+    accounting = write_prompts(str(out), count=9, sampling=SAMPLING)
+    prompts = prompts_in(out)
+    assert len({*prompts}) == len(prompts) == accounting.used == 9
+    assert accounting.balanced
+    assert accounting.read % 4 == 0
+    assert all(len(prompt) >= 4 and prompt == prompt.strip() for prompt in prompts)
+    assert [file.name for file in out.parent.iterdir()] == ["prompts.jsonl"]
+    rows = list(read_rows(Corpus(str(out), split="all"), Accounting("rows")))
+    assert len(rows) == 9
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_prompts(str(out), count=9, sampling=SAMPLING)
+
+
+@pytest.mark.usefixtures("typist")
+def test_a_killed_command_goes_on_to_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
+    expected = write_prompts(str(whole), count=9, sampling=SAMPLING)
+    sample = self_prompts._Writer.sample
+
+    def killed(self: Any, batch: int) -> int:
+        if batch == 1:
+            raise KeyboardInterrupt
+        return sample(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(self_prompts._Writer, "sample", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_prompts(str(resumed), count=9, sampling=SAMPLING)
+    assert not resumed.exists()
+    with pytest.raises(ValueError, match="with another seed; remove it"):
+        write_prompts(str(resumed), count=9, sampling=Sampling(**vars(SAMPLING) | {"seed": 4}))
+    batches: list[int] = []
+    monkeypatch.setattr(
+        self_prompts._Writer, "sample", lambda self, batch: batches.append(batch) or sample(self, batch)
+    )
+    assert write_prompts(str(resumed), count=9, sampling=SAMPLING) == expected
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert batches[0] == 1
+
+
+def test_what_is_not_kept_has_a_reason(make_target: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    writer = self_prompts._Writer(make_target(), tokenizer, Sampling(min_characters=6))
+
+    def judged(text: str, ended: bool = True) -> str:
+        before = dict(writer.accounting.to_dict()["skipped"])
+        writer._judge(np.array(tokenizer(text, add_special_tokens=False)["input_ids"]), ended)
+        after = writer.accounting.to_dict()["skipped"]
+        changed = [reason for reason in after if after[reason] != before.get(reason)]
+        return changed[0] if changed else "kept"
+
+    assert judged(" add the quick fox. ") == "kept"
+    assert judged("Add the QUICK fox!") == "duplicate"
+    assert judged("add the lazy dog", ended=False) == "did not end"
+    assert judged("fox") == "too short"
+    assert judged(" the lazy dog" * 40) == "repeats itself"
+    assert judged("the dog<|im_start|>user") == "broken characters or special tokens"
+    assert writer.prompts == ["add the quick fox."]
+    assert writer.accounting.balanced
+
+
+def test_targets_without_user_turns_are_refused(
+    target_dir: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, make_target: Any
+) -> None:
+    opening, ends = self_prompts._user_turn(tokenizer)
+    assert tokenizer.decode(opening) == "<|im_start|>user\n"
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ends
+    folder = tmp_path / "plain"
+    make_target().save_pretrained(folder)
+    plain: Any = type(tokenizer).from_pretrained(target_dir)
+    plain.chat_template = None
+    plain.save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no chat template"):
+        write_prompts(str(tmp_path / "out.jsonl"), str(folder), count=1)
+    short = Sampling(max_new_tokens=8, min_characters=10_000, batch_size=4)
+    with pytest.raises(ValueError, match=r"0 of 1 prompts after 60 sampled turns(.|\n)*60 skipped"):
+        write_prompts(str(tmp_path / "out.jsonl"), target_dir, count=1, sampling=short)
+    for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=f"sampling.{next(iter(bad))} is 0"):
+            Sampling(**bad)
