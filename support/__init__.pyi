@@ -14,6 +14,7 @@ from .hub import hub_endpoint as hub_endpoint
 from .model_facts import ModelFacts as ModelFacts
 from .model_facts import context_limit as context_limit
 from .model_facts import facts_of as facts_of
+from .model_facts import has_head_bias as has_head_bias
 from .model_facts import text_body as text_body
 from .model_facts import text_config as text_config
 from .pretrained import ModelSource as ModelSource

@@ -104,6 +104,12 @@ def text_body(model: PreTrainedModel) -> nn.Module:
     return body
 
 
+def has_head_bias(model: PreTrainedModel) -> bool:
+    """Whether the lm_head adds a bias that is not zero, which losses of a weight alone would miss."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    return bias is not None and bias.device.type != "meta" and bool(bias.any())
+
+
 def context_limit(model: object) -> int | None:
     """Longest text a model is used for, by its positions and attention window; None without a limit."""
     config = getattr(model, "config", None)

@@ -24,7 +24,7 @@ from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.support import context_limit, load_causal_lm, project_fp32
+from certdraft.support import context_limit, has_head_bias, load_causal_lm, project_fp32
 
 _SIZES = (
     "hidden_size",
@@ -298,8 +298,8 @@ class CausalDrafter(Drafter):
         return model
 
     def _adopt(self, model: PreTrainedModel) -> None:
-        _, head = split_causal_lm(model)  # refuses what training and decoding would get wrong
-        _freeze_bias(type(model).__name__, head)
+        split_causal_lm(model)  # refuses what training and decoding would get wrong
+        _freeze_bias(model)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it and warns at the old name
             enable = getattr(model, "activation_checkpointing_enable", None)
@@ -330,21 +330,20 @@ class CausalDrafter(Drafter):
         self.head_weight.copy_(head)
 
 
-def _freeze_bias(name: str, head: nn.Module) -> None:
+def _freeze_bias(model: PreTrainedModel) -> None:
     """Keep a zero bias of the lm_head at zero: the chunked losses read its weight alone.
 
     Raises:
         ValueError: a bias that is not zero.
     """
-    bias = getattr(head, "bias", None)
-    if bias is None:
-        return
-    if bias.any():
+    if has_head_bias(model):
         raise ValueError(
-            f"the lm_head of {name} has a bias, which the losses of a drafter do not apply. Draft with a "
-            "model without one, such as Qwen3 or Llama; as a target this model is fine."
+            f"the lm_head of {type(model).__name__} has a bias, which the losses of a drafter do not apply. "
+            "Draft with a model without one, such as Qwen3 or Llama; as a target this model is fine."
         )
-    bias.requires_grad_(False)
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        bias.requires_grad_(False)
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:

@@ -34,7 +34,7 @@ from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, reach, steps_from
-from certdraft.support import project_fp32
+from certdraft.support import has_head_bias, project_fp32
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
 
@@ -108,6 +108,11 @@ class BlockDrafter(FeatureDrafter):
             ValueError: no target, one that does not fit, or no mask token.
         """
         target = self._begin(vocab_size, target)
+        if has_head_bias(target):
+            raise ValueError(
+                f"the lm_head of {type(target).__name__} has a bias, and a BlockDrafter uses only the weight "
+                "of its target's lm_head. Train an EagleDrafter or a CausalDrafter for this target."
+            )
         if self.pretrained is not None:
             return self
         layers, num = self.config.target_layer_ids, self.num_target_layers

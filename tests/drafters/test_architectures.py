@@ -8,7 +8,15 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from certdraft.drafters import CachedLM, CausalDrafter
+from certdraft.drafters import (
+    BlockConfig,
+    BlockDrafter,
+    CachedLM,
+    CausalDrafter,
+    EagleConfig,
+    EagleDrafter,
+    TargetLayers,
+)
 from certdraft.losses import OnlineTarget
 from certdraft.support import context_limit, facts_of, text_body
 
@@ -166,6 +174,19 @@ def test_a_drafter_with_a_biased_head_is_refused(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     drafter: Any = CausalDrafter(pretrained=str(tmp_path))
     assert not drafter.model.lm_head.bias.requires_grad  # the losses would not train it
+
+
+def test_targets_with_a_biased_head() -> None:
+    model = made("Phi", num_key_value_heads=4)
+    with pytest.raises(
+        ValueError, match="PhiForCausalLM has a bias, and a BlockDrafter uses only the weight"
+    ):
+        BlockDrafter(BlockConfig(num_hidden_layers=1, block_size=4, mask_token_id=0)).build(V, model)
+    with pytest.raises(ValueError, match="lm_head of PhiForCausalLM has a bias"):
+        CausalDrafter(from_target=TargetLayers(2)).build(V, model)
+    assert (
+        EagleDrafter(EagleConfig(target_layer_ids=(0, 1, 2))).build(V, model).vocab_size == V
+    )  # has an lm_head of its own
 
 
 def test_facts_of_a_multimodal_config_are_those_of_its_text() -> None:
