@@ -90,7 +90,6 @@ class BatchedLM:
         # padding repeats a position, so that none is beyond the model's context, and sees itself: a softmax
         # over nothing would be NaN
         positions = self.visible.sum(1)[:, None] + np.minimum(steps, np.maximum(sizes - 1, 0))
-        self.lm.facts.check_window(int(positions.max(initial=0)) + 1)
         hidden_slots = np.ones((num, width, old + width), dtype=bool)
         hidden_slots[:, :, :old] = ~self.visible[:, None]
         hidden_slots[:, :, old:] = ~np.tri(width, dtype=bool)
