@@ -18,7 +18,8 @@ from certdraft.data.batches.loader import ResumableLoader
 from certdraft.data.batches.packing import Packing, assemble, pack
 from certdraft.data.record.recording import Recording, with_defaults
 from certdraft.data.record.writer import record_trace
-from certdraft.data.trace.arrow_trace import TRACE_FILE, Trace, TraceError, TraceMeta, open_trace
+from certdraft.data.trace.arrow_trace import Trace, open_trace
+from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceError, TraceMeta
 
 
 class TraceDataModule(pl.LightningDataModule):
@@ -171,7 +172,7 @@ def _record_if_missing(path: str, recording: Recording) -> None:
     if not file.exists():
         record_trace(path, **{name: getattr(recording, name) for name in Recording.__dataclass_fields__})
         return
-    theirs = with_defaults(TraceMeta.from_json(file.read_text(encoding="utf-8"), file).settings)
+    theirs = with_defaults(TraceMeta.read(file).settings)
     mine = recording.settings()
     differing = [
         f"{key}: {theirs.get(key)} there, {value} now"

@@ -11,8 +11,7 @@ outputs are kept · H hidden · V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from certdraft.certificates import Head
 from certdraft.data.corpus.chat import Prompt
-from certdraft.data.record.loops import loop_onset
-from certdraft.data.trace.recorded_row import Finish, RecordedRow, with_steps
+from certdraft.data.record.learned_positions import Generation, loop_onset, with_loss_mask
+from certdraft.data.trace.recorded_row import Finish, RecordedRow
 from certdraft.support import HiddenStates, bits_of, project_fp32
 
 if TYPE_CHECKING:
@@ -36,35 +35,6 @@ _LOOP_CHECK_TOKENS = 32
 
 class TargetError(ValueError):
     """The target cannot be recorded; the message names row and position where there is one."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What the target writes, and which steps are learned.
-
-    Args:
-        max_new_tokens: longest continuation; 0 records the corpus' own text, teacher-forced.
-        max_length: longest document, prompt included.
-        corpus_positions: also learn the steps inside the prompt. Always so when `max_new_tokens` is 0.
-        loops: what becomes of a continuation that repeats itself to the end: "cut" drops it from the first
-            repeated token on, "mask" keeps it but learns nothing there, "keep" leaves it alone.
-    """
-
-    max_new_tokens: int = 256
-    max_length: int = 4096
-    corpus_positions: bool = False
-    loops: Literal["cut", "mask", "keep"] = "cut"
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or self.max_length < 2:
-            raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} must be at least 0 and max_length {self.max_length} "
-                "at least 2"
-            )
-
-    @property
-    def teacher_forced(self) -> bool:
-        return self.max_new_tokens == 0
 
 
 class LogitHead:
@@ -249,7 +219,7 @@ class _Recording:
             where=self.prompts[index].where,
             hidden=None if self.hidden is None else self.hidden[index, :length],
         )
-        return with_steps(whole, self.prompts[index], self.settings)
+        return with_loss_mask(whole, self.prompts[index], self.settings)
 
 
 def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozenset[int]) -> None:

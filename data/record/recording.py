@@ -20,10 +20,12 @@ import certdraft
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet, build_prompts
 from certdraft.data.corpus.corpora import Corpus, CorpusError, read_rows
-from certdraft.data.record.generation import Generation, TargetError
-from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config
-from certdraft.data.trace.recorded_row import RecordedRow
-from certdraft.data.trace.shards import Ledger, RecordingError, bytes_per_token
+from certdraft.data.record.generation import TargetError
+from certdraft.data.record.learned_positions import Generation
+from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config, tokenizer_fingerprint
+from certdraft.data.trace.recorded_row import RecordedRow, bytes_per_token
+from certdraft.data.trace.shards import Ledger, RecordingError
+from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TraceMeta
 from certdraft.support import Progress
 
 if TYPE_CHECKING:
@@ -104,11 +106,7 @@ def target_revision(target: str, revision: str | None) -> str:
     """
     folder = embedded_target_path() if target == EMBEDDED else Path(target).expanduser()
     if not folder.is_dir():
-        from transformers import AutoConfig
-
-        return getattr(AutoConfig.from_pretrained(target, revision=revision), "_commit_hash", None) or str(
-            revision
-        )
+        return getattr(target_config(target, revision=revision), "_commit_hash", None) or str(revision)
     digest = hashlib.sha256()
     for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         size = file.stat().st_size
@@ -118,6 +116,18 @@ def target_revision(target: str, revision: str | None) -> str:
             handle.seek(max(0, size - (1 << 20)))
             digest.update(handle.read())
     return digest.hexdigest()[:16]
+
+
+def recorded_settings(
+    recording: Recording, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Everything that decides the content of a trace, as compared when a recording goes on."""
+    return recording.settings() | {
+        "num_prompts": len(prompts),
+        "prompts_sha256": prompts.sha256(),
+        "target_revision": target_revision(recording.target, recording.revision),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
 
 
 def feature_size(recording: Recording) -> int:
@@ -268,3 +278,54 @@ def library_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def trace_meta(
+    ledger: Ledger,
+    recording: Recording,
+    settings: dict[str, Any],
+    corpus: Accounting,
+    *,
+    vocab_size: int,
+    dtype: str,
+    versions: dict[str, str],
+    has_entropy: bool = True,
+) -> TraceMeta:
+    """The metadata of a recording whose shards are all there, after printing where the prompts went.
+
+    Args:
+        ledger: of the recording.
+        recording: what was asked for.
+        settings: everything that decides the trace's content.
+        corpus: where the corpus' rows went.
+        vocab_size: V of the target's logits.
+        dtype: of the target's weights.
+        versions: of what ran the target, besides this process' libraries.
+        has_entropy: whether the entropies are known.
+
+    Raises:
+        RecordingError: a shard is missing, or no prompt gave anything to learn.
+    """
+    shards = ledger.shards()
+    recorded = Accounting("prompts")
+    for shard in shards:
+        recorded.add(Accounting.from_dict(shard.accounting))
+    print(recorded, file=sys.stderr)
+    if not recorded.used:
+        raise RecordingError(f"{ledger.folder}: no prompt gave a usable continuation.\n{recorded}")
+    return TraceMeta(
+        schema=SCHEMA_VERSION,
+        target=recording.target,
+        target_revision=settings["target_revision"],
+        tokenizer_fingerprint=settings["tokenizer_fingerprint"],
+        vocab_size=vocab_size,
+        num_kept=recording.num_kept,
+        dtype=dtype,
+        settings=settings,
+        shards=shards,
+        accounting={"corpus": corpus.to_dict(), "recording": recorded.to_dict()},
+        versions=library_versions() | versions,
+        feature_layers=recording.feature_layers,
+        feature_size=feature_size(recording),
+        has_entropy=has_entropy,
+    )

@@ -25,7 +25,8 @@ from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet
 from certdraft.data.corpus.corpora import Corpus
 from certdraft.data.corpus.given_rows import corpus_of_rows
-from certdraft.data.record.generation import Generation, LogitHead, eos_ids_of, record_batch
+from certdraft.data.record.generation import LogitHead, eos_ids_of, record_batch
+from certdraft.data.record.learned_positions import Generation
 from certdraft.data.record.recording import (
     DType,
     Recording,
@@ -34,17 +35,17 @@ from certdraft.data.record.recording import (
     check_settings,
     check_target,
     read_prompts,
+    recorded_settings,
     shard_prompts,
-    target_revision,
+    trace_meta,
     with_defaults,
 )
 from certdraft.data.record.server.http_server import Server
 from certdraft.data.record.server.server_writer import record_from_server
-from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.data.trace.arrow_trace import TRACE_FILE, TraceMeta
+from certdraft.data.targets import load_target, load_tokenizer
 from certdraft.data.trace.recorded_row import RecordedRow
 from certdraft.data.trace.shards import Ledger, refuse_foreign_content, stopped
-from certdraft.data.trace.trace_metadata import trace_meta
+from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
 from certdraft.support import Progress
 
 if TYPE_CHECKING:
@@ -125,12 +126,7 @@ def record_trace(
 
     words = load_tokenizer(tokenizer or target, revision=revision)
     prompt_set, accounting = read_prompts(recording, words, trainer.is_global_zero)
-    settings = recording.settings() | {
-        "num_prompts": len(prompt_set),
-        "prompts_sha256": prompt_set.sha256(),
-        "target_revision": target_revision(target, revision),
-        "tokenizer_fingerprint": tokenizer_fingerprint(words),
-    }
+    settings = recorded_settings(recording, prompt_set, words)
     ledger = Ledger(
         folder,
         settings,
@@ -156,7 +152,7 @@ def record_trace(
             trainer.predict(
                 recorder, dataloaders=_Work(prompt_set, ledger, recording, trainer), return_predictions=False
             )
-        return TraceMeta.from_json((folder / TRACE_FILE).read_text(encoding="utf-8"), folder / TRACE_FILE)
+        return TraceMeta.read(folder / TRACE_FILE)
     finally:
         ledger.release()
 

@@ -279,3 +279,4 @@ def test_waiting_grows_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module.random, "uniform", lambda low, high: high)
     connection = server_module.Connection(Server("http://x", backoff_s=1.0))
     assert [connection._wait_s(attempt) for attempt in (1, 2, 3, 7, 20)] == [1.0, 2.0, 4.0, 60.0, 60.0]
+    connection.close()
