@@ -12,9 +12,9 @@ from .corpus.chat import PromptSet as PromptSet
 from .corpus.chat import build_prompts as build_prompts
 from .corpus.corpora import Corpus as Corpus
 from .corpus.corpora import CorpusError as CorpusError
-from .corpus.corpora import Row as Row
 from .corpus.corpora import read_records as read_records
-from .corpus.corpora import read_rows as read_rows
+from .corpus.rows import Row as Row
+from .corpus.rows import read_rows as read_rows
 from .corpus.standard_library import Document as Document
 from .corpus.standard_library import standard_library as standard_library
 from .record.generation import LogitHead as LogitHead

@@ -19,7 +19,8 @@ from numpy import ndarray
 import certdraft
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet, build_prompts
-from certdraft.data.corpus.corpora import Corpus, CorpusError, read_rows
+from certdraft.data.corpus.corpora import Corpus, CorpusError
+from certdraft.data.corpus.rows import read_rows
 from certdraft.data.record.generation import TargetError
 from certdraft.data.record.learned_positions import Generation
 from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config, tokenizer_fingerprint
@@ -91,7 +92,10 @@ def read_prompts(
     rows = read_rows(recording.corpus, accounting)
     teacher_forced = recording.generation.teacher_forced
     with Progress("reading", None, "prompts", enabled=show_progress) as progress:
-        made = build_prompts(rows, tokenizer, recording.prompts, accounting, teacher_forced=teacher_forced)
+        made = build_prompts(
+            rows, tokenizer, recording.prompts, accounting,
+            teacher_forced=teacher_forced, bad_rows=recording.corpus.bad_rows,
+        )  # fmt: skip
         prompts = PromptSet(progress.track(made))
     if not len(prompts):
         raise CorpusError(f"corpus {recording.corpus.source}: no row can be used.\n{accounting}")
