@@ -32,8 +32,8 @@ from certdraft.data.record.recording import (
     Recording,
     account,
     check_disk,
+    check_fit,
     check_settings,
-    check_target,
     read_prompts,
     recorded_settings,
     shard_prompts,
@@ -74,21 +74,21 @@ def record_trace(
     server: Server = Server(),  # noqa: B008, frozen
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> TraceMeta:
-    """Record what a target says along its own greedy continuations of a corpus.
+    """Record a target's top-k logits along its own greedy continuations of a corpus.
 
     Killed at any moment, the same command goes on at the next unwritten shard; on a finished trace it records
-    damaged shards anew and leaves whole ones alone.
+    damaged shards again and leaves whole ones alone.
 
     Args:
         out_dir: folder of the trace: new, empty, or an unfinished recording with the same settings.
         target: "embedded", a local folder, or a hub name such as "Qwen/Qwen3-8B".
         corpus: which rows to read.
         prompts: how rows become token ids.
-        generation: what the target writes, and which steps are learned.
+        generation: how the target continues prompts, and which token positions are learned.
         tokenizer: where the tokenizer lies, when not beside the target.
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
-        num_kept: K, head entries kept per step.
+        num_kept: K, top-k logits kept per token position.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
@@ -144,7 +144,7 @@ def record_trace(
             print(accounting, file=sys.stderr)
             check_disk(folder, ledger, prompt_set, recording)
         model = load_target(target, revision=revision, dtype=getattr(torch, dtype))
-        check_target(model, prompt_set, recording)
+        check_fit(prompt_set, recording, len(model.get_input_embeddings().weight), model.config)
         recorder = _Recorder(model, words, prompt_set, ledger, recording)
         writer = _ShardWriter(ledger, recorder, settings, accounting)
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -190,7 +190,7 @@ class _Work:
 
 
 class _Recorder(pl.LightningModule):
-    """Runs the target on one batch of prompts."""
+    """Run the target on one batch of prompts."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ class _Recorder(pl.LightningModule):
 
 
 class _ShardWriter(BasePredictionWriter):
-    """Collects the rows of a shard and commits it; at the end rank 0 turns the folder into a trace."""
+    """Collect the rows of a shard and commit it; at the end rank 0 turns the folder into a trace."""
 
     def __init__(
         self, ledger: Ledger, recorder: _Recorder, settings: dict[str, Any], corpus: Accounting
@@ -252,7 +252,7 @@ class _ShardWriter(BasePredictionWriter):
         fresh = dict(zip(batch.prompts, prediction, strict=True))
         self.rows |= fresh
         if batch.last_of_shard:
-            whole = self.ledger.kept(batch.shard) | self.rows  # batches from before a kill, and ours
+            whole = self.ledger.kept(batch.shard) | self.rows  # with the batches from before a kill
             rows, accounting = account([whole[index] for index in sorted(whole)])
             self.ledger.commit(batch.shard, rows, accounting)
             self.rows.clear()
@@ -305,7 +305,7 @@ def _quiet_trainer(accelerator: str, devices: int, num_nodes: int, strategy: str
 
 @contextlib.contextmanager
 def _expected_noise() -> Iterator[None]:
-    """Silences what Lightning says about devices, and its warning that it cannot see our batch indices."""
+    """Silence Lightning's messages about devices, and its warning that it cannot see batch indices."""
     log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)

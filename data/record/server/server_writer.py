@@ -85,7 +85,7 @@ def record_from_server(folder: Path, recording: Recording, server: Server) -> Tr
     tokenizer = load_tokenizer(recording.tokenizer or recording.target, revision=recording.revision)
     prompts, accounting = read_prompts(recording, tokenizer)
     config = target_config(recording.target, revision=recording.revision)
-    check_fit(prompts, recording, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
+    check_fit(prompts, recording, int(config.vocab_size), config)
     client = _Client(recording, server, tokenizer, prompts, config)
     settings = recorded_settings(recording, prompts, tokenizer)
     settings |= {"server": {"api": server.api, "model": server.model}}
@@ -150,7 +150,7 @@ def in_parallel(
 
 
 def _record(ledger: Ledger, client: _Client) -> None:
-    """Asks for every prompt of the unwritten shards, and commits each shard once it is whole."""
+    """Ask for every prompt of the unwritten shards, and commit each shard once it is whole."""
     shards = [shard for shard in range(ledger.num_shards) if not ledger.is_done(shard)]
     size, total = client.recording.shard_rows, len(client.prompts)
     missing = {shard: set(shard_prompts(shard, size, total).tolist()) for shard in shards}
