@@ -30,7 +30,7 @@ from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TraceMeta
 from certdraft.support import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -108,11 +108,13 @@ def target_revision(target: str, revision: str | None) -> str:
     Of each weight file only size and both ends (1 MiB) are hashed: a retrained model differs there, and a
     target of 16 GB is not read twice.
     """
-    folder = embedded_target_path() if target == EMBEDDED else Path(target).expanduser()
-    if not folder.is_dir():
+    path = embedded_target_path() if target == EMBEDDED else Path(target).expanduser()
+    if not path.exists():
         return getattr(target_config(target, revision=revision), "_commit_hash", None) or str(revision)
+    patterns = ("config.json", "*.safetensors", "*.bin", "*.gguf")
+    files = [path] if path.is_file() else [file for pattern in patterns for file in path.glob(pattern)]
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
         with file.open("rb") as handle:
