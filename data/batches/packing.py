@@ -1,10 +1,10 @@
 """Documents to rows of fixed length, nothing lost, nothing twice; rows to batches, from the memory map.
 
 Documents in one row are told apart by `document_ids` and by positions that restart at 0: a drafter attends
-within equal ids only. A document longer than a row is split into pieces without overlap, each a document of
-its own.
+within equal ids only. A document longer than a row is split into pieces without overlap, each attending to
+itself only.
 
-Axis letters: R rows · T = seq_len tokens a row · K head entries · L recorded layers · H hidden.
+Axis letters: R rows · T = seq_len tokens a row · K top-k entries · L recorded layers · H hidden.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from certdraft.data.trace.arrow_trace import Trace
 
 @dataclass(frozen=True)
 class Packing:
-    """Which piece of which document lies where.
+    """The pieces of documents that each row holds.
 
     Args:
         seq_len: tokens a row.
@@ -145,11 +145,11 @@ def assemble(
         trace: what `packing.pieces` point into.
         packing: rows of pieces.
         rows: indices of rows, R of them.
-        num_kept: keep only this many head entries.
+        num_kept: keep only this many top-k entries.
         feature_layers: features of these layers, in this order; of all that the trace holds when not given.
 
     Raises:
-        TraceError: more head entries, or other layers, wanted than the trace holds.
+        TraceError: more top-k entries, or other layers, wanted than the trace holds.
     """
     k = trace.meta.num_kept if num_kept is None else num_kept
     trace.check_num_kept(k, f"num_kept={k}")

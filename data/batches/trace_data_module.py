@@ -34,7 +34,7 @@ class TraceDataModule(pl.LightningDataModule):
         validation_fraction: share of the documents held out when `validation` is not given, in (0, 1).
         seq_len: tokens a row.
         batch_size: rows a batch, on each device.
-        num_kept: head entries per step to load; all that the trace keeps when not given.
+        num_kept: top-k entries per token position to load; all that the trace keeps when not given.
         seed: of the order of rows.
         verify: "sizes" checks the traces' files at once, "full" hashes them (a second per GB).
         record: how to record traces that do not exist yet; the training trace from the corpus split that it

@@ -10,7 +10,6 @@ Letters: P prompt tokens · G generated tokens · T tokens of a document · K to
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -48,33 +47,37 @@ class Answer:
     stopped: bool
 
 
+@dataclass(frozen=True)
+class Request:
+    """A greedy continuation to ask for.
+
+    Args:
+        prompt: token ids, or text that the server shall tokenise.
+        max_tokens: longest continuation, at least 1.
+        num_kept: K.
+        eos: ids that end a text.
+        inside: also return the top-k entries inside the prompt.
+    """
+
+    prompt: list[int] | str
+    max_tokens: int
+    num_kept: int
+    eos: list[int]
+    inside: bool
+
+
 class Api(Protocol):
-    """One kind of request."""
+    """One kind of server: the body of its requests, and how its answers are read.
+
+    `read` raises a ServerError where something that is needed is missing, and TypeError, ValueError,
+    LookupError or AttributeError for an answer of another shape.
+    """
 
     path: str
 
-    def body(
-        self, prompt: Sequence[int] | str, max_tokens: int, num_kept: int, eos: Sequence[int], inside: bool
-    ) -> dict[str, Any]:
-        """A request.
+    def body(self, request: Request) -> dict[str, Any]: ...
 
-        Args:
-            prompt: token ids, or text that the server shall tokenise.
-            max_tokens: longest continuation, at least 1.
-            num_kept: K.
-            eos: ids that end a text.
-            inside: also return the top-k entries inside the prompt.
-        """
-        ...
-
-    def read(self, reply: Any, inside: bool) -> Answer:
-        """The answer.
-
-        Raises:
-            ServerError: something that is needed is missing.
-            TypeError, ValueError, KeyError, IndexError, AttributeError: another shape.
-        """
-        ...
+    def read(self, reply: Any, inside: bool) -> Answer: ...
 
 
 @dataclass(frozen=True)
@@ -84,21 +87,17 @@ class Completions:
     model: str
     path = "/v1/completions"
 
-    def body(
-        self, prompt: Sequence[int] | str, max_tokens: int, num_kept: int, eos: Sequence[int], inside: bool
-    ) -> dict[str, Any]:
-        """See `Api.body`. Penalties are named because vLLM takes defaults from the model's folder."""
-        asked: dict[str, Any] = {
-            "model": self.model, "prompt": prompt if isinstance(prompt, str) else list(prompt),
-            "max_tokens": max_tokens, "temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-            "frequency_penalty": 0.0, "logprobs": num_kept, "stop_token_ids": list(eos),
-            "add_special_tokens": False, "skip_special_tokens": False,
-            "return_token_ids": True, "return_tokens_as_token_ids": True,
+    def body(self, request: Request) -> dict[str, Any]:
+        """Penalties are named because vLLM takes defaults from the model's folder."""
+        body: dict[str, Any] = {
+            "model": self.model, "prompt": request.prompt, "max_tokens": request.max_tokens,
+            "temperature": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
+            "logprobs": request.num_kept, "stop_token_ids": request.eos, "add_special_tokens": False,
+            "skip_special_tokens": False, "return_token_ids": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        return asked | {"prompt_logprobs": num_kept} if inside else asked
+        return body | {"prompt_logprobs": request.num_kept} if request.inside else body
 
     def read(self, reply: Any, inside: bool) -> Answer:
-        """See `Api.read`."""
         choice = _get(reply, "choices")[0]
         logprobs = _get(choice, "logprobs")
         heads = [
@@ -123,23 +122,19 @@ class SGLang:
 
     path = "/generate"
 
-    def body(
-        self, prompt: Sequence[int] | str, max_tokens: int, num_kept: int, eos: Sequence[int], inside: bool
-    ) -> dict[str, Any]:
-        """See `Api.body`."""
+    def body(self, request: Request) -> dict[str, Any]:
         sampling = {
-            "temperature": 0.0, "max_new_tokens": max_tokens, "stop_token_ids": list(eos),
+            "temperature": 0.0, "max_new_tokens": request.max_tokens, "stop_token_ids": request.eos,
             "repetition_penalty": 1.0, "skip_special_tokens": False, "no_stop_trim": True,
         }  # fmt: skip
-        key, value = ("text", prompt) if isinstance(prompt, str) else ("input_ids", list(prompt))
-        start = 0 if inside or isinstance(prompt, str) else -1
+        is_text = isinstance(request.prompt, str)
         return {
-            key: value, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": num_kept,
-            "logprob_start_len": start, "return_text_in_logprobs": False,
+            "text" if is_text else "input_ids": request.prompt, "sampling_params": sampling,
+            "return_logprob": True, "top_logprobs_num": request.num_kept,
+            "logprob_start_len": 0 if request.inside or is_text else -1, "return_text_in_logprobs": False,
         }  # fmt: skip
 
     def read(self, reply: Any, inside: bool) -> Answer:
-        """See `Api.read`."""
         meta = _get(reply, "meta_info")
         heads = [_triples(step) for step in _get(meta, "output_top_logprobs")]
         ids = _ids([triple[1] for triple in _get(meta, "output_token_logprobs")])

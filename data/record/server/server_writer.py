@@ -41,6 +41,7 @@ from certdraft.data.record.server.server_protocol import (
     Answer,
     Api,
     Completions,
+    Request,
     SGLang,
     row_of,
     wants_prompt_heads,
@@ -60,7 +61,7 @@ Result = TypeVar("Result")
 _ROWS_A_PART = 32
 _AHEAD = 2  # requests handed out per thread
 _ENTRY_BYTES = 256  # of JSON that one alternative of one position may take
-# Words, digits, code, two scripts and a marker: tokenizers that agree here are one tokenizer.
+# Words, digits, code, two scripts and a marker: tokenizers that agree here are taken for the same.
 _PROBE = "def f(x):\n    return x + 12345  # naïve café, 你好, emoji 🙂\n\nTHE END"
 
 
@@ -280,7 +281,7 @@ class _Client:
 
     def _ask(self, prompt: list[int] | str, max_tokens: int, inside: bool, where: str = "") -> Answer:
         kept = self.recording.num_kept
-        body = self.api.body(prompt, max_tokens, kept, sorted(self.eos), inside)
+        body = self.api.body(Request(prompt, max_tokens, kept, sorted(self.eos), inside))
         max_bytes = SMALL_BYTES + _ENTRY_BYTES * (kept + 2) * (len(prompt) + max_tokens)
         try:
             reply = self.connection.post(self.api.path, body, max_bytes, where)

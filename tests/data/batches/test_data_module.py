@@ -133,7 +133,7 @@ def test_yaml_builds_it(tmp_path: Path) -> None:
         corpus=Corpus(max_rows=10), generation=Generation(max_new_tokens=8), num_kept=16
     )
     assert module.seq_len == 128
-    assert "head entries per step to load" in parser.format_help()
+    assert "top-k entries per token position to load" in " ".join(parser.format_help().split())
 
 
 def test_steps_index_the_flat_batch(fake_trace: Fake) -> None:
