@@ -63,8 +63,13 @@ def generation_config(
 
 
 def load_tokenizer(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a target; names and errors as for `load_target`."""
-    return load_pretrained_tokenizer(_source(name_or_path), revision=revision)
+    """The tokenizer of a target, or of a folder without a model; names and errors as for `load_target`."""
+    source = _source(name_or_path)
+    if not (Path(source).expanduser() / "tokenizer_config.json").is_file():
+        return load_pretrained_tokenizer(source, revision=revision)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(Path(source).expanduser()), trust_remote_code=False)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
