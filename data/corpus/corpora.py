@@ -12,14 +12,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from certdraft.data.corpus.standard_library import standard_library
-from certdraft.support import HUB_TIMEOUT_S, hub_answers, hub_endpoint
+from certdraft.support import HUB_TIMEOUT_S, hub_answers, hub_endpoint, write_text
 
 EMBEDDED_CORPUS = "embedded"
 Kind = Literal["messages", "prompt", "text"]
@@ -107,6 +107,33 @@ def read_records(corpus: Corpus) -> Iterator[tuple[Place, Any]]:
         raise FileNotFoundError(f"corpus {corpus.source}: no such file or folder; {listed}")
     else:
         yield from hub_rows(corpus.source, corpus.hub_config, corpus.hub_split, corpus.streaming)
+
+
+def corpus_of_rows(rows: Iterable[Mapping[str, Any]], file: Path) -> Corpus:
+    """Write rows to a jsonl file and return the corpus that reads all of them.
+
+    With the file a trace can be resumed and recorded again, like one of a corpus on disk.
+
+    Args:
+        rows: `{"messages": [...]}`, `{"prompt": ...}` or `{"text": ...}`: a list, or a `datasets.Dataset`.
+        file: where the rows are kept.
+
+    Raises:
+        CorpusError: no row, or one that is not a mapping of JSON values.
+    """
+    lines = []
+    for index, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(dict(row), ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise CorpusError(
+                f"rows[{index}] cannot be stored as JSON ({error}); give dicts such as {{'prompt': '...'}}"
+            ) from error
+    if not lines:
+        raise CorpusError("rows is empty; give at least one row such as {'prompt': '...'}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(lines))
+    return Corpus(source=str(file), split="all")
 
 
 def hub_rows(

@@ -23,8 +23,7 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet
-from certdraft.data.corpus.corpora import Corpus
-from certdraft.data.corpus.given_rows import corpus_of_rows
+from certdraft.data.corpus.corpora import Corpus, corpus_of_rows
 from certdraft.data.record.generation import LogitHead, eos_ids_of, record_batch
 from certdraft.data.record.learned_positions import Generation
 from certdraft.data.record.recording import (

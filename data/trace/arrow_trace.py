@@ -4,7 +4,7 @@ A trace is a folder of Arrow stream files, one row a document, with `trace.json`
 `datasets.load_from_disk` reads it too. Lists of one row lie one after another, so row i is a slice of a
 memory map.
 
-Axis letters: T tokens of a document · K head entries · L recorded layers · H hidden.
+Axis letters: T tokens of a document · K top-k entries · L recorded layers · H hidden.
 """
 
 from __future__ import annotations

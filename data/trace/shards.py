@@ -36,7 +36,7 @@ class RecordingError(ValueError):
 
 
 def stopped(folder: Path) -> SystemExit:
-    """What ends a recording that was asked to stop by SIGTERM, after saying how to go on."""
+    """Print how to go on after SIGTERM, and return the exit to raise."""
     print(f"stopped: what was recorded is kept in {folder}; the same command goes on there", file=sys.stderr)
     return SystemExit(128 + signal.SIGTERM)
 
@@ -97,7 +97,7 @@ class Ledger:
         return self._note(shard).exists()
 
     def commit(self, shard: int, rows: Sequence[RecordedRow], accounting: Accounting) -> None:
-        """Writes a shard, then the note that says so."""
+        """Write a shard, then the note that marks it as written."""
         file = self.folder / shard_name(shard)
         with _writing(file):
             info = write_shard(file, rows, self.schema)
@@ -106,13 +106,13 @@ class Ledger:
             part.unlink()
 
     def keep(self, shard: int, rows: Mapping[int, RecordedRow]) -> None:
-        """Writes some rows, by number of their prompt, of a shard that is not whole yet."""
+        """Write some rows, by number of their prompt, of a shard that is not whole yet."""
         file = self.notes / f"{shard_name(shard)}.part-{min(rows)}"
         with _writing(file):
             write_part(file, rows, self.schema)
 
     def kept(self, shard: int) -> dict[int, RecordedRow]:
-        """What `keep` wrote of a shard."""
+        """Read what `keep` wrote of a shard."""
         rows: dict[int, RecordedRow] = {}
         for part in self._parts(shard):
             rows |= read_part(part)
@@ -130,7 +130,7 @@ class Ledger:
         return tuple(ShardInfo(**json.loads(note.read_text(encoding="utf-8"))) for note in notes)
 
     def finish(self, meta: TraceMeta) -> None:
-        """Makes the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
+        """Make the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
         write_datasets_files(self.folder, meta, self.schema)
         _write_json(self.folder / TRACE_FILE, meta.to_dict())
         self.close()
@@ -143,7 +143,7 @@ class Ledger:
         return TraceMeta.read(file)
 
     def close(self) -> None:
-        """Removes the notes and the lock; only for a whole trace."""
+        """Remove the notes and the lock; only for a whole trace."""
         shutil.rmtree(self.notes, ignore_errors=True)
         self.release()
 
@@ -194,7 +194,7 @@ class Ledger:
                 shard_file.unlink()
 
     def _reopen(self) -> None:
-        """A finished trace becomes a recording again, so that damaged shards alone are recorded anew."""
+        """Make a finished trace a recording again, so that only its damaged shards are recorded again."""
         file = self.folder / TRACE_FILE
         meta = TraceMeta.read(file)
         self._refuse_difference(meta.settings, "a trace")
@@ -213,11 +213,7 @@ class Ledger:
 
 
 def refuse_foreign_content(folder: Path) -> None:
-    """Refuses a folder that holds anything but a recording or a trace.
-
-    Raises:
-        RecordingError: names what is there.
-    """
+    """Raise a RecordingError for a folder that holds anything but a recording or a trace."""
     if folder.exists() and not folder.is_dir():
         raise RecordingError(f"{folder} is a file; give a folder that is empty or does not exist yet")
     if not folder.is_dir() or (folder / _FOLDER).is_dir() or (folder / TRACE_FILE).exists():
@@ -235,7 +231,7 @@ def shard_name(shard: int) -> str:
 
 
 def write_datasets_files(folder: Path, meta: TraceMeta, schema: pa.Schema) -> None:
-    """`state.json` and `dataset_info.json`, which make the folder readable for `datasets.load_from_disk`."""
+    """Write `state.json` and `dataset_info.json`, so that `datasets.load_from_disk` reads the folder."""
     from datasets import DatasetInfo, Features
 
     info = DatasetInfo(

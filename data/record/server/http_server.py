@@ -152,10 +152,10 @@ class Connection:
                 # refused and lost connections, time-outs, bodies cut short, JSON that breaks off
                 reason = self._reason(error)
                 continue
-            said = _message(content) or f"HTTP {status}"
+            text = _message(content) or f"HTTP {status}"
             if status not in _RETRIED:
-                raise self._refused(path, status, said)
-            reason = f"HTTP {status}: {said}"
+                raise self._refused(path, status, text)
+            reason = f"HTTP {status}: {text}"
         raise ServerError(
             f"{self.base}{path}: no whole answer in {self.server.retries + 1} attempts (the last: {reason}). "
             "What is written stays; once the server answers, run the same command again to go on."
