@@ -36,7 +36,8 @@ from certdraft.data import (
     record_trace,
 )
 from certdraft.data.corpus.accounting import Accounting
-from certdraft.data.trace.shards import Ledger, bytes_per_token
+from certdraft.data.trace.recorded_row import bytes_per_token
+from certdraft.data.trace.shards import Ledger
 
 VOCAB_SIZE, K, SEED = 151_936, 32, 0
 COLUMNS = ("input_ids", "loss_mask", "top_ids", "top_gap", "lse_gap", "entropy")

@@ -22,7 +22,7 @@ class Progress:
         label: what is being done, such as "recording".
         total: number of items, or None when it is not known.
         unit: word for an item.
-        interval_s: seconds between plain lines when stderr is no terminal.
+        interval_s: seconds between plain lines when stderr is not a terminal.
         enabled: false on all ranks but the first.
     """
 
@@ -57,7 +57,7 @@ class Progress:
         return self
 
     def advance(self, items: int, tokens: int = 0) -> None:
-        """Counts finished items and the tokens they held."""
+        """Count finished items and the tokens they held."""
         self._done += items
         self._tokens += tokens
         now = time.monotonic()
@@ -74,7 +74,7 @@ class Progress:
             print(f"{self.label}: {', '.join(p for p in parts if p)}", file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, each counted as it passes."""
+        """Yield the items and count each one after it was used."""
         for item in items:
             yield item
             self.advance(1)

@@ -1,6 +1,6 @@
-"""Batch: packed documents with the target's head at every step.
+"""Batch: packed documents with the target's top-k logits at every token position.
 
-Axis letters: R rows · T tokens a row · K kept head entries · L target layers · H the target's hidden size.
+Axis letters: R rows · T tokens a row · K top-k entries · L target layers · H the target's hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from certdraft.certificates import Head
 
 @dataclass(frozen=True)
 class Batch:
-    """What a drafter trains on. Step t of a row holds the target's distribution of token t + 1.
+    """Training input of a drafter. Position t of a row holds the target's distribution of token t + 1.
 
     Args:
         input_ids: token ids; 0 at padding.
@@ -24,7 +24,7 @@ class Batch:
         document_ids: which piece of a document a token belongs to, -1 at padding. Tokens attend only within
             equal ids; the numbers index `Packing.pieces`.
         loss_mask: true where the next token is to be learned.
-        head: steps [R, T], or None when the target is online. At padding a uniform placeholder.
+        head: the target's top-k logits [R, T], or None when the target is online; uniform at padding.
         features: outputs of some target layers at each token, for drafters that read them; bf16 from a
             trace. 0 at padding. None when the trace holds none.
     """
@@ -37,12 +37,12 @@ class Batch:
     features: Float[Tensor, "R T L H"] | None = None
 
     def steps(self) -> Int[Tensor, " N"]:
-        """Flat indices, into [R·T], of the counted steps."""
+        """Flat indices, into [R·T], of the token positions in the loss mask."""
         return self.loss_mask.flatten().nonzero().squeeze(-1)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens that are not padding."""
         return int((self.document_ids >= 0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:

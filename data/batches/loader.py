@@ -13,7 +13,7 @@ from certdraft.data.batches.batch import Batch
 
 
 class ResumableLoader:
-    """Hands out row indices in batches, through `fetch`.
+    """Batches of rows, from `fetch`; every process gets the same number of them.
 
     Lightning saves and restores `state_dict` with the checkpoint, at any batch. The epoch is counted when an
     epoch's first batch is asked for, not when its last was: Lightning never asks for the batch after the
@@ -28,6 +28,8 @@ class ResumableLoader:
             otherwise rows in order, all of them, the last batch being smaller.
         rank: this process.
         world_size: processes; each gets its own share of every global batch.
+        uncounted: makes a batch count for nothing. Without shuffling, processes that would have fewer batches
+            than others get the first batch again, made so; by default it counts again.
 
     Raises:
         ValueError: no rows, or no batch size.
@@ -43,19 +45,19 @@ class ResumableLoader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        uncounted: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         if num_rows < 1 or batch_size < 1:
             raise ValueError(
                 f"a loader needs rows and a batch size; got {num_rows} rows, batch_size={batch_size}"
             )
-        self.num_rows, self.batch_size, self.fetch = num_rows, batch_size, fetch
+        self.num_rows, self.batch_size, self.fetch, self.uncounted = num_rows, batch_size, fetch, uncounted
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
         self._epoch, self._position, self._restored = -1, 0, False
 
     def __len__(self) -> int:
-        if self.shuffle:
-            return max(1, self.num_rows // (self.batch_size * self.world_size))
-        return len(range(self.rank, -(-self.num_rows // self.batch_size), self.world_size))
+        rows_at_once = self.batch_size * self.world_size
+        return max(1, self.num_rows // rows_at_once) if self.shuffle else -(-self.num_rows // rows_at_once)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._restored:
@@ -66,19 +68,21 @@ class ResumableLoader:
         while self._position < len(self):
             start = (self._position * self.world_size + self.rank) * self.batch_size
             self._position += 1  # before the batch is used: a checkpoint saved after it must not repeat it
-            yield self.fetch(order[start : start + self.batch_size])
+            rows = order[start : start + self.batch_size]
+            # A process with fewer batches would leave the others waiting in their next collective call.
+            yield self.fetch(rows) if len(rows) else self.uncounted(self.fetch(order[: self.batch_size]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "position": self._position} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the batch that was handed out last.
+        """Go on after the batch that was handed out last.
 
         Raises:
             ValueError: the checkpoint was trained on other rows or with another batch size.
         """
-        mine = self._identity()
-        differing = [f"{k}: {state.get(k)} there, {v} now" for k, v in mine.items() if state.get(k) != v]
+        now = self._identity()
+        differing = [f"{k}: {state.get(k)} there, {v} now" for k, v in now.items() if state.get(k) != v]
         if differing:
             raise ValueError(
                 f"the checkpoint's position in the data does not fit ({'; '.join(differing)}). Resume with "

@@ -1,16 +1,16 @@
 """Documents to rows of fixed length, nothing lost, nothing twice; rows to batches, from the memory map.
 
 Documents in one row are told apart by `document_ids` and by positions that restart at 0: a drafter attends
-within equal ids only. A document longer than a row is split into pieces without overlap, each a document of
-its own.
+within equal ids only. A document longer than a row is split into pieces without overlap, each attending to
+itself only.
 
-Axis letters: R rows · T = seq_len tokens a row · K head entries · L recorded layers · H hidden.
+Axis letters: R rows · T = seq_len tokens a row · K top-k entries · L recorded layers · H hidden.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,17 +25,19 @@ from certdraft.data.trace.arrow_trace import Trace
 
 @dataclass(frozen=True)
 class Packing:
-    """Which piece of which document lies where.
+    """The pieces of documents that each row holds.
 
     Args:
         seq_len: tokens a row.
         pieces: (document, first token, tokens) of each piece, numbered row by row.
         row_starts: row r holds pieces row_starts[r] to row_starts[r + 1].
+        left_out: number of pieces that are in no row.
     """
 
     seq_len: int
     pieces: Int64[ndarray, "pieces 3"]
     row_starts: Int64[ndarray, " rows+1"]
+    left_out: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -55,9 +57,13 @@ class Packing:
 
 
 def pack(
-    lengths: Sequence[int] | Int64[ndarray, " documents"], seq_len: int, *, in_order: bool = False
+    lengths: Sequence[int] | Int64[ndarray, " documents"],
+    seq_len: int,
+    *,
+    in_order: bool = False,
+    keep: Callable[[int, int, int], bool] | None = None,
 ) -> Packing:
-    """Packs documents into rows of `seq_len` tokens.
+    """Pack documents into rows of `seq_len` tokens.
 
     Pieces go, longest first, into the fullest row they still fit (best-fit decreasing): within a fraction of
     a percent of full rows on real lengths. With `in_order` documents keep their order and a row ends when the
@@ -67,6 +73,7 @@ def pack(
         lengths: tokens of each document; empty documents are left out.
         seq_len: tokens a row.
         in_order: keep the order of documents.
+        keep: whether to keep a piece: its document, first token and tokens; all of them without it.
 
     Raises:
         ValueError: seq_len below 1.
@@ -83,9 +90,10 @@ def pack(
         for document, length in enumerate(lengths)
         for start in range(0, int(length), seq_len)
     ]
-    rows = _next_fit(pieces, seq_len) if in_order else _best_fit_decreasing(pieces, seq_len)
+    kept = [piece for piece in pieces if keep is None or keep(*piece)]
+    rows = _next_fit(kept, seq_len) if in_order else _best_fit_decreasing(kept, seq_len)
     flat = np.asarray([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
-    return Packing(seq_len, flat, np.cumsum([0, *map(len, rows)]))
+    return Packing(seq_len, flat, np.cumsum([0, *map(len, rows)]), len(pieces) - len(kept))
 
 
 def _next_fit(pieces: Iterable[tuple[int, int, int]], seq_len: int) -> list[list[tuple[int, int, int]]]:
@@ -137,11 +145,11 @@ def assemble(
         trace: what `packing.pieces` point into.
         packing: rows of pieces.
         rows: indices of rows, R of them.
-        num_kept: keep only this many head entries.
+        num_kept: keep only this many top-k entries.
         feature_layers: features of these layers, in this order; of all that the trace holds when not given.
 
     Raises:
-        TraceError: more head entries, or other layers, wanted than the trace holds.
+        TraceError: more top-k entries, or other layers, wanted than the trace holds.
     """
     k = trace.meta.num_kept if num_kept is None else num_kept
     trace.check_num_kept(k, f"num_kept={k}")

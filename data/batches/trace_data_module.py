@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from jaxtyping import Int64
 from numpy import ndarray
 
@@ -18,7 +19,8 @@ from certdraft.data.batches.loader import ResumableLoader
 from certdraft.data.batches.packing import Packing, assemble, pack
 from certdraft.data.record.recording import Recording, with_defaults
 from certdraft.data.record.writer import record_trace
-from certdraft.data.trace.arrow_trace import TRACE_FILE, Trace, TraceError, TraceMeta, open_trace
+from certdraft.data.trace.arrow_trace import Trace, open_trace
+from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceError, TraceMeta
 
 
 class TraceDataModule(pl.LightningDataModule):
@@ -32,7 +34,7 @@ class TraceDataModule(pl.LightningDataModule):
         validation_fraction: share of the documents held out when `validation` is not given, in (0, 1).
         seq_len: tokens a row.
         batch_size: rows a batch, on each device.
-        num_kept: head entries per step to load; all that the trace keeps when not given.
+        num_kept: top-k entries per token position to load; all that the trace keeps when not given.
         seed: of the order of rows.
         verify: "sizes" checks the traces' files at once, "full" hashes them (a second per GB).
         record: how to record traces that do not exist yet; the training trace from the corpus split that it
@@ -69,7 +71,7 @@ class TraceDataModule(pl.LightningDataModule):
     # ---- Lightning hooks
 
     def prepare_data(self) -> None:
-        """Records what is missing; a trace that exists must have been recorded with the same settings."""
+        """Record what is missing; a trace that exists must have been recorded with the same settings."""
         if self.record is None:
             return
         _record_if_missing(self.train_path, self.record)
@@ -78,7 +80,7 @@ class TraceDataModule(pl.LightningDataModule):
             _record_if_missing(self.validation_path, replace(self.record, corpus=corpus))
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens and packs the traces, and says how many tokens there are."""
+        """Open and pack the traces, and print how many tokens there are."""
         if self._opened:
             return
         self.train_trace = open_trace(self.train_path, self.verify)
@@ -106,8 +108,6 @@ class TraceDataModule(pl.LightningDataModule):
         """Validation rows, documents in their order, every one of them."""
         return self._loader(self.validation_trace, self.validation_packing, shuffle=False)
 
-    # ---- what others ask
-
     @property
     def meta(self) -> TraceMeta:
         """Metadata of the training trace."""
@@ -118,16 +118,15 @@ class TraceDataModule(pl.LightningDataModule):
         return self.train_trace.meta.tokenizer_fingerprint
 
     def summary(self) -> str:
-        """Documents, tokens, learned steps and packing efficiency of both traces."""
+        """Documents, tokens, learned positions and packing efficiency of both traces."""
         lines = []
         for name in ("train", "validation"):
             trace, packing = getattr(self, f"{name}_trace"), getattr(self, f"{name}_packing")
             documents = np.unique(packing.pieces[:, 0])
-            learned = trace.meta.num_counted
-            if len(documents) < len(trace):
-                learned = sum(int(trace.columns(d).loss_mask.sum()) for d in documents.tolist())
+            left_out = f", {packing.left_out:,} pieces without any left out" if packing.left_out else ""
             lines.append(
-                f"{name}: {len(documents):,} documents, {packing.num_tokens:,} tokens ({learned:,} learned) "
+                f"{name}: {len(documents):,} documents, {packing.num_tokens:,} tokens "
+                f"({int(trace.counted[documents].sum()):,} learned{left_out}) "
                 f"in {packing.num_rows:,} rows of {packing.seq_len}, {packing.efficiency:.1%} full"
             )
         return "\n".join(lines)
@@ -138,7 +137,17 @@ class TraceDataModule(pl.LightningDataModule):
                 f"{trace.path}: no document is left for {name}; record more rows, change "
                 "validation_fraction, or give a validation trace"
             )
-        packing = pack(trace.lengths[documents], self.seq_len, in_order=in_order)
+        counted = trace.counted
+
+        def is_learned(document: int, start: int, length: int) -> bool:
+            index = int(documents[document])
+            if length == trace.lengths[index] or not counted[index]:
+                return bool(counted[index])
+            return bool(trace.columns(index).loss_mask[start : start + length].any())
+
+        packing = pack(trace.lengths[documents], self.seq_len, in_order=in_order, keep=is_learned)
+        if not packing.num_rows:
+            raise TraceError(f"{trace.path}: nothing in it is to be learned; record it again")
         packing.pieces[:, 0] = documents[packing.pieces[:, 0]]
         return packing
 
@@ -154,6 +163,7 @@ class TraceDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
+            uncounted=lambda batch: replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)),
         )
 
 
@@ -171,13 +181,8 @@ def _record_if_missing(path: str, recording: Recording) -> None:
     if not file.exists():
         record_trace(path, **{name: getattr(recording, name) for name in Recording.__dataclass_fields__})
         return
-    theirs = with_defaults(TraceMeta.from_json(file.read_text(encoding="utf-8"), file).settings)
-    mine = recording.settings()
-    differing = [
-        f"{key}: {theirs.get(key)} there, {value} now"
-        for key, value in mine.items()
-        if theirs.get(key) != value
-    ]
+    then, now = with_defaults(TraceMeta.read(file).settings), recording.settings()
+    differing = [f"{k}: {then.get(k)} there, {value} now" for k, value in now.items() if then.get(k) != value]
     if differing:
         raise TraceError(
             f"{file} was recorded with other settings ({'; '.join(differing)}). Delete the folder to record "

@@ -1,14 +1,14 @@
-"""Where rows went: every row read is either used or skipped for a named reason, with one example kept."""
+"""Accounting: every row read is either used or skipped for a named reason, with one example kept."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass
 class Skip:
-    """How many rows one reason cost, and where the first of them was."""
+    """Number of rows skipped for one reason, and the place of the first of them."""
 
     count: int
     example: str
@@ -46,21 +46,15 @@ class Accounting:
         return self.read == self.used + self.num_skipped
 
     def add(self, other: Accounting) -> None:
-        """Adds the counts of `other`, keeping the earlier examples."""
+        """Add the counts of `other`, keeping the earlier examples."""
         self.read += other.read
         self.used += other.used
-        for mine, theirs in ((self.skipped, other.skipped), (self.notes, other.notes)):
-            for reason, skip in theirs.items():
-                _add(mine, reason, skip.example, skip.count)
+        for entries, added in ((self.skipped, other.skipped), (self.notes, other.notes)):
+            for reason, skip in added.items():
+                _add(entries, reason, skip.example, skip.count)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "unit": self.unit,
-            "read": self.read,
-            "used": self.used,
-            "skipped": {k: {"count": s.count, "example": s.example} for k, s in self.skipped.items()},
-            "notes": {k: {"count": s.count, "example": s.example} for k, s in self.notes.items()},
-        }
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Accounting:

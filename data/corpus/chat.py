@@ -17,7 +17,8 @@ from jaxtyping import Int32
 from numpy import ndarray
 
 from certdraft.data.corpus.accounting import Accounting
-from certdraft.data.corpus.corpora import CorpusError, Message, Row
+from certdraft.data.corpus.corpora import CorpusError
+from certdraft.data.corpus.rows import Message, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,8 @@ _GROUP = 256  # rows tokenised in one call
 _CHARS_PER_TOKEN = 32  # text cut for a window; no tokenizer in use averages more
 _CHARS_AHEAD = 6  # per token of a window, left between its start and the end of the text
 _LONGEST_LINE = 1000  # characters; a text without line ends is cut at words
+_MOST_CHARS_PER_TOKEN = 256  # longer text than this cannot be within a limit of tokens, and is not tokenised
+_LONGEST_WORD = 1_000_000  # characters; tokenizers take minutes and gigabytes for longer ones
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class PromptSet(Sequence[Prompt]):
         return int(self._ids.max(initial=0))
 
     def sha256(self) -> str:
-        """Hash of ids, lengths and what is learned: two runs over the same prompts agree."""
+        """Hash of ids, lengths and what is learned; equal for two runs over the same prompts."""
         digest = hashlib.sha256()
         for array in (self._ids, self._starts, self._learned):
             digest.update(array.tobytes())
@@ -116,6 +119,7 @@ def build_prompts(
     accounting: Accounting,
     *,
     teacher_forced: bool = False,
+    bad_rows: Literal["error", "skip"] = "error",
 ) -> Iterator[Prompt]:
     """Prompts of all rows, without duplicates, in order.
 
@@ -126,153 +130,174 @@ def build_prompts(
         accounting: receives used and skipped rows; a row is used when at least one prompt comes of it.
         teacher_forced: take the corpus' own text as what is learned: every token of `text` rows, the
             assistant's tokens of `messages` rows.
+        bad_rows: "error" stops at the first row that the template rejects; "skip" counts it and goes on.
 
     Raises:
-        CorpusError: the tokenizer has no chat template, or the template refuses a conversation.
+        CorpusError: the tokenizer has no chat template, or the template rejects a conversation.
     """
-    leading = _leading_ids(tokenizer)
+    renderer = _Renderer(tokenizer, settings, teacher_forced)
     seen: set[bytes] = set()
     iterator = iter(rows)
     while group := list(islice(iterator, _GROUP)):
-        pieces = [
-            (row, piece) for row in group for piece in _render(row, tokenizer, settings, teacher_forced)
-        ]
-        texts = [text for _, piece in pieces for text in (piece.prompt, piece.completion)]
-        ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        made: dict[int, int] = {}
-        reasons: dict[int, str] = {}
-        for number, (row, piece) in enumerate(pieces):
-            prompt, completion = (np.asarray(part, np.int32) for part in ids[2 * number : 2 * number + 2])
-            if not piece.rendered:
-                prompt = np.concatenate([leading, prompt])
-            for result in _cut(row, piece, prompt, completion, settings):
-                if isinstance(result, str):
-                    reasons[id(row)] = result
-                    continue
-                key = hashlib.sha256(result.ids.tobytes() + bytes([teacher_forced])).digest()
-                if key in seen:
-                    reasons[id(row)] = "duplicate prompt"
-                    continue
-                seen.add(key)
-                made[id(row)] = made.get(id(row), 0) + 1
-                yield result
-        for row in group:
-            if made.get(id(row)):
+        pieces: list[tuple[int, _Piece]] = []
+        reasons = [("no assistant turn to learn from", row.where) for row in group]
+        for number, row in enumerate(group):
+            renderer.check_template(row)
+            try:
+                pieces += [(number, piece) for piece in renderer.pieces(row)]
+            except CorpusError as error:
+                if bad_rows == "error":
+                    raise
+                reasons[number] = ("malformed", str(error))
+        for number, piece in pieces:
+            if len(piece) > renderer.most_chars:
+                reason = f"longer than max_prompt_tokens={settings.max_prompt_tokens}"
+                reasons[number] = (reason, group[number].where)
+        short = [(number, piece) for number, piece in pieces if len(piece) <= renderer.most_chars]
+        texts = [text for _, piece in short for text in (piece.prompt, piece.completion)]
+        ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        used: set[int] = set()
+        for number, piece in short:
+            prompt, completion = (np.asarray(next(ids), np.int32) for _ in range(2))
+            for result in renderer.cut(group[number], piece, prompt, completion):
+                if isinstance(result, Prompt):
+                    key = hashlib.sha256(result.ids.tobytes() + bytes([teacher_forced])).digest()
+                    if key not in seen:
+                        seen.add(key)
+                        used.add(number)
+                        yield result
+                        continue
+                    result = "duplicate prompt"
+                reasons[number] = (result, group[number].where)
+        for number, reason in enumerate(reasons):
+            if number in used:
                 accounting.used += 1
             else:
-                accounting.skip(reasons.get(id(row), "no assistant turn to learn from"), row.where)
+                accounting.skip(*reason)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Text to tokenise. `rendered`: the template wrote the special tokens already."""
+    """Text to tokenise. `rendered`: by the template, which wrote the special tokens already."""
 
     prompt: str
-    completion: str
-    rendered: bool
+    completion: str = ""
+    rendered: bool = False
     window: bool = False
+    document: bool = False
+
+    def __len__(self) -> int:
+        """Characters, where `max_prompt_tokens` limits them; other text is cut rather than left out."""
+        return 0 if self.window or self.document else len(self.prompt) + len(self.completion)
 
 
-def _render(
-    row: Row, tokenizer: PreTrainedTokenizerBase, settings: Prompts, teacher_forced: bool
-) -> Iterator[_Piece]:
-    if isinstance(row.content, str) and row.kind == "text":
-        if teacher_forced:
-            yield _Piece(row.content, "", rendered=False)
-            return
-        for number in range(settings.prompts_per_document):
-            window = _window(row.content, row.digest, number, settings.prompt_tokens)
-            yield _Piece(window, "", rendered=False, window=True)
-    elif isinstance(row.content, str) and not _uses_template(tokenizer, settings, row):
-        yield _Piece(row.content, "", rendered=False)
-    else:
-        messages = (
-            [{"role": "user", "content": row.content}] if isinstance(row.content, str) else list(row.content)
-        )
-        yield from _render_chat(row, messages, tokenizer, settings, teacher_forced)
+class _Renderer:
+    """Rows as text, and its token ids as prompts."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Prompts, teacher_forced: bool) -> None:
+        self.tokenizer, self.settings, self.teacher_forced = tokenizer, settings, teacher_forced
+        self.most_chars = settings.max_prompt_tokens * _MOST_CHARS_PER_TOKEN
+        self.markers = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
+        # What the tokenizer puts before plain text: a beginning-of-sequence id for some, nothing for Qwen.
+        ids, bos = tokenizer("", add_special_tokens=True)["input_ids"], tokenizer.bos_token_id
+        self.leading = np.asarray([i for i in ids if bos is not None and i == bos], np.int32)
 
-def _render_chat(
-    row: Row,
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Prompts,
-    teacher_forced: bool,
-) -> Iterator[_Piece]:
-    _uses_template(tokenizer, settings, row)
-    wanted = "assistant" if teacher_forced else "user"
-    turns = [index for index, message in enumerate(messages) if message["role"] == wanted]
-    turns = {"all": turns, "first": turns[:1], "last": turns[-1:]}[settings.turns]
-    for turn in turns:
-        if not teacher_forced:
-            yield _Piece(_templated(row, messages[: turn + 1], tokenizer, settings, True), "", rendered=True)
-            continue
-        if turn == 0:  # nothing was asked: no prompt to answer
-            continue
-        prompt = _templated(row, messages[:turn], tokenizer, settings, True)
-        whole = _templated(row, messages[: turn + 1], tokenizer, settings, False)
-        if not whole.startswith(prompt):
+    def check_template(self, row: Row) -> None:
+        """Raise if the row needs a chat template and the tokenizer has none."""
+        chat = row.kind == "messages" or (row.kind == "prompt" and self.settings.template == "chat")
+        if chat and not self.tokenizer.chat_template:
             raise CorpusError(
-                f"{row.where}: the chat template changes the prompt once the answer follows, so the answer's "
-                "tokens cannot be told apart; let the target write its own answer (max_new_tokens > 0) "
-                "instead"
+                f"{row.where}: `{row.kind}` rows need a chat template and the tokenizer has none; use the "
+                "instruct model's tokenizer, or `prompt` rows with template=none"
             )
-        yield _Piece(prompt, whole[len(prompt) :], rendered=True)
 
-
-def _templated(
-    row: Row, messages: list[Message], tokenizer: PreTrainedTokenizerBase, settings: Prompts, prompt: bool
-) -> str:
-    """The rendered text. Asking for text, not ids, keeps transformers 5's BatchEncoding out of the way."""
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=settings.thinking
-        )
-    except TemplateError as error:
-        raise CorpusError(f"{row.where}: the chat template refuses this conversation: {error}") from error
-    assert isinstance(text, str)
-    return text
-
-
-def _uses_template(tokenizer: PreTrainedTokenizerBase, settings: Prompts, row: Row) -> bool:
-    has_one = bool(tokenizer.chat_template)
-    if not has_one and (settings.template == "chat" or row.kind == "messages"):
-        raise CorpusError(
-            f"{row.where}: `{row.kind}` rows need a chat template and the tokenizer has none; use the "
-            "instruct model's tokenizer, or `prompt` rows with template=none"
-        )
-    return has_one and settings.template != "none"
-
-
-def _cut(
-    row: Row,
-    piece: _Piece,
-    prompt: Int32[ndarray, " p"],
-    completion: Int32[ndarray, " c"],
-    settings: Prompts,
-) -> Iterator[Prompt | str]:
-    """Prompts of one piece, or the reason why there is none."""
-    limit = settings.max_prompt_tokens
-    if piece.window:
-        if len(prompt) < settings.prompt_tokens:
-            yield f"text shorter than prompt_tokens={settings.prompt_tokens}"
+    def pieces(self, row: Row) -> Iterator[_Piece]:
+        settings, content = self.settings, row.content
+        if not isinstance(content, str):
+            yield from self._chat(row, list(content))
+        elif row.kind == "text" and self.teacher_forced:
+            longest = max(map(len, content.split()), default=0) if len(content) > _LONGEST_WORD else 0
+            if longest > _LONGEST_WORD:
+                raise CorpusError(
+                    f"{row.where}: text holds a word of {longest:,} characters, which no tokenizer can take; "
+                    "remove encoded data from the corpus"
+                )
+            yield _Piece(content, document=True)
+        elif row.kind == "text":
+            for number in range(settings.prompts_per_document):
+                yield _Piece(_window(content, row.digest, number, settings.prompt_tokens), window=True)
+        elif self.tokenizer.chat_template and settings.template != "none":
+            yield from self._chat(row, [{"role": "user", "content": content}])
         else:
-            ids = prompt[: min(settings.prompt_tokens, limit)]
-            yield Prompt(ids, len(ids), row.where)
-    elif row.kind == "text":
-        for start in range(0, len(prompt), limit):
-            ids = prompt[start : start + limit]
-            yield Prompt(ids, 1, row.where) if len(ids) > 1 else "single token left"
-    elif len(prompt) + len(completion) > limit:
-        yield f"longer than max_prompt_tokens={limit}"
-    elif not len(prompt):
-        yield "no tokens"
-    elif len(prompt) < settings.min_prompt_tokens:
-        yield f"shorter than min_prompt_tokens={settings.min_prompt_tokens}"
-    else:
-        yield Prompt(np.concatenate([prompt, completion]), len(prompt), row.where)
+            yield _Piece(content)
+
+    def cut(
+        self, row: Row, piece: _Piece, prompt: Int32[ndarray, " p"], completion: Int32[ndarray, " c"]
+    ) -> Iterator[Prompt | str]:
+        """Prompts of one piece, or the reason why there is none."""
+        settings, limit, leading = self.settings, self.settings.max_prompt_tokens, self.leading
+        if not piece.rendered and not np.array_equal(prompt[: len(leading)], leading):
+            prompt = np.concatenate([leading, prompt])
+        if piece.window:
+            if len(prompt) < settings.prompt_tokens:
+                yield f"text shorter than prompt_tokens={settings.prompt_tokens}"
+            else:
+                ids = prompt[: min(settings.prompt_tokens, limit)]
+                yield Prompt(ids, len(ids), row.where)
+        elif piece.document:
+            for start in range(0, len(prompt), limit):
+                ids = prompt[start : start + limit]
+                yield Prompt(ids, 1, row.where) if len(ids) > 1 else "single token left"
+        elif len(prompt) + len(completion) > limit:
+            yield f"longer than max_prompt_tokens={limit}"
+        elif not len(prompt):
+            yield "no tokens"
+        elif len(prompt) < settings.min_prompt_tokens:
+            yield f"shorter than min_prompt_tokens={settings.min_prompt_tokens}"
+        else:
+            yield Prompt(np.concatenate([prompt, completion]), len(prompt), row.where)
+
+    def _chat(self, row: Row, messages: list[Message]) -> Iterator[_Piece]:
+        wanted = "assistant" if self.teacher_forced else "user"
+        turns = [index for index, message in enumerate(messages) if message["role"] == wanted]
+        turns = {"all": turns, "first": turns[:1], "last": turns[-1:]}[self.settings.turns]
+        for turn in turns:
+            if not self.teacher_forced:
+                yield _Piece(self._templated(row, messages[: turn + 1], prompt=True), rendered=True)
+                continue
+            if turn == 0:  # nothing was asked: no prompt to answer
+                continue
+            prompt = self._templated(row, messages[:turn], prompt=True)
+            whole = self._templated(row, messages[: turn + 1], prompt=False)
+            if not whole.startswith(prompt):
+                raise CorpusError(
+                    f"{row.where}: the chat template changes the prompt once the answer follows, so the "
+                    "answer's tokens cannot be told apart; let the target write its own answer "
+                    "(max_new_tokens > 0) instead"
+                )
+            answer = whole[len(prompt) :]
+            if answer.rstrip().endswith(
+                self.markers
+            ):  # a target stops at the end of its turn: the template's
+                answer = answer.rstrip()  # line end after it is not generated
+            yield _Piece(prompt, answer, rendered=True)
+
+    def _templated(self, row: Row, messages: list[Message], *, prompt: bool) -> str:
+        """The rendered text; ids would come as transformers 5's BatchEncoding."""
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=list(row.tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                enable_thinking=self.settings.thinking,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise CorpusError(f"{row.where}: the chat template rejects this conversation: {error}") from error
+        assert isinstance(text, str)
+        return text
 
 
 def _window(text: str, digest: bytes, number: int, tokens: int) -> str:
@@ -284,11 +309,3 @@ def _window(text: str, digest: bytes, number: int, tokens: int) -> str:
     if not start and place > _LONGEST_LINE:
         start = text.rfind(" ", place - _LONGEST_LINE, place) + 1 or place
     return text[start : start + tokens * _CHARS_PER_TOKEN]
-
-
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> Int32[ndarray, " b"]:
-    """What the tokenizer puts before plain text: a beginning-of-sequence id for some, nothing for Qwen."""
-    ids = tokenizer("", add_special_tokens=True)["input_ids"]
-    return np.asarray(
-        [i for i in ids if i == tokenizer.bos_token_id and tokenizer.bos_token_id is not None], np.int32
-    )

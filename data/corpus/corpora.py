@@ -1,9 +1,7 @@
-"""Rows from files, folders, the hub or the embedded corpus, each checked before anything is built on it.
+"""Corpora: records from files, folders, the hub or the embedded corpus, each with the place it was read from.
 
 json, jsonl and text are read here rather than through `datasets`, whose errors name neither the line nor the
-key; parquet, saved `datasets` folders and hub names go through `datasets`. A row is `{"messages": [...]}`,
-`{"prompt": ...}` or `{"text": ...}`. Splits are by content hash: the same row lies in the same split on every
-machine and however the files are ordered.
+key; parquet, saved `datasets` folders and hub names go through `datasets`.
 """
 
 from __future__ import annotations
@@ -12,23 +10,28 @@ import difflib
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from certdraft.data.corpus.accounting import Accounting
-from certdraft.data.corpus.hub import hub_rows
 from certdraft.data.corpus.standard_library import standard_library
+from certdraft.support import HUB_TIMEOUT_S, hub_answers, hub_endpoint, write_text
 
 EMBEDDED_CORPUS = "embedded"
 Kind = Literal["messages", "prompt", "text"]
-Message = dict[str, Any]
+Place = str  # such as "chats.jsonl:12"
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _TEXT = (".txt", ".md")
 _SUFFIXES = (*_JSON, *(s + ".gz" for s in _JSON), *_TEXT, ".parquet")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_LONGEST_LINE = 1 << 28  # bytes of one row, and
+_LARGEST_FILE = 1 << 31  # of a .json file, which is read whole
+_BOM = b"\xef\xbb\xbf"
+_BROKEN_GZIP = (gzip.BadGzipFile, EOFError, zlib.error)
 
 
 class CorpusError(ValueError):
@@ -79,74 +82,16 @@ class Corpus:
             raise ValueError(f"max_rows is {self.max_rows}; give at least 1, or leave it out for all rows")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One checked row: `content` is text, or messages; `where` names it, as in "chats.jsonl:12"."""
-
-    where: str
-    kind: Kind
-    content: str | tuple[Message, ...]
-    digest: bytes
-
-
-def read_rows(corpus: Corpus, accounting: Accounting) -> Iterator[Row]:
-    """Checked rows without duplicates, of the wanted split.
-
-    Args:
-        corpus: which rows.
-        accounting: receives what is read and skipped; a row that is yielded is left for the caller to count.
+def read_records(corpus: Corpus) -> Iterator[tuple[Place, Any]]:
+    """(place, record) of every record, unchecked; one that cannot be read is its CorpusError.
 
     Raises:
-        CorpusError: malformed row (unless `bad_rows` is "skip"), empty file, nothing readable in the folder.
-        FileNotFoundError: no such file or folder, or the hub does not answer.
-    """
-    seen: set[bytes] = set()
-    yielded = 0
-    for where, record in read_records(corpus):
-        if corpus.max_rows is not None and yielded >= corpus.max_rows:
-            return
-        accounting.read += 1
-        try:
-            row = _check(where, record, corpus)
-        except CorpusError as error:
-            if corpus.bad_rows == "error":
-                raise
-            accounting.skip("malformed", str(error))
-            continue
-        if row.digest in seen:
-            accounting.skip("duplicate", where)
-        elif corpus.source != EMBEDDED_CORPUS and corpus.split not in ("all", split_of_content(row, corpus)):
-            accounting.skip(f"not in split {corpus.split}", where)
-        else:
-            seen.add(row.digest)
-            yielded += 1
-            yield row
-
-
-def split_of_content(row: Row, corpus: Corpus) -> Literal["train", "validation", "test"]:
-    """The split a row belongs to, by its content alone."""
-    part = int.from_bytes(hashlib.sha256(b"certdraft-split" + row.digest).digest()[:8], "big") / 2**64
-    if part < corpus.validation_fraction:
-        return "validation"
-    return "test" if part < corpus.validation_fraction + corpus.test_fraction else "train"
-
-
-# ---- reading: (where, record), or (where, CorpusError) for a row that cannot even be parsed
-
-
-def read_records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
-    """Rows as they stand in the source, unchecked, each with where it is from.
-
-    A row that cannot be parsed comes as the `CorpusError` that `read_rows` would raise for it. Only `source`,
-    `hub_config` and `hub_split` matter, and `split` for the embedded corpus.
-
-    Raises:
-        CorpusError: empty file, nothing readable in the folder.
+        CorpusError: an empty file, nothing readable in the folder.
         FileNotFoundError: no such file or folder, or the hub does not answer.
     """
     if corpus.source == EMBEDDED_CORPUS:
         documents = standard_library(None if corpus.split == "all" else corpus.split)
-        # By content hash, so that the first `max_rows` are a fair sample and not the letter A.
+        # In the order of a hash: the first `max_rows` are a fair sample and not the letter A.
         documents.sort(key=lambda document: hashlib.sha256(document.text.encode()).digest())
         yield from ((f"standard library {d.name}", {"text": d.text}) for d in documents)
         return
@@ -155,7 +100,7 @@ def read_records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
         yield from _file_records(path, path.name)
     elif path.is_dir():
         yield from _folder_records(path, corpus)
-    elif _looks_like_a_path(corpus.source):
+    elif corpus.source.startswith((".", "/", "~")) or path.name.endswith(_SUFFIXES) or len(path.parts) > 2:
         names = sorted(p.name for p in path.parent.glob("*")) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.0)
         listed = f"{path.parent} holds {', '.join(near)}" if near else f"there is no folder {path.parent}"
@@ -164,17 +109,85 @@ def read_records(corpus: Corpus) -> Iterator[tuple[str, Any]]:
         yield from hub_rows(corpus.source, corpus.hub_config, corpus.hub_split, corpus.streaming)
 
 
-def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.endswith(_SUFFIXES) or source.count("/") > 1
+def corpus_of_rows(rows: Iterable[Mapping[str, Any]], file: Path) -> Corpus:
+    """Write rows to a jsonl file and return the corpus that reads all of them.
+
+    With the file a trace can be resumed and recorded again, like one of a corpus on disk.
+
+    Args:
+        rows: `{"messages": [...]}`, `{"prompt": ...}` or `{"text": ...}`: a list, or a `datasets.Dataset`.
+        file: where the rows are kept.
+
+    Raises:
+        CorpusError: no row, or one that is not a mapping of JSON values.
+    """
+    lines = []
+    for index, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(dict(row), ensure_ascii=False) + "\n")
+        except (TypeError, ValueError) as error:
+            raise CorpusError(
+                f"rows[{index}] cannot be stored as JSON ({error}); give dicts such as {{'prompt': '...'}}"
+            ) from error
+    if not lines:
+        raise CorpusError("rows is empty; give at least one row such as {'prompt': '...'}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, "".join(lines))
+    return Corpus(source=str(file), split="all")
 
 
-def _folder_records(folder: Path, corpus: Corpus) -> Iterator[tuple[str, Any]]:
+def hub_rows(
+    name: str, config: str | None, split: str, streaming: bool = False
+) -> Iterator[tuple[Place, Any]]:
+    """(place, record) of every row of a hub dataset.
+
+    Args:
+        name: of the dataset.
+        config: its configuration, when it has several.
+        split: of the dataset.
+        streaming: fetch rows as they are read.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached and holds no cached copy, or has no such dataset.
+    """
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    reason = "HF_HUB_OFFLINE is set; " if offline else ""
+    try:
+        if not offline and not hub_answers():
+            raise FileNotFoundError(f"no answer from {hub_endpoint()} in {HUB_TIMEOUT_S:.0f} s")
+        from datasets import load_dataset
+
+        dataset = load_dataset(name, config, split=split, streaming=streaming)
+    except Exception as error:  # datasets raises a dozen unrelated types here
+        raise FileNotFoundError(
+            f"corpus {name!r} is not a local file or folder, and it cannot be read from the hub: {reason}"
+            f"{_first_line(error)}. Download it on a machine with access (`hf download --repo-type dataset "
+            f"{name} --local-dir DIR`) and give DIR, or a jsonl, parquet or text file, as the corpus source. "
+            "A gated dataset needs the HF_TOKEN environment variable."
+        ) from error
+    yield from _numbered(name, dataset)
+
+
+def _numbered(name: str, records: Iterable[Any]) -> Iterator[tuple[Place, Any]]:
+    return ((f"{name} row {index}", record) for index, record in enumerate(records))
+
+
+def _folder_records(folder: Path, corpus: Corpus) -> Iterator[tuple[Place, Any]]:
     if (folder / "trace.json").exists():
         raise CorpusError(
             f"{folder} is a trace, not a corpus; train from it directly, or give the prompts' files"
         )
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        yield from _saved_records(folder, corpus)
+        from datasets import DatasetDict, load_from_disk
+
+        dataset = load_from_disk(str(folder))
+        if isinstance(dataset, DatasetDict):
+            if corpus.hub_split not in dataset:
+                raise CorpusError(
+                    f"{folder} has splits {', '.join(dataset)}; none is hub_split={corpus.hub_split!r}"
+                )
+            dataset = dataset[corpus.hub_split]
+        yield from _numbered(folder.name, dataset)
         return
     visible = (
         p for p in folder.rglob("*") if not any(s.startswith(".") for s in p.relative_to(folder).parts)
@@ -188,20 +201,7 @@ def _folder_records(folder: Path, corpus: Corpus) -> Iterator[tuple[str, Any]]:
         yield from _file_records(file, str(file.relative_to(folder)))
 
 
-def _saved_records(folder: Path, corpus: Corpus) -> Iterator[tuple[str, Any]]:
-    from datasets import DatasetDict, load_from_disk
-
-    dataset = load_from_disk(str(folder))
-    if isinstance(dataset, DatasetDict):
-        if corpus.hub_split not in dataset:
-            raise CorpusError(
-                f"{folder} has splits {', '.join(dataset)}; none is hub_split={corpus.hub_split!r}"
-            )
-        dataset = dataset[corpus.hub_split]
-    yield from ((f"{folder.name} row {index}", record) for index, record in enumerate(dataset))
-
-
-def _file_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def _file_records(path: Path, name: str) -> Iterator[tuple[Place, Any]]:
     if path.stat().st_size == 0:
         raise CorpusError(f"{name} is empty; give a file with at least one row")
     if path.name.endswith(_TEXT):
@@ -216,137 +216,78 @@ def _file_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
         raise CorpusError(f"{name}: unknown kind of file; the name must end in {', '.join(_SUFFIXES)}")
 
 
-def _line_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    num_rows = 0
+def _opened(path: Path) -> Any:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _line_records(path: Path, name: str) -> Iterator[tuple[Place, Any]]:
+    num_rows = number = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with _opened(path) as file:
+            read = partial(file.readline, _LONGEST_LINE)
+            for number, line in enumerate(iter(read, b""), 1):
+                where, longer = f"{name}:{number}", len(line) == _LONGEST_LINE and not line.endswith(b"\n")
+                while longer and len(rest := read()) == _LONGEST_LINE and not rest.endswith(b"\n"):
+                    pass  # the rest of the line is left out
                 if line.strip():
                     num_rows += 1
-                    yield f"{name}:{number}", _decoded(line, f"{name}:{number}", json.loads)
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise CorpusError(f"{name}: broken gzip file ({error}); copy or download it again") from error
-    if not num_rows:
-        raise CorpusError(f"{name} holds only blank lines; give a file with at least one row")
+                    too_long = CorpusError(f"{where}: a row of more than {_LONGEST_LINE >> 20} MiB; split it")
+                    yield where, too_long if longer else _decoded(line, where, json.loads)
+    except _BROKEN_GZIP as error:
+        broken = f"{name}:{number + 1}: broken gzip file ({error}); copy or download it again"
+        yield f"{name}:{number + 1}", CorpusError(broken)
+    else:
+        if not num_rows:
+            raise CorpusError(f"{name} holds only blank lines; give a file with at least one row")
 
 
-def _json_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+def _json_records(path: Path, name: str) -> Iterator[tuple[Place, Any]]:
     try:
-        content = json.loads(data.decode())
+        with _opened(path) as file:
+            data = file.read(_LARGEST_FILE + 1)
+        if len(data) > _LARGEST_FILE:
+            yield name, CorpusError(f"{name} holds more than {_LARGEST_FILE >> 30} GiB; write it as .jsonl")
+            return
+        content = json.loads(data.removeprefix(_BOM).decode())
     except UnicodeDecodeError as error:
-        raise CorpusError(_not_utf8(name, error)) from error
-    except (
-        json.JSONDecodeError
-    ):  # one object a line under the wrong suffix; a really broken file fails by line
+        yield name, CorpusError(_not_utf8(name, error))
+    except (ValueError, RecursionError, *_BROKEN_GZIP):
+        # one object a line under the wrong suffix; a really broken file fails by line
         yield from _line_records(path, name)
-        return
-    if not isinstance(content, list):
-        content = [content]
-    if not content:
-        raise CorpusError(f"{name} holds an empty list; give a file with at least one row")
-    yield from ((f"{name}[{index}]", record) for index, record in enumerate(content))
+    else:
+        content = content if isinstance(content, list) else [content]
+        if not content:
+            raise CorpusError(f"{name} holds an empty list; give a file with at least one row")
+        yield from ((f"{name}[{index}]", record) for index, record in enumerate(content))
 
 
-def _parquet_records(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def _parquet_records(path: Path, name: str) -> Iterator[tuple[Place, Any]]:
     from datasets import load_dataset
 
     try:
         dataset = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from ((f"{name} row {index}", record) for index, record in enumerate(dataset))
+        yield from _numbered(name, dataset)
     except CorpusError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise CorpusError(f"{name}: not a readable parquet file ({reason[0]}); write it again") from error
+        raise CorpusError(
+            f"{name}: not a readable parquet file ({_first_line(error)}); write it again"
+        ) from error
 
 
-def _decoded(line: bytes, where: str, parse: Any) -> Any:
+def _decoded(line: bytes, where: Place, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(line.decode())
+        return parse(line.removeprefix(_BOM).decode())
     except UnicodeDecodeError as error:
         return CorpusError(_not_utf8(where, error))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
         return CorpusError(f"{where}: not valid JSON ({error}); each line must hold one object")
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+def _not_utf8(where: Place, error: UnicodeDecodeError) -> str:
     byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
     return f"{where}: not UTF-8 ({byte}); convert the file with iconv"
 
 
-# ---- checking
-
-
-def _check(where: str, record: Any, corpus: Corpus) -> Row:
-    if isinstance(record, CorpusError):
-        raise record
-    if not isinstance(record, dict):
-        raise CorpusError(f"{where}: expected an object with a key, got {type(record).__name__}")
-    key, kind = _content_key(where, record, corpus)
-    value = record[key]
-    if kind == "prompt" and isinstance(value, list):
-        kind = "messages"  # a prompt may itself be a conversation
-    content = (
-        _check_messages(f"{where}: {key}", value) if kind == "messages" else _check_text(where, key, value)
-    )
-    try:
-        digest = hashlib.sha256(kind.encode() + _canonical(content)).digest()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{where}: {key} holds a lone surrogate (U+{ord(error.object[error.start]):04X}), which no UTF-8 "
-            "text has"
-        ) from error
-    return Row(where, kind, content, digest)
-
-
-def _content_key(where: str, record: dict[str, Any], corpus: Corpus) -> tuple[str, Kind]:
-    if corpus.column is not None:
-        if corpus.column not in record:
-            raise CorpusError(f"{where}: no key {corpus.column!r}; the row has {_keys(record)}")
-        return corpus.column, corpus.kind
-    for kind in get_args(Kind):
-        if record.get(kind) is not None:  # parquet rows carry the missing keys of other rows as nulls
-            return kind, kind
-    raise CorpusError(
-        f"{where}: a row needs `messages`, `prompt` or `text`, this one has {_keys(record)}; "
-        "if another column holds it, name it with column= and kind="
-    )
-
-
-def _keys(record: dict[str, Any]) -> str:
-    return ", ".join(f"`{key}`" for key in record) or "no keys"
-
-
-def _check_text(where: str, key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise CorpusError(f"{where}: {key}: expected a string, got {type(value).__name__}")
-    if not value.strip():
-        raise CorpusError(f"{where}: {key} is empty")
-    return value
-
-
-def _check_messages(where: str, value: Any) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise CorpusError(f"{where}: expected a list of messages, got {_shown(value)}")
-    for index, message in enumerate(value):
-        at = f"{where}[{index}]"
-        if not isinstance(message, dict):
-            raise CorpusError(f"{at}: expected an object with `role` and `content`, got {_shown(message)}")
-        if message.get("role") not in _ROLES:
-            raise CorpusError(f"{at}.role: expected one of {', '.join(_ROLES)}, got {message.get('role')!r}")
-        if not isinstance(message.get("content"), str):
-            raise CorpusError(f"{at}.content: expected a string, got {_shown(message.get('content'))}")
-    if not any(message["role"] == "user" for message in value):
-        raise CorpusError(f"{where}: no user turn, so nothing to answer")
-    return tuple(value)
-
-
-def _shown(value: Any) -> str:
-    return "an empty list" if value == [] else type(value).__name__
-
-
-def _canonical(content: str | Iterable[Message]) -> bytes:
-    if isinstance(content, str):
-        return content.encode()
-    return json.dumps(list(content), sort_keys=True, ensure_ascii=False, default=str).encode()
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

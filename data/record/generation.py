@@ -1,18 +1,17 @@
-"""Greedy continuations by the target, and its head at every step, from one pass over each token.
+"""Greedy continuations by the target, with its top-k logits at every position, in one pass over each token.
 
-Prompts of different lengths are padded on the left with their own positions and mask, so that a batch says
-what each prompt alone would say. Greedy ids and heads come from the same fp32 logits: `top_ids[t, 0]` is the
+Prompts of different lengths are padded on the left with their own positions and mask, so that a batch gives
+what each prompt alone would give. Greedy and top-k ids come from the same fp32 logits: `top_ids[t, 0]` is the
 greedy token, the lowest id at an exact tie, and the token fed next.
 
-Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K head entries · L layers whose
+Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K top-k entries · L layers whose
 outputs are kept · H hidden · V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from certdraft.certificates import Head
 from certdraft.data.corpus.chat import Prompt
-from certdraft.data.record.loops import loop_onset
-from certdraft.data.trace.recorded_row import Finish, RecordedRow, with_steps
+from certdraft.data.record.learned_positions import Generation, loop_onset, with_loss_mask
+from certdraft.data.trace.recorded_row import Finish, RecordedRow
 from certdraft.support import HiddenStates, bits_of, project_fp32
 
 if TYPE_CHECKING:
@@ -38,40 +37,8 @@ class TargetError(ValueError):
     """The target cannot be recorded; the message names row and position where there is one."""
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What the target writes, and which steps are learned.
-
-    Args:
-        max_new_tokens: longest continuation; 0 records the corpus' own text, teacher-forced.
-        max_length: longest document, prompt included.
-        corpus_positions: also learn the steps inside the prompt. Always so when `max_new_tokens` is 0.
-        loops: what becomes of a continuation that repeats itself to the end: "cut" drops it from the first
-            repeated token on, "mask" keeps it but learns nothing there, "keep" leaves it alone.
-    """
-
-    max_new_tokens: int = 256
-    max_length: int = 4096
-    corpus_positions: bool = False
-    loops: Literal["cut", "mask", "keep"] = "cut"
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 0 or self.max_length < 2:
-            raise ValueError(
-                f"max_new_tokens {self.max_new_tokens} must be at least 0 and max_length {self.max_length} "
-                "at least 2"
-            )
-
-    @property
-    def teacher_forced(self) -> bool:
-        return self.max_new_tokens == 0
-
-
 class LogitHead:
     """hidden [N, H] → logits [N, V] in fp32, whatever the target's dtype.
-
-    A bf16 logit between 16 and 32 is a multiple of 1/8: its argmax and its margins are not the target's. So
-    the last matrix product is done here, with fp32 accumulation and result.
 
     Raises:
         TargetError: the target does more than a matrix product there (soft-capped or scaled logits).
@@ -96,11 +63,11 @@ class LogitHead:
     def _check(self, target: PreTrainedModel) -> None:
         probe = torch.arange(min(4, self.vocab_size), device=self.weight.device).unsqueeze(0)
         with torch.inference_mode():
-            theirs = target(input_ids=probe, use_cache=False).logits[0].float()
-            ours = self(target.base_model(input_ids=probe, use_cache=False).last_hidden_state[0])
+            expected = target(input_ids=probe, use_cache=False).logits[0].float()
+            projected = self(target.base_model(input_ids=probe, use_cache=False).last_hidden_state[0])
         tolerance = 1e-4 if self.weight.dtype == torch.float32 else 2**-5  # bf16 keeps 8 bits
         # non-finite logits are reported by the recording itself, with row and position
-        off = (theirs - ours).abs().nan_to_num(0.0, 0.0, 0.0) > tolerance * (1 + theirs.abs())
+        off = (expected - projected).abs().nan_to_num(0.0, 0.0, 0.0) > tolerance * (1 + expected.abs())
         if off.any():
             raise TargetError(
                 f"{type(target).__name__} scales or soft-caps its logits; recording such targets is not "
@@ -132,26 +99,26 @@ def record_batch(
     eos_ids: frozenset[int],
     feature_layers: Sequence[int] = (),
 ) -> list[RecordedRow]:
-    """Continue a batch of prompts greedily and keep the target's head at every step.
+    """Continue a batch of prompts greedily and keep the target's top-k logits at every token position.
 
     Args:
         target: causal language model in eval mode.
-        head: its output layer.
+        head: its output projection.
         prompts: each with at least one token and at most `settings.max_length`.
-        settings: how long, and which steps count.
+        settings: how long, and which positions are learned.
         num_kept: K.
         eos_ids: a row ends with the first of these, which belongs to it.
         feature_layers: 0-based layers whose outputs are kept too.
 
     Returns:
-        One row per prompt, in order. Step t holds the distribution of token t + 1; the last step never
-        counts.
+        One row per prompt, in order. Position t holds the distribution of token t + 1; the last one is never
+        in the loss mask.
 
     Raises:
         TargetError: NaN or +inf among the logits, naming row and position.
     """
     recording = _Recording(target, head, prompts, settings, num_kept, feature_layers)
-    with recording.taps.recorded():
+    with recording.hidden_states.recorded():
         cache = recording.prefill()
         if not settings.teacher_forced:
             _decode(recording, cache, eos_ids)
@@ -159,7 +126,7 @@ def record_batch(
 
 
 class _Recording:
-    """Buffers of one batch on the host, [R, T, …], filled step by step."""
+    """Buffers of one batch on the host, [R, T, …], filled position by position."""
 
     def __init__(
         self,
@@ -170,7 +137,7 @@ class _Recording:
         num_kept: int,
         feature_layers: Sequence[int] = (),
     ) -> None:
-        self.taps = HiddenStates(target.base_model, feature_layers)
+        self.hidden_states = HiddenStates(target.base_model, feature_layers)
         self.target, self.head, self.prompts, self.settings = target, head, prompts, settings
         self.given = np.array([len(prompt.ids) for prompt in prompts])
         self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
@@ -182,13 +149,13 @@ class _Recording:
         self.top_gap = np.zeros((*steps, num_kept), np.float16)
         self.lse_gap = np.zeros(steps, np.float32)
         self.entropy = np.zeros(steps, np.float32)
-        shape = (*steps, len(self.taps.layers), head.weight.shape[1])
+        shape = (*steps, len(self.hidden_states.layers), head.weight.shape[1])
         self.hidden = np.zeros(shape, np.uint16) if feature_layers else None
         for row, prompt in enumerate(prompts):
             self.input_ids[row, : self.given[row]] = prompt.ids
 
     def prefill(self) -> DynamicCache | None:
-        """Heads of all prompt positions. Returns the cache that holds them, or None when nothing follows."""
+        """Record all prompt positions and return their cache, or None when nothing is generated."""
         from transformers.cache_utils import DynamicCache
 
         device, width = self.head.weight.device, int(self.given.max())
@@ -208,7 +175,9 @@ class _Recording:
         rows, columns = mask.nonzero()
         flat = hidden[self.mask]  # [ΣP, H]
         if self.hidden is not None:
-            self.hidden[rows, positions[rows, columns]] = bits_of(self.taps.take()[self.mask].bfloat16())
+            self.hidden[rows, positions[rows, columns]] = bits_of(
+                self.hidden_states.take()[self.mask].bfloat16()
+            )
         size = max(1, _LOGIT_ENTRIES // self.head.vocab_size)
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
@@ -216,7 +185,7 @@ class _Recording:
         return cache
 
     def keep(self, hidden: Float[Tensor, "N H"], rows: ndarray, positions: ndarray) -> None:
-        """Store the heads of these steps."""
+        """Store the top-k logits of these positions."""
         logits = self.head(hidden)
         try:
             head = Head.from_logits(logits, self.top_ids.shape[-1])
@@ -249,7 +218,7 @@ class _Recording:
             where=self.prompts[index].where,
             hidden=None if self.hidden is None else self.hidden[index, :length],
         )
-        return with_steps(whole, self.prompts[index], self.settings)
+        return with_loss_mask(whole, self.prompts[index], self.settings)
 
 
 def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozenset[int]) -> None:
@@ -279,7 +248,7 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
         recording.input_ids[rows, positions] = tokens[live]
         recording.keep(hidden[kept], rows, positions)
         if recording.hidden is not None:
-            recording.hidden[rows, positions] = bits_of(recording.taps.take()[kept, 0].bfloat16())
+            recording.hidden[rows, positions] = bits_of(recording.hidden_states.take()[kept, 0].bfloat16())
         recording.lengths[rows] += 1
         for row, token in zip(rows.tolist(), tokens[live].tolist(), strict=True):
             written = int(recording.lengths[row] - recording.given[row])
@@ -293,17 +262,17 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
 
 
 def _looping(recording: _Recording, row: int, written: int) -> bool:
-    """Stops a row early once it loops; where it is cut does not depend on when that is noticed."""
+    """Whether a row loops and can stop early; where it is cut does not depend on when it is noticed."""
     if recording.settings.loops != "cut" or written % _LOOP_CHECK_TOKENS:
         return False
     return loop_onset(recording.input_ids[row, recording.given[row] : recording.lengths[row]]) is not None
 
 
 def _first_bad_position(target: PreTrainedModel, head: LogitHead, ids: ndarray, position: int) -> int:
-    """The token whose step is the first without finite logits; `position` when the row alone has none.
+    """The first position without finite logits; `position` when the row on its own has none.
 
-    One NaN value reaches every step of its row through the attention's 0 · NaN, so the step where it shows is
-    not the step it comes from; prefixes tell.
+    One NaN value reaches every position of its row through the attention's 0 · NaN, so the position where it
+    shows is not the one it comes from: prefixes are tried.
     """
     tokens = torch.from_numpy(ids.astype(np.int64)).to(head.weight.device).unsqueeze(0)
 

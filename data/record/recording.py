@@ -1,4 +1,4 @@
-"""What decides a trace: its settings, checked before anything is written, and its prompts."""
+"""Settings and prompts of a recording, checked before anything is written, and the metadata it ends with."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ from numpy import ndarray
 import certdraft
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet, build_prompts
-from certdraft.data.corpus.corpora import Corpus, CorpusError, read_rows
-from certdraft.data.record.generation import Generation, TargetError
-from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config
-from certdraft.data.trace.recorded_row import RecordedRow
-from certdraft.data.trace.shards import Ledger, RecordingError, bytes_per_token
+from certdraft.data.corpus.corpora import Corpus, CorpusError
+from certdraft.data.corpus.rows import read_rows
+from certdraft.data.record.generation import TargetError
+from certdraft.data.record.learned_positions import Generation
+from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config, tokenizer_fingerprint
+from certdraft.data.trace.recorded_row import RecordedRow, bytes_per_token
+from certdraft.data.trace.shards import Ledger, RecordingError
+from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TraceMeta
 from certdraft.support import Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -40,11 +43,11 @@ class Recording:
         target: "embedded", a local folder, or a hub name.
         corpus: which rows to read.
         prompts: how rows become token ids.
-        generation: what the target writes, and which steps are learned.
+        generation: how the target continues prompts, and which token positions are learned.
         tokenizer: where the tokenizer lies, when not beside the target.
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
-        num_kept: K, head entries kept per step.
+        num_kept: K, top-k logits kept per token position.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
@@ -69,7 +72,7 @@ class Recording:
 
 
 def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a recording in which every one has a value: what was not known then had its default."""
+    """Recorded settings with defaults for those that are newer than the recording."""
     filled = Recording().settings() | settings
     for name, default in Recording().settings().items():
         if isinstance(default, dict) and isinstance(settings.get(name), dict):
@@ -80,7 +83,7 @@ def with_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 def read_prompts(
     recording: Recording, tokenizer: PreTrainedTokenizerBase, show_progress: bool = True
 ) -> tuple[PromptSet, Accounting]:
-    """All prompts of a recording, and where the corpus' rows went.
+    """All prompts of a recording, and the accounting of the corpus' rows.
 
     Raises:
         CorpusError: malformed rows, or no prompt left; the accounting is part of the message.
@@ -89,7 +92,10 @@ def read_prompts(
     rows = read_rows(recording.corpus, accounting)
     teacher_forced = recording.generation.teacher_forced
     with Progress("reading", None, "prompts", enabled=show_progress) as progress:
-        made = build_prompts(rows, tokenizer, recording.prompts, accounting, teacher_forced=teacher_forced)
+        made = build_prompts(
+            rows, tokenizer, recording.prompts, accounting,
+            teacher_forced=teacher_forced, bad_rows=recording.corpus.bad_rows,
+        )  # fmt: skip
         prompts = PromptSet(progress.track(made))
     if not len(prompts):
         raise CorpusError(f"corpus {recording.corpus.source}: no row can be used.\n{accounting}")
@@ -97,20 +103,18 @@ def read_prompts(
 
 
 def target_revision(target: str, revision: str | None) -> str:
-    """What pins a target's weights: the hub commit, or for a folder a hash of its config and weight files.
+    """Identifies a target's weights: the hub commit, or for a folder a hash of its config and weight files.
 
     Of each weight file only size and both ends (1 MiB) are hashed: a retrained model differs there, and a
     target of 16 GB is not read twice.
     """
-    folder = embedded_target_path() if target == EMBEDDED else Path(target).expanduser()
-    if not folder.is_dir():
-        from transformers import AutoConfig
-
-        return getattr(AutoConfig.from_pretrained(target, revision=revision), "_commit_hash", None) or str(
-            revision
-        )
+    path = embedded_target_path() if target == EMBEDDED else Path(target).expanduser()
+    if not path.exists():
+        return getattr(target_config(target, revision=revision), "_commit_hash", None) or str(revision)
+    patterns = ("config.json", "*.safetensors", "*.bin", "*.gguf")
+    files = [path] if path.is_file() else [file for pattern in patterns for file in path.glob(pattern)]
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    for file in sorted(files):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size};".encode())
         with file.open("rb") as handle:
@@ -118,6 +122,18 @@ def target_revision(target: str, revision: str | None) -> str:
             handle.seek(max(0, size - (1 << 20)))
             digest.update(handle.read())
     return digest.hexdigest()[:16]
+
+
+def recorded_settings(
+    recording: Recording, prompts: PromptSet, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """Everything that decides the content of a trace, as compared when a recording goes on."""
+    return recording.settings() | {
+        "num_prompts": len(prompts),
+        "prompts_sha256": prompts.sha256(),
+        "target_revision": target_revision(recording.target, recording.revision),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
 
 
 def feature_size(recording: Recording) -> int:
@@ -151,7 +167,7 @@ def shard_prompts(shard: int, shard_rows: int, num_prompts: int) -> Int64[ndarra
 
 
 def account(rows: list[RecordedRow]) -> tuple[list[RecordedRow], Accounting]:
-    """Rows with something to learn, and where the others went."""
+    """Rows with something to learn, and the accounting of all."""
     accounting, used = Accounting("prompts"), []
     for row in rows:
         accounting.read += 1
@@ -162,24 +178,15 @@ def account(rows: list[RecordedRow]) -> tuple[list[RecordedRow], Accounting]:
         accounting.used += 1
         used.append(row)
         if row.finish == "loop":
-            accounting.note(
-                "degenerate loop cut or masked", f"{row.where}, from token {_last_learned(row) + 1}"
-            )
+            last_learned = int(row.loss_mask.nonzero()[0][-1]) + 1
+            accounting.note("degenerate loop cut or masked", f"{row.where}, from token {last_learned + 1}")
         for note in row.notes:
             accounting.note(note, row.where)
     return used, accounting
 
 
-def _last_learned(row: RecordedRow) -> int:
-    return int(row.loss_mask.nonzero()[0][-1]) + 1
-
-
 def check_settings(recording: Recording) -> None:
-    """Refuses settings that contradict each other.
-
-    Raises:
-        ValueError: names the setting.
-    """
+    """Raise a ValueError for settings that contradict each other."""
     for name in ("num_kept", "batch_size", "shard_rows"):
         if getattr(recording, name) < 1:
             raise ValueError(f"{name} is {getattr(recording, name)}; give at least 1")
@@ -193,18 +200,19 @@ def check_settings(recording: Recording) -> None:
     feature_size(recording)
 
 
-def check_target(target: PreTrainedModel, prompts: PromptSet, recording: Recording) -> None:
-    """Refuses a target that the prompts or settings do not fit.
+def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, config: Any) -> None:
+    """Raise if prompts or settings do not fit the target.
+
+    Args:
+        prompts: all of them.
+        recording: the settings.
+        vocab_size: V of the target's embeddings.
+        config: of the target.
 
     Raises:
-        TargetError: names both numbers.
+        TargetError: with both numbers.
     """
-    vocab_size = int(target.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    check_fit(prompts, recording, vocab_size, getattr(target.config, "max_position_embeddings", None))
-
-
-def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, limit: int | None) -> None:
-    """`check_target` by the target's numbers alone: V, and the positions it knows."""
+    limit = getattr(config, "max_position_embeddings", None)
     if prompts.max_id >= vocab_size:
         raise TargetError(
             f"the tokenizer gives id {prompts.max_id}, but {recording.target} has {vocab_size} embeddings; "
@@ -222,11 +230,7 @@ def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, limit: 
 
 
 def check_disk(folder: Path, ledger: Ledger, prompts: PromptSet, recording: Recording) -> None:
-    """Prints the size to expect, at most, and refuses a disk that could not hold it.
-
-    Raises:
-        RecordingError: the disk is too small.
-    """
+    """Print the largest size to expect, and raise a RecordingError if the disk could not hold it."""
     waiting = [s for s in range(ledger.num_shards) if not ledger.is_done(s)]
     rows = [shard_prompts(s, recording.shard_rows, len(prompts)) for s in waiting]
     lengths = prompts.lengths[np.concatenate(rows)] if rows else np.zeros(0, np.int64)
@@ -268,3 +272,44 @@ def library_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def trace_meta(
+    ledger: Ledger,
+    recording: Recording,
+    settings: dict[str, Any],
+    corpus: Accounting,
+    *,
+    vocab_size: int,
+    dtype: str,
+    versions: dict[str, str],
+    has_entropy: bool = True,
+) -> TraceMeta:
+    """The metadata of a recording whose shards are all there; prints the accounting of its prompts.
+
+    Raises:
+        RecordingError: a shard is missing, or no prompt gave anything to learn.
+    """
+    shards = ledger.shards()
+    recorded = Accounting("prompts")
+    for shard in shards:
+        recorded.add(Accounting.from_dict(shard.accounting))
+    print(recorded, file=sys.stderr)
+    if not recorded.used:
+        raise RecordingError(f"{ledger.folder}: no prompt gave a usable continuation.\n{recorded}")
+    return TraceMeta(
+        schema=SCHEMA_VERSION,
+        target=recording.target,
+        target_revision=settings["target_revision"],
+        tokenizer_fingerprint=settings["tokenizer_fingerprint"],
+        vocab_size=vocab_size,
+        num_kept=recording.num_kept,
+        dtype=dtype,
+        settings=settings,
+        shards=shards,
+        accounting={"corpus": corpus.to_dict(), "recording": recorded.to_dict()},
+        versions=library_versions() | versions,
+        feature_layers=recording.feature_layers,
+        feature_size=feature_size(recording),
+        has_entropy=has_entropy,
+    )

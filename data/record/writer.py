@@ -23,28 +23,28 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet
-from certdraft.data.corpus.corpora import Corpus
-from certdraft.data.corpus.given_rows import corpus_of_rows
-from certdraft.data.record.generation import Generation, LogitHead, eos_ids_of, record_batch
+from certdraft.data.corpus.corpora import Corpus, corpus_of_rows
+from certdraft.data.record.generation import LogitHead, eos_ids_of, record_batch
+from certdraft.data.record.learned_positions import Generation
 from certdraft.data.record.recording import (
     DType,
     Recording,
     account,
     check_disk,
+    check_fit,
     check_settings,
-    check_target,
     read_prompts,
+    recorded_settings,
     shard_prompts,
-    target_revision,
+    trace_meta,
     with_defaults,
 )
 from certdraft.data.record.server.http_server import Server
 from certdraft.data.record.server.server_writer import record_from_server
-from certdraft.data.targets import load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.data.trace.arrow_trace import TRACE_FILE, TraceMeta
+from certdraft.data.targets import load_target, load_tokenizer
 from certdraft.data.trace.recorded_row import RecordedRow
 from certdraft.data.trace.shards import Ledger, refuse_foreign_content, stopped
-from certdraft.data.trace.trace_metadata import trace_meta
+from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
 from certdraft.support import Progress
 
 if TYPE_CHECKING:
@@ -73,21 +73,21 @@ def record_trace(
     server: Server = Server(),  # noqa: B008, frozen
     rows: Iterable[Mapping[str, Any]] | None = None,
 ) -> TraceMeta:
-    """Record what a target says along its own greedy continuations of a corpus.
+    """Record a target's top-k logits along its own greedy continuations of a corpus.
 
     Killed at any moment, the same command goes on at the next unwritten shard; on a finished trace it records
-    damaged shards anew and leaves whole ones alone.
+    damaged shards again and leaves whole ones alone.
 
     Args:
         out_dir: folder of the trace: new, empty, or an unfinished recording with the same settings.
         target: "embedded", a local folder, or a hub name such as "Qwen/Qwen3-8B".
         corpus: which rows to read.
         prompts: how rows become token ids.
-        generation: what the target writes, and which steps are learned.
+        generation: how the target continues prompts, and which token positions are learned.
         tokenizer: where the tokenizer lies, when not beside the target.
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
-        num_kept: K, head entries kept per step.
+        num_kept: K, top-k logits kept per token position.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
@@ -125,12 +125,7 @@ def record_trace(
 
     words = load_tokenizer(tokenizer or target, revision=revision)
     prompt_set, accounting = read_prompts(recording, words, trainer.is_global_zero)
-    settings = recording.settings() | {
-        "num_prompts": len(prompt_set),
-        "prompts_sha256": prompt_set.sha256(),
-        "target_revision": target_revision(target, revision),
-        "tokenizer_fingerprint": tokenizer_fingerprint(words),
-    }
+    settings = recorded_settings(recording, prompt_set, words)
     ledger = Ledger(
         folder,
         settings,
@@ -148,7 +143,7 @@ def record_trace(
             print(accounting, file=sys.stderr)
             check_disk(folder, ledger, prompt_set, recording)
         model = load_target(target, revision=revision, dtype=getattr(torch, dtype))
-        check_target(model, prompt_set, recording)
+        check_fit(prompt_set, recording, len(model.get_input_embeddings().weight), model.config)
         recorder = _Recorder(model, words, prompt_set, ledger, recording)
         writer = _ShardWriter(ledger, recorder, settings, accounting)
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -156,7 +151,7 @@ def record_trace(
             trainer.predict(
                 recorder, dataloaders=_Work(prompt_set, ledger, recording, trainer), return_predictions=False
             )
-        return TraceMeta.from_json((folder / TRACE_FILE).read_text(encoding="utf-8"), folder / TRACE_FILE)
+        return TraceMeta.read(folder / TRACE_FILE)
     finally:
         ledger.release()
 
@@ -194,7 +189,7 @@ class _Work:
 
 
 class _Recorder(pl.LightningModule):
-    """Runs the target on one batch of prompts."""
+    """Run the target on one batch of prompts."""
 
     def __init__(
         self,
@@ -227,7 +222,7 @@ class _Recorder(pl.LightningModule):
 
 
 class _ShardWriter(BasePredictionWriter):
-    """Collects the rows of a shard and commits it; at the end rank 0 turns the folder into a trace."""
+    """Collect the rows of a shard and commit it; at the end rank 0 turns the folder into a trace."""
 
     def __init__(
         self, ledger: Ledger, recorder: _Recorder, settings: dict[str, Any], corpus: Accounting
@@ -256,7 +251,7 @@ class _ShardWriter(BasePredictionWriter):
         fresh = dict(zip(batch.prompts, prediction, strict=True))
         self.rows |= fresh
         if batch.last_of_shard:
-            whole = self.ledger.kept(batch.shard) | self.rows  # batches from before a kill, and ours
+            whole = self.ledger.kept(batch.shard) | self.rows  # with the batches from before a kill
             rows, accounting = account([whole[index] for index in sorted(whole)])
             self.ledger.commit(batch.shard, rows, accounting)
             self.rows.clear()
@@ -309,7 +304,7 @@ def _quiet_trainer(accelerator: str, devices: int, num_nodes: int, strategy: str
 
 @contextlib.contextmanager
 def _expected_noise() -> Iterator[None]:
-    """Silences what Lightning says about devices, and its warning that it cannot see our batch indices."""
+    """Silence Lightning's messages about devices, and its warning that it cannot see batch indices."""
     log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)

@@ -1,21 +1,19 @@
-"""The trace: what a target said along its own greedy text. Opening checks it; reading copies nothing.
+"""The trace: what a target predicted along its own greedy text. Opening checks it; reading copies nothing.
 
 A trace is a folder of Arrow stream files, one row a document, with `trace.json` beside them;
 `datasets.load_from_disk` reads it too. Lists of one row lie one after another, so row i is a slice of a
 memory map.
 
-Axis letters: T tokens of a document · K head entries · L recorded layers · H hidden.
+Axis letters: T tokens of a document · K top-k entries · L recorded layers · H hidden.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,9 +23,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from certdraft.certificates import Head
+from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TRACE_FILE, ShardInfo, TraceError, TraceMeta
+from certdraft.support import sha256_of
 
-SCHEMA_VERSION = 1
-TRACE_FILE = "trace.json"
+Verify = Literal["sizes", "full"]
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -39,112 +38,8 @@ SCHEMA = pa.schema(
     ]
 )
 FEATURES = pa.field("hidden", pa.list_(pa.uint16()))  # the bits of bf16 numbers, a type that Arrow lacks
-
-
-class TraceError(ValueError):
-    """A trace that cannot be trusted; the message names the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """One file of a trace. `counted` is the number of steps its loss mask selects."""
-
-    file: str
-    rows: int
-    tokens: int
-    counted: int
-    bytes: int
-    sha256: str
-    accounting: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TraceMeta:
-    """`trace.json`: what was recorded, from what, and the hash of every shard.
-
-    Args:
-        schema: version of the columns; this code reads version 1.
-        target: name of the target as given when recording.
-        target_revision: hub commit, or a hash of a local folder's config and weights.
-        tokenizer_fingerprint: `tokenizer_fingerprint` of the target's tokenizer.
-        vocab_size: V of the target's logits, padding rows included.
-        num_kept: K.
-        dtype: dtype of the target's weights while recording; logits are always fp32.
-        settings: corpus, prompt and generation settings, as recorded.
-        shards: files in order.
-        accounting: rows read, used and skipped, by reason.
-        versions: of the libraries that recorded it.
-        feature_layers: 0-based layers of the target whose outputs are kept, before any final norm; L of them.
-        feature_size: H of those outputs; 0 without them.
-        has_entropy: whether the entropies are known; a server tells K tokens only, and they are NaN.
-    """
-
-    schema: int
-    target: str
-    target_revision: str
-    tokenizer_fingerprint: str
-    vocab_size: int
-    num_kept: int
-    dtype: str
-    settings: dict[str, Any]
-    shards: tuple[ShardInfo, ...]
-    accounting: dict[str, Any]
-    versions: dict[str, str]
-    feature_layers: tuple[int, ...] = ()
-    feature_size: int = 0
-    has_entropy: bool = True
-
-    @property
-    def num_rows(self) -> int:
-        return sum(shard.rows for shard in self.shards)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
-    def num_counted(self) -> int:
-        """Steps that are to be learned."""
-        return sum(shard.counted for shard in self.shards)
-
-    def to_json(self) -> str:
-        totals = {"rows": self.num_rows, "tokens": self.num_tokens, "counted": self.num_counted}
-        return json.dumps(asdict(self) | {"totals": totals}, indent=1, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, where: Path) -> TraceMeta:
-        """Parses `trace.json`.
-
-        Raises:
-            TraceError: not JSON, of an unknown schema version, or with keys missing.
-        """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise TraceError(
-                f"{where} is not valid JSON ({error}); restore it from a copy or record again"
-            ) from error
-        version = data.get("schema") if isinstance(data, dict) else None
-        if version is None:
-            raise TraceError(
-                f"{where} names no schema version, so this is no certdraft trace; record one first"
-            )
-        if version != SCHEMA_VERSION:
-            remedy = (
-                "upgrade certdraft"
-                if isinstance(version, int) and version > SCHEMA_VERSION
-                else "record again"
-            )
-            raise TraceError(
-                f"{where}: schema version {version!r}, this certdraft reads {SCHEMA_VERSION}; {remedy}"
-            )
-        missing = sorted({f.name for f in fields(cls) if f.default is MISSING} - set(data))
-        if missing:
-            raise TraceError(f"{where} lacks {', '.join(missing)}; restore it from a copy or record again")
-        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        values["shards"] = tuple(ShardInfo(**shard) for shard in data["shards"])
-        values["feature_layers"] = tuple(data.get("feature_layers", ()))
-        return cls(**values)
+_MASS_SLACK = 2e-2  # gaps are stored in fp16
+_CHECKED_TOKENS = 1 << 16  # at once
 
 
 @dataclass(frozen=True)
@@ -162,7 +57,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class TraceRow:
-    """One document. Step t of `head` is the target's distribution of token t + 1; `features` belong to t."""
+    """One document. Position t of `head` is the target's distribution of token t + 1; `features` are of t."""
 
     input_ids: Int[Tensor, " T"]
     loss_mask: Bool[Tensor, " T"]
@@ -173,12 +68,13 @@ class TraceRow:
 class Trace:
     """An opened trace: `len(trace)` documents, `trace.row(i)`, `trace.columns(i)`. Use `open_trace`."""
 
-    def __init__(self, path: Path, meta: TraceMeta) -> None:
+    def __init__(self, path: Path, meta: TraceMeta, verify: Verify = "sizes") -> None:
         self.path, self.meta = path, meta
         self._chunks: list[_Chunk] = []
         for shard in meta.shards:
-            self._chunks.extend(_map_shard(path / shard.file, shard, meta))
+            self._chunks.extend(_map_shard(path / shard.file, shard, meta, verify))
         self._first_rows = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
+        self.lengths: Int64[ndarray, " rows"] = _joined([np.diff(chunk.starts) for chunk in self._chunks])
 
     def __len__(self) -> int:
         return self.meta.num_rows
@@ -187,10 +83,9 @@ class Trace:
         return (self.row(index) for index in range(len(self)))
 
     @property
-    def lengths(self) -> Int64[ndarray, " rows"]:
-        """Tokens of each document."""
-        parts = [np.diff(chunk.starts) for chunk in self._chunks]
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+    def counted(self) -> Int64[ndarray, " rows"]:
+        """Positions of each document that are in its loss mask."""
+        return _joined([chunk.counted() for chunk in self._chunks])
 
     def columns(self, index: int) -> Columns:
         """Views of one document; nothing is copied but the loss mask.
@@ -218,24 +113,24 @@ class Trace:
         return TraceRow(ids, torch.from_numpy(columns.loss_mask.copy()), head, features)
 
     def check_tokenizer(self, fingerprint: str, whose: str = "the drafter's") -> None:
-        """Refuses another tokenizer than the one the trace was recorded with.
+        """Raise if the trace was recorded with another tokenizer.
 
         Raises:
-            TraceError: shows both fingerprints.
+            TraceError: with both fingerprints.
         """
-        mine = self.meta.tokenizer_fingerprint
-        if fingerprint != mine:
+        recorded = self.meta.tokenizer_fingerprint
+        if fingerprint != recorded:
             raise TraceError(
-                f"{self.path / TRACE_FILE}: tokenizer {mine[:12]} (of {self.meta.target}) differs from "
+                f"{self.path / TRACE_FILE}: tokenizer {recorded[:12]} (of {self.meta.target}) differs from "
                 f"{whose} {fingerprint[:12]}; token ids would mean different text. Use a drafter with the "
                 "target's tokenizer, or record a trace of the target that the drafter belongs to."
             )
 
     def check_num_kept(self, needed: int, why: str) -> None:
-        """Refuses a head too short for `why`.
+        """Raise if fewer top-k entries are stored than `why` needs.
 
         Raises:
-            TraceError: names both numbers.
+            TraceError: with both numbers.
         """
         if needed > self.meta.num_kept:
             raise TraceError(
@@ -244,20 +139,20 @@ class Trace:
             )
 
     def check_features(self, layers: Sequence[int], why: str) -> None:
-        """Refuses a trace without the outputs of these target layers.
+        """Raise if the outputs of these target layers are not stored.
 
         Args:
             layers: 0-based layers that are read.
             why: who reads them.
 
         Raises:
-            TraceError: names the layers that are there and those that are needed.
+            TraceError: with the layers that are stored and those that are needed.
         """
         meta = self.meta
         if set(layers) <= set(meta.feature_layers):
             return
-        mine = list(meta.feature_layers)
-        there = f"features of layers {mine} only" if mine else "no features"
+        stored = list(meta.feature_layers)
+        there = f"features of layers {stored} only" if stored else "no features"
         raise TraceError(
             f"{self.path / TRACE_FILE}: a trace with {there}, {why} needs those of layers {list(layers)}; "
             f"record again with feature_layers={list(layers)}, or run the target in the training step "
@@ -265,18 +160,19 @@ class Trace:
         )
 
 
-def open_trace(path: str | Path, verify: Literal["sizes", "full"] = "sizes") -> Trace:
-    """Opens a trace and checks it.
+def open_trace(path: str | Path, verify: Verify = "sizes") -> Trace:
+    """Open a trace and check it.
 
     Args:
         path: the folder.
-        verify: "sizes" compares file sizes, row and token counts (instant, finds missing and cut files);
-            "full" also hashes every byte (about a second per GB, finds flipped ones).
+        verify: "sizes" compares file sizes, row and token counts, and looks at one document a shard (instant,
+            finds missing and cut files); "full" also hashes every byte and checks every value (a few seconds
+            per GB, finds flipped bits and forged values).
 
     Raises:
         FileNotFoundError: no such folder, or a shard is missing.
-        TraceError: no trace, an unfinished one, another schema, or a damaged shard; names the file and the
-            remedy.
+        TraceError: not a trace, an unfinished one, another schema, or a damaged shard; names the file and
+            what to do.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -288,35 +184,30 @@ def open_trace(path: str | Path, verify: Literal["sizes", "full"] = "sizes") -> 
                 f"trace {folder} is unfinished; run its `certdraft trace` command again to resume it"
             )
         raise TraceError(
-            f"{folder} holds no {TRACE_FILE}, so it is no trace; record one with `certdraft trace`"
+            f"{folder} holds no {TRACE_FILE}, so it is not a trace; record one with `certdraft trace`"
         )
-    meta = TraceMeta.from_json(file.read_text(encoding="utf-8"), file)
+    meta = TraceMeta.read(file)
     for shard in meta.shards:
         problem = shard_problem(folder / shard.file, shard, verify)
         if problem is not None:
             kind = FileNotFoundError if problem == "is missing" else TraceError
             raise kind(
                 f"{folder / shard.file} {problem}; run the trace's `certdraft trace` command again (it "
-                "records only the damaged shards anew), or restore the file from a copy"
+                "records only the damaged shards again), or restore the file from a copy"
             )
-    return Trace(folder, meta)
+    return Trace(folder, meta, verify)
 
 
-def shard_problem(file: Path, shard: ShardInfo, verify: Literal["sizes", "full"]) -> str | None:
+def shard_problem(file: Path, shard: ShardInfo, verify: Verify) -> str | None:
     """What is wrong with a shard, as the end of a sentence, or None."""
     if not file.is_file():
         return "is missing"
     size = file.stat().st_size
     if size != shard.bytes:
         return f"has {size:,} bytes instead of {shard.bytes:,} (cut short or overwritten)"
-    if verify == "full" and file_sha256(file) != shard.sha256:
+    if verify == "full" and sha256_of(file) != shard.sha256:
         return "does not match its sha256 (bytes changed after writing)"
     return None
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def trace_schema(with_features: bool) -> pa.Schema:
@@ -333,22 +224,26 @@ class _Chunk:
     """One record batch: flat values of each column, and where each row starts, in tokens."""
 
     def __init__(self, batch: pa.RecordBatch, meta: TraceMeta, where: Path) -> None:
-        self._num_kept = meta.num_kept
+        self.meta = meta
         self._features = (len(meta.feature_layers), meta.feature_size)
         self._values: dict[str, ndarray] = {}
         self.starts: Int64[ndarray, " rows+1"] = np.zeros(1, np.int64)
         widths = {"top_ids": meta.num_kept, "top_gap": meta.num_kept, "hidden": math.prod(self._features)}
         for name in batch.schema.names:
             column = batch.column(name)
-            starts = np.asarray(column.offsets)
-            width = widths.get(name, 1)
+            starts, width = np.asarray(column.offsets).astype(np.int64), widths.get(name, 1)
             if name == "input_ids":
                 self.starts = starts
-            elif not np.array_equal(starts, self.starts.astype(np.int64) * width):
+                if starts[0] or (np.diff(starts) < 0).any():
+                    raise TraceError(
+                        f"{where}: the rows of column {name} do not follow each other; record again"
+                    )
+            if not np.array_equal(starts, self.starts * width) or starts[-1] > len(column.values):
                 raise TraceError(f"{where}: column {name} does not have {width} values a token; record again")
             # `values`, not `flatten()`: the offsets index the whole child array
             if name == "loss_mask":
-                self._bits = np.frombuffer(column.values.buffers()[1], np.uint8)
+                buffer = column.values.buffers()[1]
+                self._bits = np.frombuffer(buffer, np.uint8) if len(column.values) else np.zeros(0, np.uint8)
             else:
                 self._values[name] = column.values.to_numpy(zero_copy_only=True)
 
@@ -356,8 +251,31 @@ class _Chunk:
         return len(self.starts) - 1
 
     def columns(self, row: int) -> Columns:
-        start, stop = int(self.starts[row]), int(self.starts[row + 1])
-        k, values = self._num_kept, self._values
+        return self._between(int(self.starts[row]), int(self.starts[row + 1]))
+
+    def counted(self) -> Int64[ndarray, " rows"]:
+        """Positions of each row that are in its loss mask."""
+        bits = np.unpackbits(self._bits, bitorder="little")[: self.starts[-1]]
+        return np.diff(np.concatenate([[0], bits.cumsum(dtype=np.int64)])[self.starts])
+
+    def check_values(self, where: Path, verify: Verify) -> None:
+        """Raise if a stored value is not what a target could have predicted; of one row only for "sizes"."""
+        stop = int(self.starts[-1] if verify == "full" else self.starts[min(1, len(self))])
+        for start in range(0, stop, _CHECKED_TOKENS):
+            part = self._between(start, min(start + _CHECKED_TOKENS, stop))
+            for problem, wrong in _value_problems(part, self.meta, verify):
+                if wrong.any():
+                    token = start + int(wrong.argmax())
+                    row = int(np.searchsorted(self.starts, token, side="right")) - 1
+                    raise TraceError(
+                        f"{where}: row {row}, position {token - int(self.starts[row])}: {problem}; the "
+                        "values were changed after the recording, or another program recorded them; record "
+                        "again"
+                    )
+
+    def _between(self, start: int, stop: int) -> Columns:
+        """Views of a range of tokens."""
+        k, values = self.meta.num_kept, self._values
         bits = np.unpackbits(self._bits[start // 8 : (stop + 7) // 8], bitorder="little")
         width = math.prod(self._features)
         hidden = values["hidden"][start * width : stop * width] if width else None
@@ -372,12 +290,31 @@ class _Chunk:
         )
 
 
-def _map_shard(file: Path, shard: ShardInfo, meta: TraceMeta) -> list[_Chunk]:
+def _value_problems(columns: Columns, meta: TraceMeta, verify: Verify) -> Iterator[tuple[str, ndarray]]:
+    """Pairs of a sentence and the positions [T] that it is true of."""
+    ids, gap, lse_gap, vocab_size = columns.top_ids, columns.top_gap, columns.lse_gap, meta.vocab_size
+    outside = f"lies outside the vocabulary of {vocab_size}"
+    yield f"a token of input_ids {outside}", (columns.input_ids < 0) | (columns.input_ids >= vocab_size)
+    yield f"a token of top_ids {outside}", ((ids < 0) | (ids >= vocab_size)).any(1)
+    # comparisons are false for NaN; +inf is a gap beyond fp16
+    yield "top_gap does not ascend from 0", ~((gap[:, 0] == 0) & (gap[:, 1:] >= gap[:, :-1]).all(1))
+    yield "lse_gap is negative or not finite", ~((lse_gap > -_MASS_SLACK) & (lse_gap < np.inf))
+    if meta.has_entropy:
+        yield "entropy is negative or not finite", ~((columns.entropy > -0.1) & (columns.entropy < np.inf))
+    if verify == "full":
+        yield "top_ids names a token twice", (np.diff(np.sort(ids, axis=1), axis=1) == 0).any(1)
+        mass = np.exp(-gap.astype(np.float32) - lse_gap[:, None]).sum(1)
+        yield "the probabilities sum to more than 1", mass > 1 + _MASS_SLACK
+        if columns.hidden is not None:
+            yield "hidden holds NaN or inf", ((columns.hidden & 0x7F80) == 0x7F80).any(axis=(1, 2))
+
+
+def _map_shard(file: Path, shard: ShardInfo, meta: TraceMeta, verify: Verify) -> list[_Chunk]:
     try:
         batches = list(pa.ipc.open_stream(pa.memory_map(str(file))))
     except (pa.ArrowInvalid, OSError) as error:
         raise TraceError(
-            f"{file} is no Arrow stream ({error}); restore it from a copy or record again"
+            f"{file} is not an Arrow stream ({error}); restore it from a copy or record again"
         ) from error
     schema = trace_schema(bool(meta.feature_layers))
     for batch in batches:
@@ -390,4 +327,10 @@ def _map_shard(file: Path, shard: ShardInfo, meta: TraceMeta) -> list[_Chunk]:
             f"{file} holds {rows} rows and {tokens} tokens, {TRACE_FILE} says {shard.rows} and "
             f"{shard.tokens}; the two do not belong together. Restore both from one copy, or record again."
         )
+    for chunk in chunks if verify == "full" else chunks[:1]:
+        chunk.check_values(file, verify)
     return chunks
+
+
+def _joined(parts: list[ndarray]) -> Int64[ndarray, " n"]:
+    return np.concatenate([np.zeros(0, np.int64), *parts])

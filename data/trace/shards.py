@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the ledger of a recording in progress.
+"""The ledger of a recording in progress.
 
 While a trace is being recorded its folder holds `.recording/`: the settings, a lock, and one note per
 finished shard, and the batches of shards that are not whole yet. A shard counts as written when its note
@@ -10,33 +10,25 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from certdraft.data.corpus.accounting import Accounting
-from certdraft.data.trace.arrow_trace import (
-    TRACE_FILE,
-    ShardInfo,
-    TraceMeta,
-    file_sha256,
-    shard_problem,
-    trace_schema,
-)
-from certdraft.data.trace.partial_shards import read_part, write_part
-from certdraft.data.trace.recorded_row import RecordedRow
+from certdraft.data.trace.arrow_trace import shard_problem, trace_schema
+from certdraft.data.trace.recorded_row import RecordedRow, read_part, write_part, write_shard
+from certdraft.data.trace.trace_metadata import TRACE_FILE, ShardInfo, TraceMeta
+from certdraft.support import write_json
 
 _FOLDER = ".recording"
-_BATCH_VALUES = 1 << 28  # list values of one Arrow batch; offsets are int32
 
 
 class RecordingError(ValueError):
@@ -44,29 +36,16 @@ class RecordingError(ValueError):
 
 
 def stopped(folder: Path) -> SystemExit:
-    """What ends a recording that was asked to stop by SIGTERM, after saying how to go on."""
+    """Print how to go on after SIGTERM, and return the exit to raise."""
     print(f"stopped: what was recorded is kept in {folder}; the same command goes on there", file=sys.stderr)
     return SystemExit(128 + signal.SIGTERM)
 
 
-def bytes_per_token(num_kept: int, feature_values: int = 0) -> float:
-    """Bytes a trace needs for a token: ids, mask bit, K ids and gaps, lse_gap, entropy, L·H features."""
-    return 4 + 1 / 8 + num_kept * (4 + 2) + 4 + 4 + 2 * feature_values
-
-
-def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a temporary file, then syncs and renames it: whole or not at all.
-
-    Raises:
-        RecordingError: the disk is full.
-    """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Turn a full disk into a RecordingError that says how to go on."""
     try:
-        write(temporary)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.rename(file)
-        _sync_folder(file.parent)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -74,37 +53,11 @@ def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
             f"{file}: the disk is full ({error.strerror}); what was written before is intact. Free some "
             "space and run the same command again: it goes on with this file."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Writes JSON (text is taken as such) whole or not at all."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=1, sort_keys=True) + "\n"
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(file, write)
-
-
-def write_shard(file: Path, rows: Sequence[RecordedRow], schema: pa.Schema) -> ShardInfo:
-    """Writes one Arrow stream file whole, and returns its counts and hash. Equal rows give equal bytes."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as handle, pa.ipc.new_stream(handle, schema) as stream:
-            for part in _batches(rows):
-                stream.write_batch(_record_batch(part, schema))
-
-    write_atomically(file, write)
-    return ShardInfo(
-        file=file.name,
-        rows=len(rows),
-        tokens=sum(len(row.input_ids) for row in rows),
-        counted=sum(int(row.loss_mask.sum()) for row in rows),
-        bytes=file.stat().st_size,
-        sha256=file_sha256(file),
-    )
+def _write_json(file: Path, content: Any) -> None:
+    with _writing(file):
+        write_json(file, content)
 
 
 class Ledger:
@@ -144,20 +97,22 @@ class Ledger:
         return self._note(shard).exists()
 
     def commit(self, shard: int, rows: Sequence[RecordedRow], accounting: Accounting) -> None:
-        """Writes a shard, then the note that says so."""
-        info = write_shard(self.folder / shard_name(shard), rows, self.schema)
-        write_json(self._note(shard), asdict(info) | {"accounting": accounting.to_dict()})
+        """Write a shard, then the note that marks it as written."""
+        file = self.folder / shard_name(shard)
+        with _writing(file):
+            info = write_shard(file, rows, self.schema)
+        _write_json(self._note(shard), asdict(info) | {"accounting": accounting.to_dict()})
         for part in self._parts(shard):
             part.unlink()
 
     def keep(self, shard: int, rows: Mapping[int, RecordedRow]) -> None:
-        """Writes some rows, by number of their prompt, of a shard that is not whole yet."""
+        """Write some rows, by number of their prompt, of a shard that is not whole yet."""
         file = self.notes / f"{shard_name(shard)}.part-{min(rows)}"
-        batch = _record_batch(list(rows.values()), self.schema)
-        write_atomically(file, lambda temporary: write_part(temporary, rows, batch))
+        with _writing(file):
+            write_part(file, rows, self.schema)
 
     def kept(self, shard: int) -> dict[int, RecordedRow]:
-        """What `keep` wrote of a shard."""
+        """Read what `keep` wrote of a shard."""
         rows: dict[int, RecordedRow] = {}
         for part in self._parts(shard):
             rows |= read_part(part)
@@ -175,9 +130,9 @@ class Ledger:
         return tuple(ShardInfo(**json.loads(note.read_text(encoding="utf-8"))) for note in notes)
 
     def finish(self, meta: TraceMeta) -> None:
-        """Makes the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
+        """Make the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
         write_datasets_files(self.folder, meta, self.schema)
-        write_json(self.folder / TRACE_FILE, meta.to_json())
+        _write_json(self.folder / TRACE_FILE, meta.to_dict())
         self.close()
 
     def finished(self) -> TraceMeta | None:
@@ -185,10 +140,10 @@ class Ledger:
         file = self.folder / TRACE_FILE
         if not file.exists() or not all(self.is_done(shard) for shard in range(self.num_shards)):
             return None
-        return TraceMeta.from_json(file.read_text(encoding="utf-8"), file)
+        return TraceMeta.read(file)
 
     def close(self) -> None:
-        """Removes the notes and the lock; only for a whole trace."""
+        """Remove the notes and the lock; only for a whole trace."""
         shutil.rmtree(self.notes, ignore_errors=True)
         self.release()
 
@@ -225,7 +180,7 @@ class Ledger:
             self._reopen()
         elif any(self.is_done(shard) or self._parts(shard) for shard in range(self.num_shards)):
             self._refuse_difference(json.loads(file.read_text(encoding="utf-8")), "an unfinished recording")
-        write_json(file, self.settings)
+        _write_json(file, self.settings)
         for shard in range(self.num_shards):  # a note vouches for its file only while the file is as it was
             note = self._note(shard)
             if note.exists():
@@ -239,18 +194,18 @@ class Ledger:
                 shard_file.unlink()
 
     def _reopen(self) -> None:
-        """A finished trace becomes a recording again, so that damaged shards alone are recorded anew."""
+        """Make a finished trace a recording again, so that only its damaged shards are recorded again."""
         file = self.folder / TRACE_FILE
-        meta = TraceMeta.from_json(file.read_text(encoding="utf-8"), file)
+        meta = TraceMeta.read(file)
         self._refuse_difference(meta.settings, "a trace")
         for shard, info in enumerate(meta.shards):
-            write_json(self._note(shard), asdict(info))
+            _write_json(self._note(shard), asdict(info))
 
-    def _refuse_difference(self, theirs: dict[str, Any], what: str) -> None:
-        mine, theirs = _flat(self.settings), _flat(self._complete(theirs))
-        keys = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+    def _refuse_difference(self, recorded: dict[str, Any], what: str) -> None:
+        now, then = _flat(self.settings), _flat(self._complete(recorded))
+        keys = sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k))
         if keys:
-            shown = "; ".join(f"{k}: {theirs.get(k)} there, {mine.get(k)} now" for k in keys[:4])
+            shown = "; ".join(f"{k}: {then.get(k)} there, {now.get(k)} now" for k in keys[:4])
             raise RecordingError(
                 f"{self.folder} holds {what} with other settings ({shown}{'; …' if len(keys) > 4 else ''}). "
                 "Use the same settings to go on, or give another folder."
@@ -258,11 +213,7 @@ class Ledger:
 
 
 def refuse_foreign_content(folder: Path) -> None:
-    """Refuses a folder that holds anything but a recording or a trace.
-
-    Raises:
-        RecordingError: names what is there.
-    """
+    """Raise a RecordingError for a folder that holds anything but a recording or a trace."""
     if folder.exists() and not folder.is_dir():
         raise RecordingError(f"{folder} is a file; give a folder that is empty or does not exist yet")
     if not folder.is_dir() or (folder / _FOLDER).is_dir() or (folder / TRACE_FILE).exists():
@@ -280,13 +231,13 @@ def shard_name(shard: int) -> str:
 
 
 def write_datasets_files(folder: Path, meta: TraceMeta, schema: pa.Schema) -> None:
-    """`state.json` and `dataset_info.json`, which make the folder readable for `datasets.load_from_disk`."""
+    """Write `state.json` and `dataset_info.json`, so that `datasets.load_from_disk` reads the folder."""
     from datasets import DatasetInfo, Features
 
     info = DatasetInfo(
         description=f"certdraft trace of {meta.target}", features=Features.from_arrow_schema(schema)
     )
-    write_json(folder / "dataset_info.json", {k: v for k, v in asdict(info).items() if v is not None})
+    _write_json(folder / "dataset_info.json", {k: v for k, v in asdict(info).items() if v is not None})
     files = [{"filename": shard.file} for shard in meta.shards]
     fingerprint = meta.shards[0].sha256[:16] if meta.shards else "0" * 16
     state: dict[str, Any] = {
@@ -295,32 +246,9 @@ def write_datasets_files(folder: Path, meta: TraceMeta, schema: pa.Schema) -> No
         "_format_columns": None,
         "_format_kwargs": {},
     }
-    write_json(
+    _write_json(
         folder / "state.json", state | {"_format_type": None, "_output_all_columns": False, "_split": None}
     )
-
-
-def _batches(rows: Sequence[RecordedRow]) -> list[list[RecordedRow]]:
-    parts: list[list[RecordedRow]] = []
-    size = _BATCH_VALUES
-    for row in rows:
-        more = row.top_ids.size if row.hidden is None else max(row.top_ids.size, row.hidden.size)
-        if size + more > _BATCH_VALUES:
-            parts.append([])
-            size = 0
-        parts[-1].append(row)
-        size += more
-    return parts
-
-
-def _record_batch(rows: list[RecordedRow], schema: pa.Schema) -> pa.RecordBatch:
-    columns = []
-    for column in schema:
-        values = [getattr(row, column.name).reshape(-1) for row in rows]
-        offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
-        flat = pa.array(np.concatenate(values), type=column.type.value_type)
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), flat, type=column.type))
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -328,12 +256,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

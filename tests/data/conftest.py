@@ -68,7 +68,7 @@ def chats(tmp_path: Path) -> str:
     return str(file)
 
 
-def fake_row(length: int, num_kept: int, seed: int) -> RecordedRow:
+def make_row(length: int, num_kept: int, seed: int) -> RecordedRow:
     """A document whose every value is random: what is read must be what was written."""
     rng = np.random.default_rng(seed)
     gap = np.sort(rng.exponential(2.0, (length, num_kept)).astype(np.float16), axis=1)
@@ -103,15 +103,19 @@ def fake_meta(shards: tuple, num_kept: int, settings: dict) -> TraceMeta:
 
 
 @pytest.fixture(scope="session")
-def write_fake_trace() -> Callable[..., list[RecordedRow]]:
-    """Writes documents of the given lengths, `shard_rows` a shard, through the real ledger."""
+def fake_row() -> Callable[..., RecordedRow]:
+    return make_row
+
+
+@pytest.fixture(scope="session")
+def write_rows() -> Callable[..., None]:
+    """Writes documents, `shard_rows` a shard, through the real ledger."""
 
     def write(
-        folder: Path, lengths: Sequence[int], num_kept: int = 4, shard_rows: int = 3, seed: int = 0
-    ) -> list[RecordedRow]:
-        rows = [fake_row(length, num_kept, 1000 * seed + i) for i, length in enumerate(lengths)]
+        folder: Path, rows: Sequence[RecordedRow], shard_rows: int = 3, settings: dict | None = None
+    ) -> None:
+        num_kept, settings = rows[0].top_ids.shape[1], settings or {}
         num_shards = -(-len(rows) // shard_rows)
-        settings = {"lengths": list(lengths), "seed": seed}
         ledger = Ledger(folder, settings, num_shards)
         try:
             for shard in range(num_shards):
@@ -121,6 +125,19 @@ def write_fake_trace() -> Callable[..., list[RecordedRow]]:
             ledger.finish(fake_meta(ledger.shards(), num_kept, settings))
         finally:
             ledger.release()
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_fake_trace(write_rows: Callable[..., None]) -> Callable[..., list[RecordedRow]]:
+    """Writes random documents of the given lengths."""
+
+    def write(
+        folder: Path, lengths: Sequence[int], num_kept: int = 4, shard_rows: int = 3, seed: int = 0
+    ) -> list[RecordedRow]:
+        rows = [make_row(length, num_kept, 1000 * seed + i) for i, length in enumerate(lengths)]
+        write_rows(folder, rows, shard_rows, {"lengths": list(lengths), "seed": seed})
         return rows
 
     return write

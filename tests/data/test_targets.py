@@ -1,5 +1,7 @@
 """Targets and tokenizers by name: whole checkpoints only, errors that tell what to do."""
 
+import contextlib
+import json
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,26 @@ def test_missing_folder_and_unreachable_hub_say_what_to_do(load, tmp_path: Path)
         load(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="hf download nobody/nothing"):
         load("nobody/nothing")
+
+
+def test_tokenizer_of_a_folder_without_a_model(tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, 300).save_pretrained(tmp_path)
+    assert len(load_tokenizer(str(tmp_path))) == 300
+
+
+def test_code_shipped_with_a_model_is_never_run(folder: Path) -> None:
+    """Whatever is answered to a prompt: nobody is asked."""
+    (folder / "evil.py").write_text("raise SystemExit('ran')\n")
+    for name, key in (("config.json", "AutoConfig"), ("config.json", "AutoModelForCausalLM")):
+        content = json.loads((folder / name).read_text()) | {"model_type": "evil"}
+        (folder / name).write_text(json.dumps(content | {"auto_map": {key: "evil.Evil"}}))
+        with pytest.raises((ValueError, FileNotFoundError), match="cannot be loaded"):
+            load_target(str(folder))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    with contextlib.suppress(ValueError, OSError):
+        load_tokenizer(str(folder))
 
 
 def test_fingerprint_ignores_the_template_and_sees_the_merges(folder: Path) -> None:

@@ -1,45 +1,48 @@
-"""An inference server over HTTP: requests that are retried, and refusals in words."""
+"""Requests to an inference server: retried, bounded in time and size, and refused in words."""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
 import os
 import random
-import time
-import urllib.error
-import urllib.request
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import httpx
 
 from certdraft.data.trace.shards import RecordingError
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 60.0
+SMALL_BYTES = 1 << 20  # of an answer that holds no token positions
 
 
 class ServerError(RecordingError):
-    """The server cannot be used; the message says what it said and what to do."""
+    """The server cannot be used; the message holds its own words and what to do."""
 
 
 class BadRequest(ServerError):
-    """The server refused a request; `said` is its own text."""
+    """The server refused a request; `reason` is its own text."""
 
-    def __init__(self, message: str, said: str) -> None:
+    def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
-        self.said = said
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where the target runs, when not here.
+    """An inference server that runs the target.
 
     Args:
         url: such as http://localhost:8000; the target is loaded by this command when not given.
         model: the server's name for the target; the one model it serves when not given.
-        api: "completions" is /v1/completions as vLLM speaks it, "sglang" SGLang's own /generate.
+        api: "completions" is vLLM's /v1/completions, "sglang" SGLang's own /generate.
         concurrency: requests in flight.
-        timeout_s: seconds without a byte after which a request counts as lost.
+        timeout_s: seconds after which a request without a whole answer counts as lost.
         retries: further attempts after a lost request, a 429 or a 5xx.
         backoff_s: wait before the first of them; doubles each time, up to a minute.
         api_key_variable: environment variable that holds the key to send, if the server wants one.
@@ -64,10 +67,10 @@ class Server:
 
 
 class Connection:
-    """Requests to one server, from any thread.
+    """Requests to one server, from any thread; `close` ends those in flight at once.
 
     Args:
-        server: which, and how patiently.
+        server: its address, and how often and how long to try.
 
     Raises:
         ServerError: the variable that should hold the key is not set.
@@ -75,75 +78,141 @@ class Connection:
 
     def __init__(self, server: Server) -> None:
         self.server, self.base = server, (server.url or "").rstrip("/").removesuffix("/v1")
-        self._headers = {"Content-Type": "application/json"}
+        headers = {"Accept-Encoding": "identity"}  # a compressed answer could be far larger than its bytes
         if name := server.api_key_variable:
             if name not in os.environ:
                 raise ServerError(f"server.api_key_variable: {name} is not set in the environment")
-            self._headers["Authorization"] = f"Bearer {os.environ[name]}"
+            headers["Authorization"] = f"Bearer {os.environ[name]}"
+        limits = httpx.Limits(max_connections=server.concurrency + 1)
+        # The deadline of a whole request is `_once`'s; redirects would carry the key to another origin.
+        self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
 
     def get(self, path: str) -> Any:
         """The JSON answer to a GET; see `post`."""
-        return self._ask(path, None)
+        return self._submit(self._ask("GET", path, None, SMALL_BYTES, "")).result()
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any], max_bytes: int = SMALL_BYTES, where: str = "") -> Any:
         """The JSON answer to a POST.
 
         Lost connections, time-outs, answers that break off, 429 and 5xx are tried again.
 
+        Args:
+            path: below the server's address.
+            body: JSON.
+            max_bytes: longest answer that is read.
+            where: row of the corpus that is asked about, for errors.
+
         Raises:
             BadRequest: the server refuses this request (4xx); trying again would not help.
-            ServerError: no whole answer after all attempts.
+            ServerError: a redirect, an answer too long or too deep, or no whole one after all attempts.
         """
-        return self._ask(path, json.dumps(body).encode())
+        return self._submit(self._ask("POST", path, body, max_bytes, where)).result()
 
-    def _ask(self, path: str, data: bytes | None) -> Any:
-        reason = ""
+    def close(self) -> None:
+        """Cancel the requests in flight and close the connections."""
+        if self._loop.is_closed():
+            return
+        self._submit(self._end()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        if self._loop.is_closed():
+            work.close()
+            raise ServerError(f"{self.base}: the connection is closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.aclose()
+
+    async def _ask(self, method: str, path: str, body: Any, max_bytes: int, where: str) -> Any:
+        reason, about = "", f" (asked about {where})" if where else ""
         for attempt in range(self.server.retries + 1):
             if attempt:
-                time.sleep(self._wait_s(attempt))
+                await asyncio.sleep(self._wait_s(attempt))
             try:
-                return self._once(path, data)
-            except urllib.error.HTTPError as error:
-                said = _said(error)
-                if error.code not in _RETRIED:
-                    raise self._refused(path, error.code, said) from None
-                reason = f"HTTP {error.code}: {said}"
-            except (OSError, http.client.HTTPException, ValueError) as error:
+                status, content = await self._once(method, path, body, max_bytes)
+                if status == 200:
+                    return json.loads(content)
+            except RecursionError:
+                raise ServerError(
+                    f"{self.base}{path}: the server's JSON is nested too deep to be an answer{about}"
+                ) from None
+            except ServerError as error:
+                raise ServerError(f"{error}{about}") from None
+            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:
                 # refused and lost connections, time-outs, bodies cut short, JSON that breaks off
-                reason = str(getattr(error, "reason", "") or error) or type(error).__name__
+                reason = self._reason(error)
+                continue
+            text = _message(content) or f"HTTP {status}"
+            if status not in _RETRIED:
+                raise self._refused(path, status, text)
+            reason = f"HTTP {status}: {text}"
         raise ServerError(
             f"{self.base}{path}: no whole answer in {self.server.retries + 1} attempts (the last: {reason}). "
             "What is written stays; once the server answers, run the same command again to go on."
         )
 
-    def _once(self, path: str, data: bytes | None) -> Any:
-        request = urllib.request.Request(self.base + path, data, self._headers)
-        with urllib.request.urlopen(request, timeout=self.server.timeout_s) as response:
-            return json.loads(response.read())
+    async def _once(self, method: str, path: str, body: Any, max_bytes: int) -> tuple[int, bytes]:
+        async with (
+            asyncio.timeout(self.server.timeout_s),
+            self._client.stream(method, self.base + path, json=body) as response,
+        ):
+            if response.is_redirect:
+                raise ServerError(
+                    f"{self.base}{path}: the server redirects to {response.headers.get('location')!r}, "
+                    "which is not followed, because the API key would go there too; give that address as "
+                    "server.url if you trust it"
+                )
+            content = bytearray()
+            async for part in response.aiter_bytes():
+                content += part
+                if len(content) > max_bytes:
+                    raise ServerError(
+                        f"{self.base}{path}: the server's answer is longer than {max_bytes:,} bytes, more "
+                        "than the tokens that were asked for can take; check which server runs there"
+                    )
+            return response.status_code, bytes(content)
 
     def _wait_s(self, attempt: int) -> float:
         wait = min(self.server.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
         return wait * random.uniform(0.5, 1.0)  # clients that failed together do not return together
 
-    def _refused(self, path: str, code: int, said: str) -> ServerError:
-        if code in (401, 403):
+    def _reason(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError):
+            return f"no whole answer within server.timeout_s={self.server.timeout_s:g}"
+        causes = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
+            causes.append(cause)
+        numbers = [cause.errno for cause in causes if isinstance(cause, OSError) and cause.errno]
+        return os.strerror(numbers[0]) if numbers else str(error) or type(error).__name__
+
+    def _refused(self, path: str, status: int, reason: str) -> ServerError:
+        if status in (401, 403):
             return ServerError(
-                f"{self.base}{path}: HTTP {code}, the server wants a key ({said}); give the name of the "
+                f"{self.base}{path}: HTTP {status}, the server wants a key ({reason}); give the name of the "
                 "environment variable that holds it as server.api_key_variable"
             )
-        return BadRequest(f"{self.base}{path}: the server refuses the request, HTTP {code}: {said}", said)
+        return BadRequest(
+            f"{self.base}{path}: the server refuses the request, HTTP {status}: {reason}", reason
+        )
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _message(body: bytes) -> str:
     """The message of an error's body, in whatever shape it comes."""
-    try:
-        text = error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
+    text = body.decode(errors="replace")
     try:
         content = json.loads(text)
-    except ValueError:
-        return " ".join(text.split())[:300] or str(error.reason)
+    except (ValueError, RecursionError):
+        return " ".join(text.split())[:300]
     for key in ("error", "message", "detail"):
         if isinstance(content, dict) and key in content:
             content = content[key]

@@ -1,4 +1,4 @@
-"""Recording from an inference server: the same shards, notes and refusals as with a target loaded here.
+"""Recording from an inference server: the same shards, notes and errors as with a target loaded here.
 
 Each prompt is one request; `concurrency` of them are in flight. Rows of a shard that is not whole are written
 a few at a time, so a killed recording loses little and goes on like any other.
@@ -10,39 +10,58 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from certdraft.data.corpus.chat import Prompt, PromptSet
+from certdraft.data.corpus.chat import PromptSet
 from certdraft.data.record.generation import eos_ids_of_configs
-from certdraft.data.record.parallel import in_parallel
 from certdraft.data.record.recording import (
     Recording,
     account,
     check_disk,
     check_fit,
     read_prompts,
+    recorded_settings,
     shard_prompts,
-    target_revision,
+    trace_meta,
     with_defaults,
 )
-from certdraft.data.record.server.http_server import BadRequest, Connection, Server, ServerError
-from certdraft.data.record.server.server_protocol import Answer, Api, Completions, SGLang
-from certdraft.data.record.server.server_rows import row_of, wants_prompt_heads
-from certdraft.data.targets import generation_config, load_tokenizer, target_config, tokenizer_fingerprint
-from certdraft.data.trace.arrow_trace import TRACE_FILE, TraceMeta
+from certdraft.data.record.server.http_server import (
+    SMALL_BYTES,
+    BadRequest,
+    Connection,
+    Server,
+    ServerError,
+)
+from certdraft.data.record.server.server_protocol import (
+    Answer,
+    Api,
+    Completions,
+    Request,
+    SGLang,
+    row_of,
+    wants_prompt_heads,
+)
+from certdraft.data.targets import generation_config, load_tokenizer, target_config
 from certdraft.data.trace.recorded_row import RecordedRow
 from certdraft.data.trace.shards import Ledger, RecordingError, stopped
-from certdraft.data.trace.trace_metadata import trace_meta
+from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
 from certdraft.support import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _ROWS_A_PART = 32
-# Words, digits, code, two scripts and a marker: tokenizers that agree here are one tokenizer.
+_AHEAD = 2  # requests handed out per thread
+_ENTRY_BYTES = 256  # of JSON that one alternative of one position may take
+# Words, digits, code, two scripts and a marker: tokenizers that agree here are taken for the same.
 _PROBE = "def f(x):\n    return x + 12345  # naïve café, 你好, emoji 🙂\n\nTHE END"
 
 
@@ -64,43 +83,77 @@ def record_from_server(folder: Path, recording: Recording, server: Server) -> Tr
             "a server sends no features of the target's layers; leave feature_layers out, or leave "
             "server.url out, so that this command loads the target"
         )
-    words = load_tokenizer(recording.tokenizer or recording.target, revision=recording.revision)
-    prompts, accounting = read_prompts(recording, words)
+    tokenizer = load_tokenizer(recording.tokenizer or recording.target, revision=recording.revision)
+    prompts, accounting = read_prompts(recording, tokenizer)
     config = target_config(recording.target, revision=recording.revision)
-    check_fit(prompts, recording, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
-    asker = _Asker(recording, server, words, prompts)
-    settings = recording.settings() | {
-        "num_prompts": len(prompts),
-        "prompts_sha256": prompts.sha256(),
-        "target_revision": target_revision(recording.target, recording.revision),
-        "tokenizer_fingerprint": tokenizer_fingerprint(words),
-        "server": {"api": server.api, "model": server.model},
-    }
-    num_shards = -(-len(prompts) // recording.shard_rows)
-    ledger = Ledger(folder, settings, num_shards, complete=with_defaults)
+    check_fit(prompts, recording, int(config.vocab_size), config)
+    client = _Client(recording, server, tokenizer, prompts, config)
+    settings = recorded_settings(recording, prompts, tokenizer)
+    settings |= {"server": {"api": server.api, "model": server.model}}
+    with closing(client.connection):
+        ledger = Ledger(folder, settings, -(-len(prompts) // recording.shard_rows), complete=with_defaults)
+        try:
+            meta = ledger.finished()
+            if meta is not None:
+                ledger.close()
+                return meta
+            print(accounting, file=sys.stderr)
+            check_disk(folder, ledger, prompts, recording)
+            client.check()
+            _record(ledger, client)
+            meta = trace_meta(
+                ledger, recording, settings, accounting, vocab_size=client.vocab_size, dtype="server",
+                versions={"server": client.version()}, has_entropy=False,
+            )  # fmt: skip
+            ledger.finish(meta)
+            return TraceMeta.read(folder / TRACE_FILE)
+        finally:
+            ledger.release()
+
+
+def in_parallel(
+    items: Iterable[Item], act: Callable[[Item], Result], threads: int
+) -> Iterator[tuple[Item, Result]]:
+    """Pairs (item, act(item)) in the order in which they are done, few items being taken ahead.
+
+    Raises:
+        Exception: the first that `act` raised; the items that were not begun are left alone.
+
+    Examples:
+        >>> sorted(in_parallel([3, 1, 2], lambda n: n * n, threads=2))
+        [(1, 1), (2, 4), (3, 9)]
+    """
+    pool, ended = ThreadPoolExecutor(threads), threading.Event()
+    iterator, waiting = iter(items), set[Future[tuple[Item, Result] | None]]()
+
+    def work(item: Item) -> tuple[Item, Result] | None:
+        if ended.is_set():
+            return None
+        try:
+            return item, act(item)
+        except BaseException:
+            ended.set()
+            raise
+
     try:
-        meta = ledger.finished()
-        if meta is not None:
-            ledger.close()
-            return meta
-        print(accounting, file=sys.stderr)
-        check_disk(folder, ledger, prompts, recording)
-        asker.check()
-        _record(ledger, asker)
-        meta = trace_meta(
-            ledger, recording, settings, accounting, vocab_size=asker.vocab_size, dtype="server",
-            versions={"server": asker.version()}, has_entropy=False,
-        )  # fmt: skip
-        ledger.finish(meta)
-        return TraceMeta.from_json((folder / TRACE_FILE).read_text(encoding="utf-8"), folder / TRACE_FILE)
+        while True:
+            for item in islice(iterator, _AHEAD * threads - len(waiting)):
+                waiting.add(pool.submit(work, item))
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in sorted(done, key=lambda future: future.exception() is not None):
+                if (pair := future.result()) is not None:
+                    yield pair
     finally:
-        ledger.release()
+        ended.set()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _record(ledger: Ledger, asker: _Asker) -> None:
-    """Asks for every prompt of the unwritten shards, and commits each shard once it is whole."""
+def _record(ledger: Ledger, client: _Client) -> None:
+    """Ask for every prompt of the unwritten shards, and commit each shard once it is whole."""
     shards = [shard for shard in range(ledger.num_shards) if not ledger.is_done(shard)]
-    size, total = asker.recording.shard_rows, len(asker.prompts)
+    size, total = client.recording.shard_rows, len(client.prompts)
     missing = {shard: set(shard_prompts(shard, size, total).tolist()) for shard in shards}
     rows = {shard: ledger.kept(shard) for shard in shards}  # from before a kill
     fresh: dict[int, dict[int, RecordedRow]] = {shard: {} for shard in shards}  # not on disk yet
@@ -121,9 +174,13 @@ def _record(ledger: Ledger, asker: _Asker) -> None:
             ledger.keep(shard, fresh[shard])
             fresh[shard] = {}
 
-    with Progress("recording", sum(map(len, missing.values())), "prompts") as progress, _sigterm() as asked:
+    with (
+        Progress("recording", sum(map(len, missing.values())), "prompts") as progress,
+        _sigterm() as asked,
+        closing(in_parallel(list(work()), client.row, client.server.concurrency)) as answers,  # type: ignore[type-var]
+    ):
         try:
-            for index, row in in_parallel(work(), asker.row, asker.server.concurrency):
+            for index, row in answers:
                 shard = index // size
                 rows[shard][index] = fresh[shard][index] = row
                 missing[shard].discard(index)
@@ -153,15 +210,19 @@ def _sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-class _Asker:
-    """Prompts in, rows out."""
+class _Client:
+    """Requests for prompts, answers as rows."""
 
     def __init__(
-        self, recording: Recording, server: Server, tokenizer: PreTrainedTokenizerBase, prompts: PromptSet
+        self,
+        recording: Recording,
+        server: Server,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: PromptSet,
+        config: Any,
     ) -> None:
         self.recording, self.server, self.tokenizer, self.prompts = recording, server, tokenizer, prompts
         self.connection = Connection(server)
-        config = target_config(recording.target, revision=recording.revision)
         self.vocab_size = int(config.vocab_size)
         written = generation_config(recording.target, revision=recording.revision)
         self.eos = eos_ids_of_configs((written, config), tokenizer)
@@ -171,15 +232,15 @@ class _Asker:
         """The document that one prompt becomes."""
         prompt, settings = self.prompts[index], self.recording.generation
         room = max(0, settings.max_length - len(prompt.ids))
-        budget = min(settings.max_new_tokens, room)
-        answer = self._ask(prompt, max(1, budget), wants_prompt_heads(prompt, settings))
+        budget = max(1, min(settings.max_new_tokens, room))
+        answer = self._ask(prompt.ids.tolist(), budget, wants_prompt_heads(prompt, settings), prompt.where)
         return row_of(answer, prompt, settings, self.recording.num_kept, self.vocab_size, self.eos)
 
     def check(self) -> None:
-        """Asks once, before any work: same tokenizer, enough alternatives, room for the longest document.
+        """Ask once, before any work: same tokenizer, enough alternatives, room for the longest document.
 
         Raises:
-            ServerError: names what the server lacks.
+            ServerError: with what the server lacks.
         """
         model, limit = self._served()
         if self.server.api == "completions":
@@ -191,54 +252,53 @@ class _Asker:
                 f"documents may reach {longest} tokens, but {self.server.url} serves {model} with room for "
                 f"{limit}; lower generation.max_length or raise the server's limit"
             )
-        mine = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
-        theirs = self._ask(_PROBE, 1, True)
-        if theirs.prompt_ids is None:
+        expected = list(self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+        answer = self._ask(_PROBE, 1, True)
+        if answer.prompt_ids is None:
             raise ServerError(
-                f"{self.server.url}: the server does not say which token ids it works on, so its tokenizer "
+                f"{self.server.url}: the server does not return the token ids it works on, so its tokenizer "
                 "cannot be compared; it must honour return_token_ids (vLLM 0.10.2 or newer)"
             )
-        if list(theirs.prompt_ids) != list(mine):
-            at = next(
-                (i for i, (a, b) in enumerate(zip(mine, theirs.prompt_ids, strict=False)) if a != b),
-                min(len(mine), len(theirs.prompt_ids)),
-            )
+        if answer.prompt_ids != expected:
+            pairs = zip_longest(answer.prompt_ids, expected, fillvalue="nothing")
+            at, (there, here) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
             raise ServerError(
                 f"{self.server.url}: the server's tokenizer is not that of {self.recording.target}: token "
-                f"{at} of a test text is {_at(theirs.prompt_ids, at)} there and {_at(mine, at)} here; serve "
-                "that model, or name the one that is served as target"
+                f"{at} of a test text is {there} there and {here} here; serve that model, or name the "
+                "one that is served as target"
             )
-        few = min(map(len, [*theirs.heads, *(theirs.prompt_heads or [])]))
+        few = min(map(len, [*answer.heads, *(answer.prompt_heads or [])]))
         if few < self.recording.num_kept:
             raise self._too_few(few)
 
     def version(self) -> str:
-        """What the server calls itself, as far as it says."""
+        """The server's version, as far as it gives one."""
         try:
-            said = self.connection.get("/version")
+            answer = self.connection.get("/version")
         except ServerError:
             return self.server.api
-        return str(said.get("version", said) if isinstance(said, dict) else said)
+        return str(answer.get("version", answer) if isinstance(answer, dict) else answer)
 
-    def _ask(self, prompt: Prompt | str, max_tokens: int, inside: bool) -> Answer:
-        text = prompt if isinstance(prompt, str) else prompt.ids.tolist()
+    def _ask(self, prompt: list[int] | str, max_tokens: int, inside: bool, where: str = "") -> Answer:
         kept = self.recording.num_kept
-        body = self.api.body(text, max_tokens, kept, sorted(self.eos), inside)
+        body = self.api.body(Request(prompt, max_tokens, kept, sorted(self.eos), inside))
+        max_bytes = SMALL_BYTES + _ENTRY_BYTES * (kept + 2) * (len(prompt) + max_tokens)
         try:
-            reply = self.connection.post(self.api.path, body)
+            reply = self.connection.post(self.api.path, body, max_bytes, where)
         except BadRequest as error:
-            limit = [int(number) for number in re.findall(r"\d+", error.said) if int(number) < kept]
-            if "logprobs" in error.said and limit:
+            limit = [int(number) for number in re.findall(r"\d+", error.reason) if int(number) < kept]
+            if "logprobs" in error.reason and limit:
                 raise self._too_few(limit[-1]) from None
             raise
         try:
             return self.api.read(reply, inside)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, ServerError):
-                raise
+        except ServerError as error:
+            raise ServerError(f"{where}: {error}" if where else str(error)) from None
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ServerError(
-                f"{self.server.url}{self.api.path}: the server's answer has another shape than "
-                f"server.api={self.server.api} gives ({type(error).__name__}: {error})"
+                f"{where or self.server.url}: the server's answer has another shape than server.api="
+                f"{self.server.api} gives ({type(error).__name__}: {error}); check which server runs at "
+                f"{self.server.url}"
             ) from error
 
     def _too_few(self, limit: int) -> ServerError:
@@ -250,17 +310,18 @@ class _Asker:
 
     def _served(self) -> tuple[str, int | None]:
         """Name of the model and the longest document it takes, from /v1/models."""
-        entries = self.connection.get("/v1/models").get("data") or []
-        names = [entry["id"] for entry in entries]
+        answer = self.connection.get("/v1/models")
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ServerError(
+                f"{self.server.url}/v1/models does not list models; is this an inference server?"
+            )
+        names = [str(entry.get("id")) for entry in entries]
         wanted = self.server.model or (names[0] if len(names) == 1 else None)
         if wanted not in names:
-            asked = f"no model {wanted!r}" if wanted else "several models"
+            found = f"no model {wanted!r}" if wanted else "several models"
             raise ServerError(
-                f"{self.server.url} serves {asked} ({', '.join(names) or 'none'}); name one as server.model"
+                f"{self.server.url} serves {found} ({', '.join(names) or 'none'}); name one as server.model"
             )
         limit = entries[names.index(wanted)].get("max_model_len")
-        return str(wanted), None if limit is None else int(limit)
-
-
-def _at(ids: list[int], index: int) -> str:
-    return str(ids[index]) if index < len(ids) else "nothing"
+        return str(wanted), limit if isinstance(limit, int) else None

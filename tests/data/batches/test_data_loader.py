@@ -43,6 +43,22 @@ def test_processes_share_every_epoch(num_rows: int) -> None:
     assert len(set(rows)) == min(len(rows), num_rows)
 
 
+@pytest.mark.parametrize("num_rows", [1, 5, 9, 10, 30])
+def test_in_order_every_process_has_as_many_batches(num_rows: int) -> None:
+    """Ranks that run out of rows get the first batch again, counting for nothing."""
+    parts = []
+    for rank in range(4):
+        source = loader(num_rows, shuffle=False, rank=rank, world_size=4, uncounted=lambda batch: -1 - batch)
+        parts.append([batch.tolist() for batch in source])
+        assert len(source) == len(parts[-1])
+    assert len({len(part) for part in parts}) == 1
+    counted = [row for part in parts for batch in part for row in batch if row >= 0]
+    assert sorted(counted) == list(range(num_rows))
+    uncounted = [batch for part in parts for batch in part if batch[0] < 0]
+    assert len(uncounted) == -(-num_rows // 12) * 4 - -(-num_rows // 3)
+    assert all(batch == [-1, -2, -3][:num_rows] for batch in uncounted)
+
+
 def test_fewer_rows_than_a_batch() -> None:
     assert sorted(epochs(loader(2), 1)[0]) == [0, 1]
     with pytest.raises(ValueError, match="got 0 rows, batch_size=3"):

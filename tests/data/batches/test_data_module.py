@@ -64,13 +64,15 @@ def test_batches_cover_the_trace(fake_trace: Fake, tmp_path: Path) -> None:
         batches = list(source)
         assert len(batches) == len(source)
         assert all(isinstance(batch, Batch) and batch.head.num_kept == 3 for batch in batches)
-    assert sum(batch.num_tokens for batch in batches) == trace.meta.num_tokens  # validation: all of it
+    # validation: every document with something to learn
+    assert sum(batch.num_tokens for batch in batches) == trace.lengths[trace.counted > 0].sum() > 100
+    assert sum(int(batch.loss_mask.sum()) for batch in batches) == trace.meta.num_counted
     documents = [module.validation_packing.pieces[i][0] for batch in batches for i in seen(batch)]
     assert documents == sorted(documents)  # and in order
     assert module.tokenizer_fingerprint == trace.meta.tokenizer_fingerprint
     summary = module.summary().splitlines()
-    assert summary[0].startswith("train: 8 documents, 136 tokens (")
-    assert summary[1].startswith("validation: 8 documents")
+    assert summary[0].startswith("train: 6 documents, 133 tokens (")
+    assert summary[1].startswith("validation: 6 documents")
     assert batches[0].to("cpu").head.gap.dtype == torch.float32
 
 
@@ -131,7 +133,7 @@ def test_yaml_builds_it(tmp_path: Path) -> None:
         corpus=Corpus(max_rows=10), generation=Generation(max_new_tokens=8), num_kept=16
     )
     assert module.seq_len == 128
-    assert "head entries per step to load" in parser.format_help()
+    assert "top-k entries per token position to load" in " ".join(parser.format_help().split())
 
 
 def test_steps_index_the_flat_batch(fake_trace: Fake) -> None:
@@ -144,3 +146,35 @@ def test_steps_index_the_flat_batch(fake_trace: Fake) -> None:
         batch.input_ids.flatten()[steps].tolist()
         == np.concatenate([row.input_ids[row.loss_mask] for row in rows]).tolist()
     )
+
+
+def test_pieces_without_anything_to_learn_are_left_out(
+    tmp_path: Path, write_rows: Callable[..., None], fake_row: Callable[..., RecordedRow]
+) -> None:
+    rows = [fake_row(length, 4, seed) for seed, length in enumerate([20, 7, 5, 30])]
+    for row, learned in zip(rows, [range(12, 20), range(0), range(2, 3), range(30)], strict=True):
+        row.loss_mask[:] = np.isin(np.arange(len(row.loss_mask)), learned)
+    write_rows(tmp_path / "t", rows)
+    module = TraceDataModule(str(tmp_path / "t"), str(tmp_path / "t"), seq_len=10, batch_size=2)
+    module.setup()
+    pieces = [[0, 10, 10], [2, 0, 5], [3, 0, 10], [3, 10, 10], [3, 20, 10]]
+    assert sorted(module.train_packing.pieces.tolist()) == pieces
+    assert sum(int(batch.loss_mask.sum()) for batch in module.val_dataloader()) == 8 + 1 + 30
+    assert all(batch.loss_mask.any(1).all() for batch in module.val_dataloader())
+    assert "(39 learned, 2 pieces without any left out)" in module.summary()
+    for row in rows:
+        row.loss_mask[:] = False
+    write_rows(tmp_path / "nothing", rows)
+    with pytest.raises(TraceError, match="nothing in it is to be learned"):
+        TraceDataModule(str(tmp_path / "nothing"), str(tmp_path / "t"), seq_len=10).setup()
+
+
+def test_ranks_without_validation_rows_get_a_batch_that_counts_for_nothing(fake_trace: Fake) -> None:
+    trace, _ = fake_trace
+    module = TraceDataModule(str(trace.path), str(trace.path), seq_len=64, batch_size=8)
+    module.setup()
+    source = module.val_dataloader()
+    source.rank, source.world_size = 1, 2
+    [batch] = source
+    assert not batch.loss_mask.any()
+    assert batch.num_tokens > 0

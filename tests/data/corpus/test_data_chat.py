@@ -39,17 +39,22 @@ def row(content: object, number: int = 0) -> Row:
 
 
 def build(
-    tokenizer: PreTrainedTokenizerBase, rows: list, settings: Prompts | None = None, forced: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list,
+    settings: Prompts | None = None,
+    forced: bool = False,
+    bad_rows: str = "error",
 ) -> tuple[list[Prompt], Accounting]:
     accounting = Accounting("rows")
 
     def counted() -> Iterator[Row]:
         for number, content in enumerate(rows):
             accounting.read += 1
-            yield row(content, number)
+            yield content if isinstance(content, Row) else row(content, number)
 
     settings = settings or Prompts()
-    prompts = list(build_prompts(counted(), tokenizer, settings, accounting, teacher_forced=forced))
+    options = {"teacher_forced": forced, "bad_rows": bad_rows}
+    prompts = list(build_prompts(counted(), tokenizer, settings, accounting, **options))
     assert accounting.balanced
     return prompts, accounting
 
@@ -89,7 +94,10 @@ def test_teacher_forced_learns_assistant_tokens_only(tokenizer: PreTrainedTokeni
     given = [tokenizer.decode(p.ids[: p.first_learned]) for p in prompts]
     learned = [tokenizer.decode(p.ids[p.first_learned :]) for p in prompts]
     assert given == [FIRST, LAST]
-    assert learned == ["dog<|im_end|>\n", "lazy<|im_end|>\n"]
+    assert learned == [
+        "dog<|im_end|>",
+        "lazy<|im_end|>",
+    ]  # a target stops there; the newline is the template's
 
 
 def test_conversation_without_assistant_turn(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -200,3 +208,59 @@ def test_prompts_too_short_are_counted(tokenizer: PreTrainedTokenizerBase) -> No
     assert accounting.skipped["shorter than min_prompt_tokens=4"].count == 1
     with pytest.raises(ValueError, match="min_prompt_tokens 9 exceeds max_prompt_tokens 8"):
         Prompts(min_prompt_tokens=9, max_prompt_tokens=8)
+
+
+ALTERNATING = "{% if messages[0].role != 'user' %}{{ raise_exception('begin with a user') }}{% endif %}"
+CONCATENATING = "{% for message in messages %}{{ '<' + message.content + '>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_row_that_the_template_rejects_is_counted(target_dir: str, forced: bool) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.chat_template = ALTERNATING + CONCATENATING
+    rows = [TURNS[1:3], TURNS, TURNS[3:]]
+    with pytest.raises(CorpusError, match=r"x\.jsonl:2: the chat template rejects .*begin with a user"):
+        build(tokenizer, rows, forced=forced)
+    prompts, accounting = build(tokenizer, rows, forced=forced, bad_rows="skip")
+    assert len(prompts) == accounting.used == 2
+    assert accounting.skipped["malformed"].count == 1
+    assert accounting.skipped["malformed"].example.startswith("x.jsonl:2: the chat template rejects")
+
+
+def test_a_missing_template_is_not_a_bad_row(target_dir: str) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.chat_template = None
+    with pytest.raises(CorpusError, match="need a chat template"):
+        build(tokenizer, [TURNS], bad_rows="skip")
+
+
+def test_tools_reach_the_template(target_dir: str) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.chat_template = "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}" + CONCATENATING
+    with_tools = Row("x.jsonl:1", "messages", (TURNS[1],), b"1", ({"name": "add"}, {"name": "sub"}))
+    prompts, _ = build(tokenizer, [with_tools, TURNS[1:2]])
+    assert [tokenizer.decode(prompt.ids) for prompt in prompts] == ["[add][sub]<fox?>", "<fox?>"]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "text"])
+def test_a_text_that_begins_with_the_beginning_of_sequence_has_one(target_dir: str, kind: str) -> None:
+    tokenizer = load_tokenizer(target_dir)
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    for text in ("the lazy dog", "<|endoftext|>the lazy dog"):
+        content = {"prompt": text} if kind == "prompt" else text
+        [prompt], _ = build(tokenizer, [content], Prompts(template="none"), forced=kind == "text")
+        assert prompt.ids.tolist() == [bos, *tokenizer.encode("the lazy dog", add_special_tokens=False)]
+
+
+def test_huge_words_are_bounded(tokenizer: PreTrainedTokenizerBase) -> None:
+    word = "x" * 60_000_000
+    prompts, accounting = build(tokenizer, [{"prompt": word}], Prompts(max_prompt_tokens=100))
+    assert (prompts, list(accounting.skipped)) == ([], ["longer than max_prompt_tokens=100"])
+    with pytest.raises(CorpusError, match=r"x\.jsonl:1: text holds a word of 60,000,000 characters"):
+        build(tokenizer, [word], forced=True)
+    prompts, accounting = build(tokenizer, [f"fox {word}", "the lazy dog"], forced=True, bad_rows="skip")
+    assert len(prompts) == accounting.skipped["malformed"].count == 1

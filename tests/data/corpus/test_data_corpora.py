@@ -11,7 +11,7 @@ import pytest
 
 from certdraft.data import Accounting, Corpus, CorpusError, read_rows
 from certdraft.data.corpus import corpora as corpora_module
-from certdraft.data.corpus.hub import hub_rows
+from certdraft.data.corpus.corpora import hub_rows
 from certdraft.data.corpus.standard_library import split_of
 from certdraft.support import hub_answers
 
@@ -236,3 +236,120 @@ def test_streaming_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     read = read_rows(Corpus("o/n", split="all", streaming=True, max_rows=1), Accounting("rows"))
     assert [row.content for row in read] == ["a"]
     assert asked == [("o/n", None, "train", True)]
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+
+
+def test_tools_and_tool_calls_are_read_and_hashed(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [
+        {"messages": [USER, CALL], "tools": tools},
+        {"messages": [USER, CALL], "tools": None},
+        {"messages": [USER, {"role": "assistant", "content": "hm", "tool_calls": []}]},
+        {"messages": [USER, CALL], "tools": json.dumps(tools)},
+    ]
+    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
+    read, accounting = rows_of(tmp_path / "x.jsonl")
+    assert [row.tools for row in read] == [tuple(tools), (), ()]  # and so the first two differ
+    assert accounting.skipped["duplicate"].example == "x.jsonl:4"
+    assert read[0].content == (USER, CALL | {"content": ""})
+    assert read[2].content == (USER, {"role": "assistant", "content": "hm"})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, r"\[1\]\.content: .*got NoneType"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": []}]}, r"\[1\]\.content: .*got NoneType"),
+        ({"messages": [USER, CALL | {"tool_calls": "add"}]}, r"\[1\]\.tool_calls: expected a list, got str"),
+        ({"messages": [USER], "tools": "{"}, r"x\.jsonl:1: tools: not valid JSON"),
+        ({"messages": [USER], "tools": [3]}, r"x\.jsonl:1: tools: expected a list of objects"),
+        ({"conversations": [{"from": "bot", "value": "?"}]}, r"conversations\[0\]\.role: .*got 'bot'"),
+        ({"conversations": [{"from": "human"}]}, r"conversations\[0\]\.content: .*got NoneType"),
+    ],
+)
+def test_messages_that_cannot_be_used(tmp_path: Path, row: dict, message: str) -> None:
+    (tmp_path / "x.jsonl").write_bytes(jsonl([row]))
+    with pytest.raises(CorpusError, match=message):
+        rows_of(tmp_path / "x.jsonl")
+
+
+def test_sharegpt_rows(tmp_path: Path) -> None:
+    turns = [
+        ("system", "brief"),
+        ("human", "add"),
+        ("function_call", "{}"),
+        ("observation", "3"),
+        ("gpt", "3."),
+    ]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    (tmp_path / "x.jsonl").write_bytes(jsonl([row]))
+    [read] = rows_of(tmp_path / "x.jsonl")[0]
+    assert read.kind == "messages"
+    assert [message["role"] for message in read.content] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert [message["content"] for message in read.content] == [text for _, text in turns]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.txt"])
+def test_byte_order_mark_is_left_out(tmp_path: Path, name: str) -> None:
+    content = b"one" if name == "x.txt" else b'{"prompt": "one"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert rows_of(tmp_path / name)[0][0].content == "one"
+
+
+HOSTILE = {
+    "digits": (b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}\n", "not valid JSON"),
+    "deep": (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.json"])
+def test_hostile_json_is_named_or_skipped(tmp_path: Path, case: str, name: str) -> None:
+    line, message = HOSTILE[case]
+    (tmp_path / name).write_bytes(b'{"prompt": "fine"}\n' + line)
+    with pytest.raises(CorpusError, match=rf"bad\.jsonl?:2: {message}"):
+        rows_of(tmp_path / name)
+    rows, accounting = rows_of(tmp_path / name, bad_rows="skip")
+    assert [row.content for row in rows] == ["fine"]
+    assert accounting.skipped["malformed"].count == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "corrupt"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_broken_gzip_is_named_or_skipped(tmp_path: Path, damage: str, name: str) -> None:
+    lines = jsonl([{"prompt": f"question {i} {hash(i) ** 5}"} for i in range(2000)])
+    data = bytearray(gzip.compress(lines))
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2 : len(data) // 2 + 64] = b"\xff" * 64
+    (tmp_path / name).write_bytes(bytes(data))
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"prompt": "of another file"}]))
+    with pytest.raises(CorpusError, match=rf"{name}:\d+: (broken gzip file|not valid JSON)"):
+        rows_of(tmp_path)
+    rows, accounting = rows_of(tmp_path, bad_rows="skip")
+    assert accounting.skipped["malformed"].count >= 1
+    assert rows[-1].content == "of another file"
+
+
+def test_a_line_without_end_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora_module, "_LONGEST_LINE", 100)
+    rows = [{"prompt": "fine"}, {"prompt": "x" * 1000}, {"prompt": "y" * 85}, {"prompt": "z" * 86}]
+    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
+    with pytest.raises(CorpusError, match=r"x\.jsonl:2: a row of more than"):
+        rows_of(tmp_path / "x.jsonl")
+    read, accounting = rows_of(tmp_path / "x.jsonl", bad_rows="skip")
+    assert [row.content[0] for row in read] == ["f", "y"]
+    assert accounting.skipped["malformed"].count == 2
+    monkeypatch.setattr(corpora_module, "_LARGEST_FILE", 100)
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with pytest.raises(CorpusError, match=r"x\.json holds more than"):
+        rows_of(tmp_path / "x.json")

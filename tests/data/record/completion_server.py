@@ -9,6 +9,7 @@ transformers. POST /faults sets what goes wrong from then on; GET /stats says ho
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -40,6 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "key": None,
     "models": ["tiny"],
     "shape": None,
+    "spoiled": None,  # answers to token ids: "null ids", "text ids", "-inf" or "deep"
 }
 STATE: dict[str, Any] = dict(DEFAULTS, requests=0, at_once=0, most_at_once=0)
 
@@ -116,7 +118,20 @@ def completions(body: dict[str, Any]) -> dict[str, Any]:
             {str(id_): {"logprob": logp, "rank": 1} for id_, logp in best(inside[step], kept, ids[step + 1])}
             for step in range(len(ids) - 1)
         ]
+    if STATE["spoiled"] and not isinstance(body["prompt"], str):
+        spoil(choice)
     return {"object": "text_completion", "choices": [choice]}
+
+
+def spoil(choice: dict[str, Any]) -> None:
+    if STATE["spoiled"] == "null ids":
+        choice["token_ids"][0] = None
+    elif STATE["spoiled"] == "text ids":
+        choice["token_ids"] = "12"
+    elif STATE["spoiled"] == "-inf":
+        choice["logprobs"]["top_logprobs"][0] = dict.fromkeys(
+            choice["logprobs"]["top_logprobs"][0], -math.inf
+        )
 
 
 def sglang(body: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +209,8 @@ class Handler(BaseHTTPRequestHandler):
         if STATE["shape"]:
             reply = STATE["shape"]
         data = json.dumps(reply).encode()
+        if STATE["spoiled"] == "deep" and not isinstance(body["prompt"], str):
+            data = b"[" * 100_000 + b"]" * 100_000
         if fault == "garbage":
             data = data[: len(data) // 2]
         self.send(data, cut=fault == "cuts")

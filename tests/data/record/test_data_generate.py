@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 from certdraft.certificates import Head
 from certdraft.data import Generation, LogitHead, Prompt, RecordedRow, TargetError, record_batch
 from certdraft.data.record.generation import eos_ids_of
-from certdraft.data.record.loops import loop_onset
+from certdraft.data.record.learned_positions import loop_onset
 
 K = 8
 LENGTHS = (1, 9, 4, 17, 4)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from certdraft.data.record.parallel import in_parallel
+from certdraft.data.record.server.server_writer import in_parallel
 
 
 def test_every_item_once_and_few_ahead() -> None:

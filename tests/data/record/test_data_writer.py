@@ -28,7 +28,7 @@ from certdraft.data import (
     tokenizer_fingerprint,
 )
 from certdraft.data.record.recording import read_prompts
-from certdraft.data.trace import shards as shards_module
+from certdraft.data.trace import recorded_row as recorded_row_module
 from certdraft.data.trace.shards import Ledger
 from certdraft.support import Progress
 
@@ -108,7 +108,11 @@ def test_death_at_every_write_leaves_something_to_resume(
     lengths = [5, 1, 17, 8, 30]
     write_fake_trace(tmp_path / "whole", lengths, shard_rows=2)
     expected = files_of(tmp_path / "whole")
-    actions = {(os, "fsync"): os.fsync, (Path, "rename"): Path.rename, (Path, "write_text"): Path.write_text}
+    actions = {
+        (os, "fsync"): os.fsync,
+        (Path, "replace"): Path.replace,
+        (Path, "write_text"): Path.write_text,
+    }
     calls = 0
 
     def dying(action: Callable, fatal: int) -> Callable:
@@ -247,7 +251,7 @@ def test_progress_without_a_terminal_prints_lines(capsys: pytest.CaptureFixture)
 
 def test_bytes_per_token_is_what_the_shards_take(undisturbed: tuple[Path, str]) -> None:
     trace = open_trace(undisturbed[0])
-    expected = shards_module.bytes_per_token(8) * trace.meta.num_tokens
+    expected = recorded_row_module.bytes_per_token(8) * trace.meta.num_tokens
     assert (
         expected < sum(shard.bytes for shard in trace.meta.shards) < expected + 3 * 4000
     )  # schema and offsets

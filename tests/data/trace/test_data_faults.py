@@ -14,7 +14,7 @@ from oracles import forked
 
 from certdraft.data import Corpus, Generation, Prompts, RecordedRow, TraceMeta, record_trace
 from certdraft.data.record import writer as writer_module
-from certdraft.data.trace.partial_shards import read_part
+from certdraft.data.trace.recorded_row import read_part
 from certdraft.data.trace.shards import Ledger
 
 ROWS = 22

@@ -11,7 +11,7 @@ import torch
 
 from certdraft.certificates import Head, StrictGreedy, radius
 from certdraft.data import RecordedRow, Trace, TraceError, open_trace
-from certdraft.data.trace import shards as shards_module
+from certdraft.data.trace import recorded_row as recorded_row_module
 from certdraft.data.trace.arrow_trace import SCHEMA
 
 Fake = tuple[Trace, list[RecordedRow]]
@@ -41,7 +41,7 @@ def test_reads_what_was_written_without_copying(fake_trace: Fake) -> None:
 def test_many_arrow_batches_in_a_shard(
     tmp_path: Path, write_fake_trace: WriteFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "_BATCH_VALUES", 40)
+    monkeypatch.setattr(recorded_row_module, "_BATCH_VALUES", 40)
     rows = write_fake_trace(tmp_path / "t", [5, 9, 20, 3, 1, 1], shard_rows=6)
     trace = open_trace(tmp_path / "t")
     assert len(trace._chunks) > 2
@@ -160,7 +160,7 @@ def test_not_a_trace(tmp_path: Path) -> None:
 def test_file_that_is_no_arrow_stream(fake_trace: Fake) -> None:
     shard = fake_trace[0].path / "shard-00000.arrow"
     shard.write_bytes(b"x" * shard.stat().st_size)
-    with pytest.raises(TraceError, match=r"shard-00000\.arrow is no Arrow stream"):
+    with pytest.raises(TraceError, match=r"shard-00000\.arrow is not an Arrow stream"):
         open_trace(fake_trace[0].path)
 
 
@@ -172,3 +172,98 @@ def test_other_tokenizer_and_short_head_are_refused(fake_trace: Fake) -> None:
     trace.check_num_kept(4, "coverage@3")
     with pytest.raises(TraceError, match="K=4 tokens, coverage@4 needs 5; record again with num_kept=5"):
         trace.check_num_kept(5, "coverage@4")
+
+
+FORGED = {
+    "an id outside the vocabulary": (
+        "top_ids",
+        (2, 1),
+        99_999,
+        "a token of top_ids lies outside the vocabulary",
+    ),
+    "a negative id": ("top_ids", (0, 0), -1, "a token of top_ids lies outside the vocabulary of 304"),
+    "an input id": ("input_ids", (1,), 304, "a token of input_ids lies outside the vocabulary of 304"),
+    "a NaN gap": ("top_gap", (3, 2), np.nan, "top_gap does not ascend from 0"),
+    "a negative gap": ("top_gap", (3, 1), -1, "top_gap does not ascend from 0"),
+    "unsorted gaps": ("top_gap", (4, 2), 60_000, "top_gap does not ascend from 0"),
+    "no greedy token": ("top_gap", (4, 0), 1e-3, "top_gap does not ascend from 0"),
+    "a NaN": ("lse_gap", (0,), np.nan, "lse_gap is negative or not finite"),
+    "a negative lse": ("lse_gap", (0,), -1, "lse_gap is negative or not finite"),
+    "an entropy": ("entropy", (2,), np.inf, "entropy is negative or not finite"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+@pytest.mark.parametrize("verify", ["sizes", "full"])
+def test_forged_values_with_right_hashes_are_named(
+    tmp_path: Path,
+    write_rows: Callable[..., None],
+    fake_row: Callable[..., RecordedRow],
+    case: str,
+    verify: str,
+) -> None:
+    column, index, value, message = FORGED[case]
+    rows = [fake_row(6, 4, seed) for seed in range(3)]
+    getattr(rows[0], column)[index] = value
+    write_rows(tmp_path / "t", rows)
+    with pytest.raises(TraceError, match=rf"shard-00000\.arrow: row 0, position \d: .*{message}"):
+        open_trace(tmp_path / "t", verify)  # the first document of a shard is looked at always
+
+
+def test_all_documents_are_checked_in_full(
+    tmp_path: Path, write_rows: Callable[..., None], fake_row: Callable[..., RecordedRow]
+) -> None:
+    rows = [fake_row(6, 4, seed) for seed in range(3)]
+    rows[2].top_ids[5, 3] = rows[2].top_ids[5, 0]
+    write_rows(tmp_path / "twice", rows)
+    open_trace(tmp_path / "twice")
+    with pytest.raises(TraceError, match="row 2, position 5: top_ids names a token twice"):
+        open_trace(tmp_path / "twice", verify="full")
+    rows = [fake_row(6, 4, seed) for seed in range(3)]
+    rows[1].lse_gap[2] = 0
+    rows[1].top_gap[2] = 0
+    write_rows(tmp_path / "mass", rows)
+    with pytest.raises(TraceError, match="row 1, position 2: the probabilities sum to more than 1"):
+        open_trace(tmp_path / "mass", verify="full")
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([], "it lists no shards"),
+        ("../shard-00000.arrow", r"'\.\./shard-00000\.arrow' is not a plain file name"),
+        ("/etc/passwd", "'/etc/passwd' is not a plain file name"),
+        ("", "'' is not a plain file name"),
+        (7, "7 is not a plain file name"),
+    ],
+)
+def test_shards_are_files_of_the_folder(fake_trace: Fake, shards: object, message: str) -> None:
+    folder = fake_trace[0].path
+    content = json.loads((folder / "trace.json").read_text())
+    entries = [content["shards"][0] | {"file": shards}, *content["shards"][1:]] if shards != [] else []
+    edited(folder, shards=entries)
+    with pytest.raises(TraceError, match=rf"trace\.json: .*{message}"):
+        open_trace(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shards": 3},
+        {"shards": [3]},
+        {"num_kept": "4"},
+        {"vocab_size": -1},
+        {"settings": []},
+        {"shards": [{}]},
+    ],
+    ids=str,
+)
+def test_values_of_another_type_are_named(fake_trace: Fake, changes: dict) -> None:
+    edited(fake_trace[0].path, **changes)
+    with pytest.raises(TraceError, match=r"trace\.json.*(expected|another type).*restore it from a copy"):
+        open_trace(fake_trace[0].path)
+
+
+def test_counts_of_each_document(fake_trace: Fake, tmp_path: Path) -> None:
+    trace, rows = fake_trace
+    assert trace.counted.tolist() == [int(row.loss_mask.sum()) for row in rows]
