@@ -42,6 +42,7 @@ from certdraft.losses.step_weights import DepthWeights as DepthWeights
 from certdraft.losses.step_weights import LowMarginWeights as LowMarginWeights
 from certdraft.losses.step_weights import PathWeights as PathWeights
 from certdraft.losses.step_weights import PrefixWeights as PrefixWeights
+from certdraft.losses.step_weights import ProductWeights as ProductWeights
 from certdraft.losses.step_weights import StepWeights as StepWeights
 from certdraft.losses.target import OnlineTarget as OnlineTarget
 from certdraft.losses.target import TargetBatch as TargetBatch

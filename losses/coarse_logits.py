@@ -23,6 +23,8 @@ from torch.autograd.function import once_differentiable
 
 # Stands in for log 0: far below any logit, and 0 · NEVER is still 0.
 NEVER = -1e30
+# Logit of a token that a drafter cannot propose: e^ABSENT is 0, and a target mass of e^-60 times it still is.
+ABSENT = -1e4
 _TILE = 1 << 17  # entries
 
 

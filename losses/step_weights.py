@@ -11,6 +11,8 @@ N counted steps · D draft depth.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -53,6 +55,47 @@ class StepWeights(nn.Module):
             nll: −log q(g) at the counted steps, nats: the per-step loss of `HardCE`.
         """
         raise NotImplementedError
+
+    def on_drafts(
+        self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
+        """Weights of the counted drafts of a drafter whose training has paths: each path is a document.
+
+        Args:
+            target: the target at the counted drafts.
+            mask: true at the counted drafts of every path.
+            nll: −log q(g) at the counted drafts, nats.
+        """
+        return self(target, mask, torch.zeros_like(mask, dtype=torch.long), nll)
+
+
+class ProductWeights(StepWeights):
+    """Product of several step weights, e.g. low-margin weights times the depth weights of an EAGLE-3 unroll.
+
+    Args:
+        factors: any step weights, at least one.
+    """
+
+    def __init__(self, factors: list[StepWeights]) -> None:
+        super().__init__()
+        if not factors:
+            raise ValueError("ProductWeights: factors is empty; give at least one step weight.")
+        self.factors = nn.ModuleList(factors)
+        self.needs_nll = any(factor.needs_nll for factor in factors)
+
+    def forward(
+        self,
+        target: TargetBatch | OnlineTarget,
+        loss_mask: Bool[Tensor, "R T"],
+        document_ids: Int[Tensor, "R T"],
+        nll: Float[Tensor, " N"] | None = None,
+    ) -> Float[Tensor, " N"]:
+        return math.prod(factor(target, loss_mask, document_ids, nll) for factor in self.factors)
+
+    def on_drafts(
+        self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
+        return math.prod(factor.on_drafts(target, mask, nll) for factor in self.factors)
 
 
 class LowMarginWeights(StepWeights):
@@ -118,6 +161,15 @@ class PathWeights(StepWeights):
         inside = path_mask(loss_mask, document_ids, self.depth)
         on_paths = self.on_paths(windows(placed, self.depth), inside)
         return fold(on_paths)[loss_mask]
+
+    @torch.no_grad()
+    def on_drafts(
+        self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
+        placed = torch.zeros(mask.shape, device=mask.device, dtype=None if nll is None else nll.dtype)
+        if nll is not None:
+            placed = placed.masked_scatter(mask, nll)
+        return self.on_paths(placed, mask)[mask]
 
 
 class PrefixWeights(PathWeights):

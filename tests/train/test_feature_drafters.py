@@ -150,15 +150,14 @@ def test_a_draft_vocabulary_sees_the_renormalised_target() -> None:
     best = restricted.argmax(-1)
     for num in (vocab, 12):
         target = draft.target(TargetBatch(Head.from_probs(p, num)))
-        seen = draft.drafter(hidden, weight, target)
-        ce = Chunked(HardCE(), "none", 7)(*seen, target)
+        ce = Chunked(HardCE(), "none", 7)(hidden, weight, target)
         held = draft.holds(Head.from_probs(p, num).ids).any(-1)
         torch.testing.assert_close(
             ce.double()[held], -logq.gather(-1, best[:, None])[held, 0], rtol=1e-4, atol=1e-4
         )
     head = Head.from_probs(p, 12)
     target = draft.target(TargetBatch(head))
-    kl = Chunked(ForwardKL(), "none", 7)(*draft.drafter(hidden, weight, target), target)
+    kl = Chunked(ForwardKL(), "none", 7)(hidden, weight, target)
     for row in range(50):
         kept = [token for token in head.ids[row].tolist() if token in ids.tolist()]
         lost = sum(p[row, token].item() for token in head.ids[row].tolist() if token not in kept)
