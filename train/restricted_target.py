@@ -1,9 +1,10 @@
 """The target distribution renormalised over the draft vocabulary of a drafter.
 
 A trace keeps K entries of every step, some of them outside the draft vocabulary. They become K classes behind
-the D draft tokens, with target probability zero, for which the drafter has no logit (`TargetBatch.num_absent`).
-So every loss and its chunked evaluation run as they are, on D + K classes instead of V. The tail of a recorded
-head is not known token by token: all of its mass counts as proposable. An online target is renormalised exactly.
+the D draft tokens, of target probability zero, and the drafter has no logit for them
+(`TargetBatch.num_absent`). So every loss and its chunked evaluation run as they are, on D + K classes instead
+of V. The tail of a recorded head is not known token by token: all of its mass counts as proposable. An online
+target is renormalised exactly.
 
 Axis letters: N steps · K head entries · V target vocabulary · D draft vocabulary.
 """

@@ -151,3 +151,35 @@ def test_budget_refuses_nonsense():
         L.budget_loss(torch.ones(1, 2), 1.0, temperature=0.0)
     with pytest.raises(ValueError, match="node_budget=0"):
         L.certain_budget_nats(0, 3)
+
+
+def test_step_weights_multiply_on_steps_and_on_the_paths_of_a_drafter():
+    target = head_target(target_probs(12, 40))
+    loss_mask, document_ids = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.long)
+    nll = torch.rand(12, dtype=torch.float64)
+    low, prefix, depth = L.LowMarginWeights(0.3, 3.0), L.PrefixWeights(3), L.DepthWeights(2.0)
+    assert len(low(target, loss_mask, document_ids).unique()) == 2
+    product = L.ProductWeights([low, L.ProductWeights([prefix])])
+    assert product.needs_nll
+    assert not L.ProductWeights([low, depth]).needs_nll
+    expected = low(target, loss_mask, document_ids) * prefix(target, loss_mask, document_ids, nll)
+    torch.testing.assert_close(product(target, loss_mask, document_ids, nll), expected)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[0, 2] = mask[3, 1] = mask[3, 2] = False
+    found = L.ProductWeights([low, depth]).on_drafts(target, mask, None)
+    place = torch.arange(3).expand(5, 3)[mask]
+    torch.testing.assert_close(
+        found.double(), low_margin(target, 0.3, 3.0) * torch.exp(-place.double() / 2), rtol=1e-6, atol=0.0
+    )
+    along = torch.zeros(5, 3, dtype=torch.float64).masked_scatter(mask, nll)
+    torch.testing.assert_close(
+        product.on_drafts(target, mask, nll),
+        low_margin(target, 0.3, 3.0) * L.prefix_weights((-along).exp(), mask, 0.5)[mask],
+    )
+    with pytest.raises(ValueError, match="factors is empty"):
+        L.ProductWeights([])
+
+
+def low_margin(target, threshold, boost):
+    p = target.head.p
+    return torch.where(p[:, 0] - p[:, 1] < threshold, boost, 1.0)

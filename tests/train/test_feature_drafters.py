@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,27 @@ def test_rounds_end_at_tokens_that_cannot_be_drafted(tiny: Path, trace: Path) ->
             ended += bool(before[d]) and not alive
     assert ended > 10
     assert loss_of(module, batch) < 20, "a token that cannot be drafted would cost 1e4 nats"
+
+
+def test_an_online_target_ends_rounds_where_a_trace_does(tiny: Path, trace: Path) -> None:
+    data = data_of(tiny)
+    drafter = make("eagle", draft_vocab_size=60, max_lost_coverage=1.0)
+    fit_to_target(drafter, None, data)
+    batch = next(iter(data.val_dataloader()))
+    masks, losses = [], []
+    for settings in (None, TargetSettings(str(tiny / "target"))):
+        for chunk_tokens in (None, 0):
+            module = DrafterModule(drafter, HardCE(), target=settings, chunk_tokens=chunk_tokens)
+            module._layers = data.meta.feature_layers
+            module.vocabulary = DraftVocabulary(drafter.draft_ids, 304)
+            given = batch if settings is None else replace(batch, head=None)  # as packed from plain text
+            masks.append(module._paths(given)[0].mask)
+            losses.append(loss_of(module, given))
+    whole = module._paths(batch, every=True, depth=3)[0].mask
+    assert 0 < masks[0].sum() < whole.sum()
+    for mask, loss in zip(masks, losses, strict=True):
+        assert torch.equal(mask, masks[0])
+        assert loss == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_validation_is_of_the_rounds(tiny: Path, trace: Path) -> None:
