@@ -12,11 +12,17 @@ N counted steps · D draft depth.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
+from certdraft.losses.base import Loss
+from certdraft.losses.certificate_losses import CoverageMargin
+from certdraft.losses.coarse_logits import ABSENT
+from certdraft.losses.imitation import LK, HardCE
 from certdraft.losses.path_weights import (
     Form,
     budget_weights,
@@ -29,15 +35,27 @@ from certdraft.losses.path_weights import (
 from certdraft.losses.reduction import depth_decay, low_margin_weight
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
+Acceptance = Literal["greedy", "overlap", "first"]
+
 
 class StepWeights(nn.Module):
     """Base of all step weights.
 
     Attributes:
-        needs_nll: the weights depend on the drafter, through −log q(g) of every counted step.
+        needs_nll: the weights depend on the drafter, through `nll`, −log of the chance that the draft of a
+            counted step is accepted.
+        acceptance: what that chance is: "greedy" q(g), the drafter's probability of the greedy token;
+            "overlap" Σ min(p, q), the acceptance rate of speculative sampling; "first" 1 where the greedy
+            token is the drafter's first choice and 0 elsewhere.
     """
 
     needs_nll: bool = False
+    acceptance: Acceptance = "greedy"
+
+    @property
+    def nll_loss(self) -> Loss:
+        """The per-step loss whose values the weights read as `nll`."""
+        return {"greedy": HardCE(), "overlap": LK("alpha"), "first": _FirstChoice(1)}[self.acceptance]
 
     def forward(
         self,
@@ -52,7 +70,7 @@ class StepWeights(nn.Module):
             target: the target at the counted steps.
             loss_mask: true at the counted steps.
             document_ids: equal within a document; see `Batch`.
-            nll: −log q(g) at the counted steps, nats: the per-step loss of `HardCE`.
+            nll: values of `nll_loss` at the counted steps, nats.
         """
         raise NotImplementedError
 
@@ -64,7 +82,7 @@ class StepWeights(nn.Module):
         Args:
             target: the target at the counted drafts.
             mask: true at the counted drafts of every path.
-            nll: −log q(g) at the counted drafts, nats.
+            nll: values of `nll_loss` at the counted drafts, nats.
         """
         return self(target, mask, torch.zeros_like(mask, dtype=torch.long), nll)
 
@@ -81,7 +99,14 @@ class ProductWeights(StepWeights):
         if not factors:
             raise ValueError("ProductWeights: factors is empty; give at least one step weight.")
         self.factors = nn.ModuleList(factors)
-        self.needs_nll = any(factor.needs_nll for factor in factors)
+        reading = {factor.acceptance for factor in factors if factor.needs_nll}
+        if len(reading) > 1:
+            raise ValueError(
+                f"ProductWeights: factors read different acceptances ({', '.join(sorted(reading))}); set the "
+                "same `acceptance` for all of them."
+            )
+        self.needs_nll = bool(reading)
+        self.acceptance = reading.pop() if reading else "greedy"
 
     def forward(
         self,
@@ -137,11 +162,15 @@ class PathWeights(StepWeights):
 
     needs_nll = True
 
-    def __init__(self, depth: int = 8) -> None:
+    def __init__(self, depth: int = 8, acceptance: Acceptance = "greedy") -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"{type(self).__name__}: depth={depth} must be at least 1.")
-        self.depth = depth
+        if acceptance not in ("greedy", "overlap", "first"):
+            raise ValueError(
+                f"{type(self).__name__}: acceptance={acceptance!r}; choose greedy, overlap or first."
+            )
+        self.depth, self.acceptance = depth, acceptance
 
     def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
         """Weights of the steps of every path; 0 outside."""
@@ -183,10 +212,12 @@ class PrefixWeights(PathWeights):
     Args:
         depth: D, draft tokens of a path.
         smoothing: in [0, 1); 0 trusts the drafter's own chances.
+        acceptance: see `StepWeights`. "overlap" with smoothing = 0 and `LK("alpha")` follows the gradient of
+            the end-to-end total variation, 1 − mean over depths of the product of acceptances.
     """
 
-    def __init__(self, depth: int = 8, smoothing: float = 0.5) -> None:
-        super().__init__(depth)
+    def __init__(self, depth: int = 8, smoothing: float = 0.5, acceptance: Acceptance = "greedy") -> None:
+        super().__init__(depth, acceptance)
         if not 0.0 <= smoothing < 1.0:
             raise ValueError(f"PrefixWeights: smoothing={smoothing} is not in [0, 1).")
         self.smoothing = smoothing
@@ -196,6 +227,49 @@ class PrefixWeights(PathWeights):
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, smoothing={self.smoothing}"
+
+
+class ReachWeights(PathWeights):
+    """The chance that verification reaches a draft: Π of the acceptances of the drafts before it on its path.
+
+    With acceptance = "first" and `HardCE` this is Spec-AUF, cross-entropy up to and with the drafter's first
+    failure; with "overlap" and `RenyiHalf` it is D-PARD.
+
+    Args:
+        depth: D, draft tokens of a path.
+        acceptance: see `StepWeights`.
+        beyond: weight of the drafts that verification does not reach, in [0, 1].
+        focal: extra weight of the first rejected draft, ≥ 0. With beyond = 1 it is a first-error focal weight
+            as in L2R, whose chain loss is `PrefixWeights(smoothing=0)` with `HardCE`.
+
+    Source: arXiv 2607.01893 (Spec-AUF), 2606.11552 (L2R).
+    """
+
+    def __init__(
+        self, depth: int = 8, acceptance: Acceptance = "first", beyond: float = 0.0, focal: float = 0.0
+    ) -> None:
+        super().__init__(depth, acceptance)
+        if not 0.0 <= beyond <= 1.0 or not focal >= 0.0:
+            raise ValueError(
+                f"ReachWeights: beyond={beyond}, focal={focal}; need beyond in [0, 1] and focal >= 0."
+            )
+        self.beyond, self.focal = beyond, focal
+
+    def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
+        accept = (-nll).exp()
+        reach = functional.pad(accept.cumprod(-1)[..., :-1], (1, 0), value=1.0)
+        weight = self.beyond + (1 - self.beyond) * reach + self.focal * reach * (1 - accept)
+        return weight * inside
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, acceptance={self.acceptance!r}, beyond={self.beyond}, focal={self.focal}"
+
+
+class _FirstChoice(CoverageMargin):
+    """0 where the greedy token is the drafter's first choice, else so much that exp(−value) is 0."""
+
+    def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
+        return torch.where(picked[:, 1] >= picked[:, 0], -ABSENT, 0.0)
 
 
 class BudgetWeights(PathWeights):

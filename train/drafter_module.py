@@ -19,7 +19,6 @@ from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
     Chunked,
     ForwardKL,
-    HardCE,
     Loss,
     Mixture,
     OnlineTarget,
@@ -73,7 +72,7 @@ class DrafterModule(pl.LightningModule):
         whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
         self.step_weights = step_weights
-        self._nll = Chunked(HardCE(), "none", chunk_tokens or None)
+        self._nll = Chunked((step_weights or StepWeights()).nll_loss, "none", chunk_tokens or None)
         # A plain object: the frozen target is no submodule, so it is in no checkpoint and no wrapper.
         self.online = None if target is None else Online(target)
         self.vocabulary: DraftVocabulary | None = None
@@ -169,7 +168,7 @@ class DrafterModule(pl.LightningModule):
         if self.step_weights.needs_nll and weight is not None:
             nll = self._nll(hidden, weight, target)
         elif self.step_weights.needs_nll:
-            nll = HardCE()(self._logits(hidden, weight, target), target[:])
+            nll = self._nll.loss(self._logits(hidden, weight, target), target[:])
         if not self.drafter.taps:
             return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
         return self.step_weights.on_drafts(target, paths.mask, nll)  # these drafters have their own paths
