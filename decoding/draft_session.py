@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from certdraft.decoding.cost.clock import Clock
+from certdraft.decoding.cost.cost_model import Clock
 from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import Drafter
 
@@ -37,6 +37,7 @@ class DraftSession:
     ) -> None:
         self.drafter, self.clock = drafter, clock
         self.kind: Literal["conditional", "marginal"] = drafter.kind
+        self.draft_ids: Int[Tensor, " D"] | None = getattr(drafter, "draft_ids", None)
         self.draft_s = self.host_s = 0.0
         self._state = drafter.start(ids) if features is None else drafter.start(ids, features)
         self._pending: list[int] = []

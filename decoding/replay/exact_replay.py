@@ -29,12 +29,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.decoding.acceptors import Verdict
-from certdraft.decoding.cost.clock import TableClock
-from certdraft.decoding.cost.cost_model import CostModel
-from certdraft.decoding.loop import cut, decode, eos_set
-from certdraft.decoding.replay.parallel_replay import grow_everywhere, marginal_tree, walk_text
-from certdraft.decoding.replay.teacher_forced import OnePass
-from certdraft.decoding.results import DecodeResult, Round
+from certdraft.decoding.cost.cost_model import CostModel, TableClock
+from certdraft.decoding.loop import DecodeResult, Round, cut, decode, eos_set
+from certdraft.decoding.replay.parallel_replay import OnePass, grow_everywhere, marginal_tree, walk_text
 from certdraft.decoding.trees.builders import BestFirst, Chain, StaticTree, TreeBuilder
 from certdraft.decoding.trees.ranking import rank_of
 from certdraft.decoding.trees.tree import Tree

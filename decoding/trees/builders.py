@@ -33,6 +33,9 @@ class Propose(Protocol):
 
     The first call must be `propose([root], [-1])`; nodes are then numbered 0, 1, ... in the order they were
     given, and `parents` refers to those numbers.
+
+    Optional: `draft_ids`, the ascending ids of the tokens that can be proposed. Nodes are then ranked among
+    those alone, and the logits may be of those alone, [K, D].
     """
 
     kind: Literal["conditional", "marginal"]
@@ -80,12 +83,13 @@ class Chain(TreeBuilder):
         if depth == 0:
             return Tree.root_only(root)
         tokens, logmass, total = [root], [0.0], 0.0
-        rows = top_rows(propose(tokens, (-1,)), 1)
+        draft_ids = getattr(propose, "draft_ids", None)
+        rows = top_rows(propose(tokens, (-1,)), 1, draft_ids=draft_ids)
         if propose.kind == "marginal":
             rows = rows[:depth]
         else:
             for node in range(1, depth):
-                rows += top_rows(propose(rows[-1].ids, (node - 1,)), 1)
+                rows += top_rows(propose(rows[-1].ids, (node - 1,)), 1, draft_ids=draft_ids)
         for row in rows:
             total += row.logp[0]
             tokens.append(row.ids[0])
@@ -122,16 +126,15 @@ class StaticTree(TreeBuilder):
         if not widths:
             return Tree.root_only(root)
         tokens, parents, logmass, drafter_ids = [root], [-1], [0.0], [0]
-        marginal = propose.kind == "marginal"
+        marginal, draft_ids = propose.kind == "marginal", getattr(propose, "draft_ids", None)
         logits = propose([root], [-1])
         level, read = [0], 1
         for depth, width in enumerate(widths):
             if marginal:
                 if depth == logits.shape[0]:
                     break
-                rows = top_rows(logits[depth : depth + 1], _fits("StaticTree.widths", width, logits)) * len(
-                    level
-                )
+                fitting = _fits("StaticTree.widths", width, logits)
+                rows = top_rows(logits[depth : depth + 1], fitting, draft_ids=draft_ids) * len(level)
             else:
                 if depth:
                     logits = propose(
@@ -139,7 +142,7 @@ class StaticTree(TreeBuilder):
                     )
                     for slot in level:
                         drafter_ids[slot], read = read, read + 1
-                rows = top_rows(logits, _fits("StaticTree.widths", width, logits))
+                rows = top_rows(logits, _fits("StaticTree.widths", width, logits), draft_ids=draft_ids)
             following = []
             for slot, row in zip(level, rows, strict=True):
                 for token, logp in zip(row.ids, row.logp, strict=True):
@@ -175,9 +178,9 @@ class Growth:
         rows: list[Row] | None = None,
     ) -> None:
         self.root, self.width, self.temperature = root, width, temperature
-        self._propose = propose
+        self._propose, self._draft_ids = propose, getattr(propose, "draft_ids", None)
         if rows is None:
-            rows = top_rows(propose([root], [-1]), width, temperature)
+            rows = top_rows(propose([root], [-1]), width, temperature, self._draft_ids)
         self.marginal = propose.kind == "marginal"
         self.max_depth = min(max_depth, len(rows)) if self.marginal else max_depth
         self._levels = rows
@@ -204,7 +207,7 @@ class Growth:
     def read(self, nodes: Sequence[Node]) -> None:
         """One drafter pass over nodes whose parents have been read."""
         logits = self._propose([node.token for node in nodes], self.parents(nodes))
-        self.receive(nodes, top_rows(logits, self.width, self.temperature))
+        self.receive(nodes, top_rows(logits, self.width, self.temperature, self._draft_ids))
 
     def parents(self, nodes: Sequence[Node]) -> list[int]:
         """Numbers of the nodes' parents among those read, the root being 0."""
