@@ -184,9 +184,9 @@ class PathWeights(StepWeights):
         document_ids: Int[Tensor, "R T"],
         nll: Float[Tensor, " N"] | None = None,
     ) -> Float[Tensor, " N"]:
-        if nll is None:
+        if nll is None and self.needs_nll:
             raise ValueError(f"{type(self).__name__} needs the nll of every counted step.")
-        placed = nll.new_zeros(loss_mask.shape).masked_scatter_(loss_mask, nll)
+        placed = _placed(nll, loss_mask)
         inside = path_mask(loss_mask, document_ids, self.depth)
         on_paths = self.on_paths(windows(placed, self.depth), inside)
         return fold(on_paths)[loss_mask]
@@ -195,10 +195,7 @@ class PathWeights(StepWeights):
     def on_drafts(
         self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
     ) -> Float[Tensor, " N"]:
-        placed = torch.zeros(mask.shape, device=mask.device, dtype=None if nll is None else nll.dtype)
-        if nll is not None:
-            placed = placed.masked_scatter(mask, nll)
-        return self.on_paths(placed, mask)[mask]
+        return self.on_paths(_placed(nll, mask), mask)[mask]
 
 
 class PrefixWeights(PathWeights):
@@ -358,15 +355,11 @@ class DepthWeights(PathWeights):
         """The decay, 0 outside; `nll` is not read."""
         return depth_decay(inside.shape[-1], self.gamma, inside.device).to(nll.dtype) * inside
 
-    def forward(
-        self,
-        target: TargetBatch | OnlineTarget,
-        loss_mask: Bool[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        nll: Float[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, " N"]:
-        """One everywhere: the paths of a causal drafter have one draft."""
-        return torch.ones(len(target), device=loss_mask.device)
-
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
+
+
+def _placed(nll: Float[Tensor, " N"] | None, mask: Bool[Tensor, "*step"]) -> Float[Tensor, "*step"]:
+    """The values at the true places of a mask, 0 elsewhere and where there are none."""
+    placed = torch.zeros(mask.shape, device=mask.device, dtype=None if nll is None else nll.dtype)
+    return placed if nll is None else placed.masked_scatter(mask, nll)

@@ -1,4 +1,4 @@
-"""What a loss may ask of the target: the head at every step, and the full distribution when it is at hand.
+"""The target of a loss: the top-k at every token position, and the full distribution where it is known.
 
 A `TargetBatch` has its steps flattened to one axis and everything in fp32 (float64 stays float64). It is
 data: no gradient flows into it.
@@ -101,18 +101,7 @@ class TargetBatch:
     @classmethod
     def from_head(cls, head: Head) -> TargetBatch:
         """The target from a trace; leading axes of the head are flattened."""
-        lead = head.ids.shape[:-1]
-        if len(lead) == 1:
-            return cls(head)
-        entropy = None if head.entropy is None else head.entropy.flatten()
-        flat = replace(
-            head,
-            ids=head.ids.reshape(-1, head.ids.shape[-1]),
-            gap=head.gap.reshape(-1, head.gap.shape[-1]),
-            lse_gap=head.lse_gap.flatten(),
-            entropy=entropy,
-        )
-        return cls(flat)
+        return cls(head.flatten())
 
     def __len__(self) -> int:
         return len(self.head.ids)
@@ -193,7 +182,7 @@ class TargetBatch:
 
 @dataclass(frozen=True)
 class OnlineTarget:
-    """A target still inside its output layer: indexing computes the logits of just those steps.
+    """A target whose output layer has not been applied: indexing computes the logits of those positions.
 
     `Chunked` indexes it one chunk at a time, so neither [N, V] of a two-head distillation ever exists.
 

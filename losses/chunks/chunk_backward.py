@@ -79,7 +79,7 @@ class Kernels:
 
     Args:
         name: "torch" or "triton".
-        split_: as `coarse.split_`.
+        split_: as `coarse_logits.split_`.
         joined_: as `joined_`.
         forward_kl_: as `forward_kl_`.
         discounted_: a whole `DiscountedCE` in one go, where there is one.
@@ -178,7 +178,7 @@ def differentiate(
 
 
 class TargetRows:
-    """What a loss may ask of the target at the steps of the current chunk.
+    """The target at the token positions of the current chunk.
 
     Args:
         target: the whole target.
@@ -197,7 +197,7 @@ class TargetRows:
             self._buffer = target.hidden.new_empty(size, target.vocab_size, dtype=work_dtype(dtype))
 
     def move_to(self, rows: slice) -> None:
-        """Goes on to these steps."""
+        """Move to these positions."""
         self._rows, self._fresh, self._head = rows, False, None
 
     def logits(self) -> Float[Tensor, "C V"]:
@@ -212,7 +212,7 @@ class TargetRows:
         return self._buffer[: self._rows.stop - self._rows.start]
 
     def used(self) -> None:
-        """The caller has overwritten `logits`."""
+        """Note that the caller has overwritten `logits`."""
         self._fresh = False
 
     def batch(self, full: bool) -> TargetBatch:

@@ -8,8 +8,8 @@ coefficients arrive with backward, which therefore walks the chunks a second tim
 weight gradient is accumulated in fp32 whatever the inputs are; bf16 inputs are rounded once more, in dz, for
 the two gradient GEMMs on CUDA.
 
-One [C, V] buffer serves all chunks; what happens to it between the products is in `losses.rows`. A loss of a
-few logits (`SparseLoss`) needs only the first product.
+One [C, V] buffer serves all chunks; what happens to it between the products is in `chunk_backward`. A loss of
+a few logits (`SparseLoss`) needs only the first product.
 Axes: N steps · V vocabulary · H hidden · C chunk.
 """
 
@@ -185,7 +185,7 @@ class Chunked(nn.Module):
 
     Args:
         loss: any loss of this package, without trainable parameters.
-        reduction: "mean" (by the sum of counted weights), "sum", or "none"; see `losses.weighting`.
+        reduction: "mean" (by the sum of counted weights), "sum", or "none"; see `losses.reduction`.
         chunk_tokens: steps per chunk; None chooses by vocabulary and device (`auto_chunk_tokens`).
         backend: "torch" is the readable path; "triton" the fused kernels, for CUDA; "auto" takes them on CUDA
             where triton is installed. Both give the same numbers up to rounding.
