@@ -56,7 +56,7 @@ def decode_batch(
     max_new_tokens: int = 128,
     eos: int | Collection[int] | None = None,
 ) -> list[DecodeResult]:
-    """Continues several prompts at once, each as `decode(…, Chain(depth), Strict())` would.
+    """Continue several prompts at once, each as `decode(…, Chain(depth), Strict())` would.
 
     Args:
         target: a causal LM, or a `TargetRunner` around it.
@@ -201,14 +201,14 @@ class BatchedLM:
         return self.lm.project(hidden[tuple(at.T.to(hidden.device))])
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Ends a round: the first tokens each row read in it are committed, the others forgotten."""
+        """End a round: the first tokens each row read in it are committed, the others forgotten."""
         for visible, slots, count in zip(self.visible, self._round, counts, strict=True):
             visible[slots[count:]] = False
             slots.clear()
         self._scrub()
 
     def select(self, rows: Sequence[int]) -> None:
-        """Drops the other rows, between rounds; closes the gaps when that pays."""
+        """Drop the other rows, between rounds; closes the gaps when that pays."""
         visible = self.visible[list(rows)]
         width = int(visible.sum(1).max())
         if len(rows) == len(self.visible) and visible.shape[1] <= 2 * width + _SLACK:
@@ -248,7 +248,7 @@ class BatchedLM:
         return hidden
 
     def _scrub(self) -> None:
-        """Zeroes hidden slots once one may hold NaN: a weight of 0 does not silence it."""
+        """Zero hidden slots once one may hold NaN: a weight of 0 does not silence it."""
         if self._dirty:
             for layer in self.cache.layers:
                 layer.erase(torch.from_numpy(~self.visible))

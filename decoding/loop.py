@@ -3,7 +3,7 @@
 A round starts with its root, the last committed token, which no model has read. The builder hangs a tree from
 it, the target reads root and tree in one pass, the acceptor picks a path and the bonus token, both caches
 keep the path. With a lossless acceptor the text is the target's own (greedy, or in distribution), whatever
-the drafter says.
+the drafter proposes.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def decode(
     eos: int | Collection[int] | None = None,
     clock: Clock | None = None,
 ) -> DecodeResult:
-    """Continues a prompt with a target and a drafter.
+    """Continue a prompt with a target and a drafter.
 
     Args:
         target: a causal LM, or a `TargetRunner` around it (make one for many prompts).
@@ -257,17 +257,17 @@ class Backoff:
 
 
 def warn_non_finite(error: NonFiniteLogits, stacklevel: int) -> None:
-    """Says that a drafter is broken and that the text is not."""
+    """Warn that the drafter produced non-finite logits; the output text is unaffected."""
     warnings.warn(
-        f"{error}; this round is decoded without a draft, the text stays right. Check the drafter's weights "
-        "and dtype.",
+        f"{error}; this round is decoded without a draft, the text is unaffected. Check the drafter's "
+        "weights and dtype.",
         RuntimeWarning,
         stacklevel=stacklevel + 1,
     )
 
 
 class _NonFiniteGuard(Backoff):
-    """Builds trees; a drafter whose logits are not finite costs the draft of that round, never the text."""
+    """Build trees; a drafter whose logits are not finite costs the draft of that round, never the text."""
 
     def build(
         self, builder: TreeBuilder, session: DraftSession, root: int, max_depth: int, context: int

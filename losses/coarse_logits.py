@@ -65,7 +65,7 @@ def join_(
     ids: Int[Tensor, "N K"],
     grad: Float[Tensor, "N C"],
 ) -> Float[Tensor, "N V"]:
-    """Turns the buffer left by `split_` into the gradient with respect to the logits, in place."""
+    """Turn the buffer left by `split_` into the gradient with respect to the logits, in place."""
     num_kept = ids.shape[-1]
     if num_kept < buffer.shape[-1]:
         buffer.mul_(grad[:, num_kept:] / total)

@@ -316,7 +316,7 @@ class TokenCE(Loss):
     label instead, which is what a greedy verifier asks for; on a trace of the target's own greedy text the
     two are the same loss.
 
-    *What it bounds.* y is outside the drafter's top-m ⇒ loss ≥ log(m + 1). That says something about
+    *What it bounds.* y is outside the drafter's top-m ⇒ loss ≥ log(m + 1). It bounds
     acceptance only where y is the greedy token.
 
     *When to use.* To reproduce peers' numbers, or when no target was ever run over the data.

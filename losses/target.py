@@ -39,7 +39,7 @@ class TargetBatch:
         num_absent: how many of the last classes the drafter has no logit for; see `DraftVocabulary`.
 
     Raises:
-        ValueError: steps not on one axis, or `logp` or `next_ids` of another shape than the head says.
+        ValueError: steps not on one axis, or `logp` or `next_ids` of another shape than the head.
     """
 
     head: Head
@@ -66,7 +66,7 @@ class TargetBatch:
             expected = (len(head.ids), head.vocab_size)
             if tuple(self.logp.shape) != expected:
                 raise ValueError(
-                    f"TargetBatch: logp has shape {list(self.logp.shape)}, the head says {list(expected)}."
+                    f"TargetBatch: logp has shape {list(self.logp.shape)}, expected {list(expected)}."
                 )
             object.__setattr__(self, "logp", self.logp.detach().to(dtype))
         if self.next_ids is not None and tuple(self.next_ids.shape) != (len(head.ids),):

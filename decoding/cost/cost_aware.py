@@ -80,9 +80,9 @@ class CostAware(TreeBuilder):
     best child (mass times the mean top probability seen this round) raises the rule's objective by more than
     the pass and the extra nodes cost. That estimate is a heuristic; the cut of what is known is exact.
 
-    Trials: a drafter so modest that by its own word no token is worth verifying would never be found to be
-    right. So while the temperature is learned, a drafted round in which nothing pays verifies the best few
-    tokens all the same: each time after one that was right, ever more rarely after ones that were not.
+    Trials: where no token seems worth verifying, the temperature could never be corrected. So while it is
+    learned, a drafted round in which nothing pays verifies the best few tokens all the same: every time after
+    a trial that was accepted, more and more rarely after trials that were not.
 
     Plain rounds: when the drafted rounds of late earned fewer tokens per second than plain decoding would,
     rounds go undrafted, and one in `probe` drafts again to see whether that has changed.
@@ -95,7 +95,7 @@ class CostAware(TreeBuilder):
         max_depth: longest path, >= 1.
         temperature: of the drafter's softmax, > 0; None learns the one at which the expected accepted length
             is the realised one, starting at 1. A drafter's q(token) need not be its chance of being the
-            target's greedy token, and masses that promise too little stop trees too early.
+            target's greedy token, and masses that are too small stop trees too early.
         rate: tokens per second for "lambda"; None learns it, starting at the speed of plain decoding.
         probe: rounds from one attempt to draft to the next while drafting does not pay, >= 1; 1 always
             drafts.
@@ -135,7 +135,7 @@ class CostAware(TreeBuilder):
         return f"cost_aware(stop={self.stop}, budget={self.budget})"
 
     def reset(self) -> None:
-        """Forgets throughput and temperature."""
+        """Forget throughput and temperature."""
         self._all, self._drafted = Throughput(self.decay), Throughput(0.9)
         self._learned, self._lessons = 1.0, 0  # temperature, and the rounds it was learned from
         self._idle, self._patience, self._trying = (
@@ -147,7 +147,7 @@ class CostAware(TreeBuilder):
         self._spent: float | None = None  # seconds of drafting in the round under way
 
     def prepare(self, target: object, drafter: object) -> None:
-        """Refuses a cost model of another device, target or drafter; called by the loop before each text."""
+        """Raise if the cost model is of other hardware or models; called by the loop before each text."""
         self.cost_model.require(
             device=device_name(target.device) if hasattr(target, "device") else "*",
             target=getattr(target, "fingerprint", "*"),
@@ -176,7 +176,7 @@ class CostAware(TreeBuilder):
         return growth.tree(nodes)
 
     def observe(self, tree: Tree, committed: int, context: int) -> None:
-        """What the round came to; called by the loop."""
+        """Record the outcome of a round; called by the loop."""
         seconds = self.cost_model.verify_s(tree.num_nodes, context) + (self._spent or 0.0)
         self._all.add(committed, seconds)
         if self._spent is None:
@@ -187,7 +187,7 @@ class CostAware(TreeBuilder):
             self._learn(tree, committed - 1)
 
     def _learn(self, tree: Tree, accepted: int) -> None:
-        """Moves the temperature to where the expected length would have been the accepted one."""
+        """Move the temperature to where the expected length would have been the accepted one."""
         if not tree.num_nodes:
             self._idle += 1
             return

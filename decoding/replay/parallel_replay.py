@@ -141,7 +141,7 @@ class _Stretch:
 
 
 class _Read:
-    """The drafter of trees that do not ask: what it says is handed to them."""
+    """Stands in for a drafter whose rows are known already."""
 
     def __init__(self, kind: Literal["conditional", "marginal"]) -> None:
         self.kind = kind

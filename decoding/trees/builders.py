@@ -9,7 +9,7 @@ state, and returns a `Tree`. Two kinds of drafter answer differently:
   is the product of marginals, and the tree costs no further pass.
 
 Letters: K nodes of one drafter pass, V vocabulary, D draft depth. Sources: DDTree arXiv 2604.12989 for the
-order; the conditional version is ours, its exactness argument is in `BestFirst`.
+order; the conditional version is ours; `BestFirst` has the argument.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Growth:
         width: children kept per node; a tree of `width` nodes never needs more (DDTree, lemma 1).
         max_depth: prefixes longer than this do not exist, >= 1.
         temperature: of the drafter's softmax.
-        rows: what the drafter says after the root, where it has been read before.
+        rows: the drafter's distribution after the root, where it is known already.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Growth:
         return [self._numbers[node.ranks[:-1]] for node in nodes]
 
     def receive(self, nodes: Sequence[Node], rows: Sequence[Row]) -> None:
-        """What the drafter says after each of these nodes, numbered in this order."""
+        """Store the distribution after each of these nodes, numbered in this order."""
         for node, row in zip(nodes, rows, strict=True):
             self._numbers[node.ranks] = len(self._numbers)
             self._rows[node.ranks] = row
@@ -287,14 +287,14 @@ def best_known(growth: Growth, budget: int, frontier: int | None) -> tuple[list[
 
 
 def positive(name: str, value: int) -> int:
-    """The value, refused below 1 in the name of its argument."""
+    """Return the value; raise ValueError below 1."""
     if value < 1:
         raise ValueError(f"{name} is {value}; it counts tokens and must be at least 1")
     return int(value)
 
 
 def positive_temperature(name: str, value: float) -> float:
-    """The value, refused unless above 0 in the name of its argument."""
+    """Return the value; raise ValueError unless it is above 0."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; a softmax needs a temperature above 0")
     return float(value)

@@ -1,8 +1,8 @@
-"""The most probable next tokens of a logits row, in a fixed order, and the refusal of rows that are not
-numbers.
+"""The most probable next tokens of a logits row, in a fixed order, and the check that rows
+are finite.
 
 Order: by logit, then by id, the lowest first, so that rank 0 is the greedy token and a rank means the same in
-the live loop, in replay and on every machine (`torch.topk` promises no order among equal values). Letters: K
+the live loop, in replay and on every machine (`torch.topk` does not order equal values). Letters: K
 rows, V vocabulary.
 """
 

@@ -3,7 +3,7 @@
 
 | kernel | first sweep | gradient in z_j, times the step's coefficient (second sweep) |
 |---|---|---|
-| split, join | r = log Σ_{j outside the head} e^{z_j} | head: as the loss says; rest: g_rest e^{z_j − r} |
+| split, join | r = log Σ_{j outside the head} e^{z_j} | head: from the loss; rest: g_rest e^{z_j − r} |
 | discounted | P = log Σ_{j≠g} w_j e^{z_j}; loss log(1 + e^D), D = P − z_g | w_j e^{z_j − L}; g: −σ(D) |
 | forward KL | log-sum-exps of both rows | q_j − p_j; the loss Σ p (log p − log q) is added up here |
 

@@ -285,7 +285,11 @@ def test_killed_and_resumed_runs_end_alike(
         init = {"config": config | {"num_hidden_layers": 1, "block_size": 4}, "num_anchors": 3}
         settings["model"]["drafter"] = {"class_path": "BlockDrafter", "init_args": init}
     init["short_until"] = 0.1  # the first step, of five as of eight
-    settings["model"]["step_weights"] = {"class_path": "DepthWeights", "init_args": {"gamma": 4.0}}
+    factors = [
+        {"class_path": "DepthWeights", "init_args": {"gamma": 4.0}},
+        {"class_path": "LowMarginWeights", "init_args": {"threshold": 0.2}},
+    ]
+    settings["model"]["step_weights"] = {"class_path": "ProductWeights", "init_args": {"factors": factors}}
     for split in ("train", "validation"):
         settings["data"][split] = str(tiny / f"{split}-features")
     ends = []
