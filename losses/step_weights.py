@@ -12,7 +12,7 @@ N counted steps · D draft depth.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -108,19 +108,11 @@ class ProductWeights(StepWeights):
         self.needs_nll = bool(reading)
         self.acceptance = reading.pop() if reading else "greedy"
 
-    def forward(
-        self,
-        target: TargetBatch | OnlineTarget,
-        loss_mask: Bool[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        nll: Float[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, " N"]:
-        return math.prod(factor(target, loss_mask, document_ids, nll) for factor in self.factors)
+    def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
+        return math.prod(factor(*step, **named) for factor in self.factors)
 
-    def on_drafts(
-        self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
-    ) -> Float[Tensor, " N"]:
-        return math.prod(factor.on_drafts(target, mask, nll) for factor in self.factors)
+    def on_drafts(self, *drafts: Any, **named: Any) -> Float[Tensor, " N"]:
+        return math.prod(factor.on_drafts(*drafts, **named) for factor in self.factors)
 
 
 class LowMarginWeights(StepWeights):
@@ -135,13 +127,7 @@ class LowMarginWeights(StepWeights):
         super().__init__()
         self.threshold, self.boost = threshold, boost
 
-    def forward(
-        self,
-        target: TargetBatch | OnlineTarget,
-        loss_mask: Bool[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        nll: Float[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, " N"]:
+    def forward(self, target: TargetBatch | OnlineTarget, *_: Any, **__: Any) -> Float[Tensor, " N"]:
         if isinstance(target, OnlineTarget):
             raise ValueError(
                 "LowMarginWeights: an online target has no margins before its logits are computed; train on "
