@@ -11,8 +11,8 @@ N counted steps · D draft depth.
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -109,10 +109,11 @@ class ProductWeights(StepWeights):
         self.acceptance = reading.pop() if reading else "greedy"
 
     def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
-        return math.prod(factor(*step, **named) for factor in self.factors)
+        return functools.reduce(torch.mul, [factor(*step, **named) for factor in self.factors])
 
     def on_drafts(self, *drafts: Any, **named: Any) -> Float[Tensor, " N"]:
-        return math.prod(factor.on_drafts(*drafts, **named) for factor in self.factors)
+        parts = [cast(StepWeights, factor) for factor in self.factors]
+        return functools.reduce(torch.mul, [part.on_drafts(*drafts, **named) for part in parts])
 
 
 class LowMarginWeights(StepWeights):

@@ -127,9 +127,9 @@ def row_work(
     if view not in ("head", "token"):
         return differentiate(loss, logits, target, coefficient, dtype)
     ids = classes(view, target)
-    plain = isinstance(loss, DiscountedCE) and type(loss).on_coarse is DiscountedCE.on_coarse
-    if kernels.discounted_ is not None and plain:
-        return kernels.discounted_(logits, ids, loss.discount(target), coefficient, dtype)
+    if kernels.discounted_ is not None and isinstance(loss, DiscountedCE):
+        if type(loss).on_coarse is DiscountedCE.on_coarse:
+            return kernels.discounted_(logits, ids, loss.discount(target), coefficient, dtype)
     coarse, total = kernels.split_(logits, ids)
     value, gradient = differentiate(loss.on_coarse, coarse, target, coefficient, coarse.dtype)
     if gradient is not None:
