@@ -72,7 +72,7 @@ def margin_bound(
         direction: "forward" for KL(p‖q), "reverse" for KL(q‖p).
 
     Returns:
-        Nats, in [0, +inf]; 0 where nothing can be promised. Sharp for strict, additive and multiplicative
+        Nats, in [0, +inf]; 0 where nothing is guaranteed. Sharp for strict, additive and multiplicative
         rules and for coverage from margin, from p0, from both, or from the order margin alone; sound
         otherwise.
 

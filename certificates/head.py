@@ -8,6 +8,7 @@ Axis letters: *step leading axes · V vocabulary · K entries kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,33 +100,20 @@ class Head:
         """Index the leading axes: `head[mask]`, `head[3]`, `head[:, 1:]`."""
         keys = index if isinstance(index, tuple) else (index,)
         rows = (*keys, slice(None)) if any(key is Ellipsis for key in keys) else keys
-        return Head(
-            self.ids[rows],
-            self.gap[rows],
-            self.lse_gap[keys],
-            self.vocab_size,
-            None if self.entropy is None else self.entropy[keys],
-        )
+        return self._each(lambda x: x[rows], lambda x: x[keys])
 
     def flatten(self) -> Head:
         """The same head with all leading axes merged into one."""
-        return Head(
-            self.ids.reshape(-1, self.num_kept),
-            self.gap.reshape(-1, self.num_kept),
-            self.lse_gap.reshape(-1),
-            self.vocab_size,
-            None if self.entropy is None else self.entropy.reshape(-1),
-        )
+        return self._each(lambda x: x.reshape(-1, self.num_kept), lambda x: x.reshape(-1))
 
     def to(self, device: torch.device | str) -> Head:
         """The same head on another device."""
-        return Head(
-            self.ids.to(device),
-            self.gap.to(device),
-            self.lse_gap.to(device),
-            self.vocab_size,
-            None if self.entropy is None else self.entropy.to(device),
-        )
+        return self._each(lambda x: x.to(device), lambda x: x.to(device))
+
+    def _each(self, rows: Callable[[Tensor], Tensor], steps: Callable[[Tensor], Tensor]) -> Head:
+        """The head with functions applied to its [*step, K] and to its [*step] tensors."""
+        h = None if self.entropy is None else steps(self.entropy)
+        return Head(rows(self.ids), rows(self.gap), steps(self.lse_gap), self.vocab_size, h)
 
     def truncate(self, k: int) -> Head:
         """The first k entries; what is cut joins the tail.

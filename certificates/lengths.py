@@ -21,7 +21,7 @@ _HALVINGS = 80
 
 @dataclass(frozen=True, eq=False)
 class RunLengths:
-    """How long certified stretches are, under both readings of arXiv 2606.30265, Tables 5 and 6.
+    """Lengths of certified stretches, under both readings of arXiv 2606.30265, Tables 5 and 6.
 
     Args:
         runs: certified steps in a row that begin at each step, at most the cap; 0 at an uncertified step.

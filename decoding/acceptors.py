@@ -5,7 +5,7 @@ a branch it accepted at every edge and never hops to another one: the logits bel
 the path through it. The bonus token is the target's own choice after the last accepted slot.
 
 `Strict` and `SampleMatch` are lossless: greedy text is the target's greedy text, sampled text has the
-target's distribution, whatever the drafter says. `Relaxed` trades that for longer paths, by a certificate
+target's distribution, whatever the drafter proposes. `Relaxed` trades that for longer paths, by a certificate
 rule. Letters: S = 1 + n tree slots, V vocabulary.
 """
 
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
 
 
 class Acceptor(Protocol):
-    """Anything that can be `decode`'s acceptor; `lossless` says whether the text stays the target's own."""
+    """Interface of the acceptors of `decode`; `lossless`: the text stays the target's own."""
 
     lossless: bool
 

@@ -16,15 +16,22 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from certdraft.decoding.batched_lm import BatchedLM
-from certdraft.decoding.cost.clock import RealClock
-from certdraft.decoding.loop import Backoff, as_target, checked_prompt, cut, eos_set, warn_non_finite
-from certdraft.decoding.results import DecodeResult, Round
+from certdraft.decoding.cost.cost_model import RealClock
+from certdraft.decoding.loop import (
+    Backoff,
+    DecodeResult,
+    Round,
+    as_target,
+    checked_prompt,
+    cut,
+    eos_set,
+    warn_non_finite,
+)
 from certdraft.decoding.target_runner import TargetRunner
 from certdraft.decoding.trees.builders import Chain
 from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids, top_rows
 from certdraft.decoding.trees.tree import Row
-from certdraft.drafters import CachedLM, CausalDrafter, Drafter
+from certdraft.drafters import CachedLM, CausalDrafter, Drafter, TreeCache
 
 
 @dataclass
@@ -49,7 +56,7 @@ def decode_batch(
     max_new_tokens: int = 128,
     eos: int | Collection[int] | None = None,
 ) -> list[DecodeResult]:
-    """Continues several prompts at once, each as `decode(…, Chain(depth), Strict())` would.
+    """Continue several prompts at once, each as `decode(…, Chain(depth), Strict())` would.
 
     Args:
         target: a causal LM, or a `TargetRunner` around it.
@@ -151,3 +158,97 @@ def _top(logits: Float[Tensor, "N V"]) -> list[Row | NonFiniteLogits]:
         return [*top_rows(logits, 1)]
     except NonFiniteLogits as error:
         return [error] if len(logits) == 1 else [answer for row in logits for answer in _top(row[None])]
+
+
+_SLACK = 64  # hidden slots that are not worth a compaction
+
+
+class BatchedLM:
+    """A causal LM reading chains of several texts in one pass, each text with its own length.
+
+    Args:
+        lm: the model.
+        ids: tokens of each row to start with, possibly none.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, lm: CachedLM, ids: Sequence[Sequence[int]]) -> None:
+        if lm.model.training:
+            raise ValueError(f"{type(lm.model).__name__} is in training mode; call .eval() before decoding.")
+        self.lm, self.cache = lm, TreeCache(lm.num_layers, max(map(len, ids)) + 256)
+        self.visible = np.zeros((len(ids), 0), dtype=bool)  # [R, W] slots that hold text of the row
+        self._round: list[list[int]] = [[] for _ in ids]  # slots each row read since the last `keep`
+        self._dirty = False  # some slot holds NaN
+        if any(ids):
+            self._forward(ids)
+        self.keep([len(row) for row in ids])
+
+    def extend(self, tokens: Sequence[Sequence[int]], *, last: bool = False) -> Float[Tensor, "N V"]:
+        """Each row reads a continuation of what it has read; one pass.
+
+        Args:
+            tokens: of each row, possibly none, but some in at least one row.
+            last: logits after the last token of each row that reads any, not after all tokens.
+
+        Returns:
+            fp32 next-token logits, row after row.
+        """
+        hidden = self._forward(tokens)
+        steps = [range(len(row) - 1 if last and row else 0, len(row)) for row in tokens]
+        at = torch.tensor([(row, step) for row, those in enumerate(steps) for step in those])
+        return self.lm.project(hidden[tuple(at.T.to(hidden.device))])
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """End a round: the first tokens each row read in it are committed, the others forgotten."""
+        for visible, slots, count in zip(self.visible, self._round, counts, strict=True):
+            visible[slots[count:]] = False
+            slots.clear()
+        self._scrub()
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Drop the other rows, between rounds; closes the gaps when that pays."""
+        visible = self.visible[list(rows)]
+        width = int(visible.sum(1).max())
+        if len(rows) == len(self.visible) and visible.shape[1] <= 2 * width + _SLACK:
+            return
+        slots = np.argsort(~visible, axis=1, kind="stable")[:, :width]  # text first, in its order
+        if visible.shape[1]:
+            for layer in self.cache.layers:
+                layer.rearrange(torch.tensor(rows), torch.from_numpy(slots))
+        self.visible, self._round = np.take_along_axis(visible, slots, 1), [[] for _ in rows]
+
+    def _forward(self, tokens: Sequence[Sequence[int]]) -> Float[Tensor, "R Q H"]:
+        sizes, old = np.array([len(row) for row in tokens])[:, None], self.visible.shape[1]
+        num, width = len(sizes), int(sizes.max())
+        steps = np.arange(width)
+        ids = np.zeros((num, width), dtype=np.int64)
+        for row, (own, slots) in enumerate(zip(tokens, self._round, strict=True)):
+            ids[row] = [*own, *[own[-1] if own else 0] * (width - len(own))]  # no token of another row
+            slots += range(old, old + len(own))
+        # padding repeats a position, so that none is beyond the model's context, and sees itself: a softmax
+        # over nothing would be NaN
+        positions = self.visible.sum(1)[:, None] + np.minimum(steps, np.maximum(sizes - 1, 0))
+        hidden_slots = np.ones((num, width, old + width), dtype=bool)
+        hidden_slots[:, :, :old] = ~self.visible[:, None]
+        hidden_slots[:, :, old:] = ~np.tri(width, dtype=bool)
+        self.visible = np.concatenate([self.visible, steps < sizes], axis=1)
+        mask = torch.zeros(num, 1, width, old + width, dtype=self.lm.dtype)  # float: eager misreads booleans
+        mask.masked_fill_(torch.from_numpy(hidden_slots)[:, None], torch.finfo(mask.dtype).min)
+        hidden: Tensor = self.lm.body(
+            input_ids=torch.from_numpy(ids).to(self.lm.device),
+            position_ids=torch.from_numpy(positions).to(self.lm.device),
+            attention_mask=mask.to(self.lm.device),
+            past_key_values=self.cache.past,
+            use_cache=True,
+        ).last_hidden_state
+        self._dirty = self._dirty or not bool(hidden.isfinite().all())
+        self._scrub()
+        return hidden
+
+    def _scrub(self) -> None:
+        """Zero hidden slots once one may hold NaN: a weight of 0 does not silence it."""
+        if self._dirty:
+            for layer in self.cache.layers:
+                layer.erase(torch.from_numpy(~self.visible))

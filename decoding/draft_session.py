@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from certdraft.decoding.cost.clock import Clock
+from certdraft.decoding.cost.cost_model import Clock
 from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import Drafter
 
@@ -37,6 +37,7 @@ class DraftSession:
     ) -> None:
         self.drafter, self.clock = drafter, clock
         self.kind: Literal["conditional", "marginal"] = drafter.kind
+        self.draft_ids: Int[Tensor, " D"] | None = getattr(drafter, "draft_ids", None)
         self.draft_s = self.host_s = 0.0
         self._state = drafter.start(ids) if features is None else drafter.start(ids, features)
         self._pending: list[int] = []
@@ -44,7 +45,7 @@ class DraftSession:
         self._context = len(ids)
 
     def begin(self) -> None:
-        """Opens a round."""
+        """Open a round."""
         self.draft_s = self.host_s = 0.0
 
     def __call__(self, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "K V"]:
@@ -65,13 +66,13 @@ class DraftSession:
         return logits[offset:] if first and offset and self.kind == "conditional" else logits
 
     def abandon(self) -> None:
-        """Drops everything the drafter read in this round."""
+        """Drop everything the drafter read in this round."""
         if self._offset is not None:
             self.drafter.commit(self._state, [])
             self._offset = None
 
     def commit(self, tree: Tree, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None) -> None:
-        """Closes a round: the slots of `path` are committed text; `features` are the tapped layers there."""
+        """Close a round: the slots of `path` are committed text; `features` are the tapped layers there."""
         read = 0
         given = () if features is None else (features,)
         if self._offset is not None:

@@ -3,13 +3,15 @@
 A round starts with its root, the last committed token, which no model has read. The builder hangs a tree from
 it, the target reads root and tree in one pass, the acceptor picks a path and the bonus token, both caches
 keep the path. With a lossless acceptor the text is the target's own (greedy, or in distribution), whatever
-the drafter says.
+the drafter proposes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +19,98 @@ from transformers import PreTrainedModel
 
 from certdraft.certificates import Rule
 from certdraft.decoding.acceptors import Acceptor, Strict, as_acceptor
-from certdraft.decoding.cost.clock import Clock, RealClock
+from certdraft.decoding.cost.cost_model import Clock, RealClock
 from certdraft.decoding.draft_session import DraftSession
-from certdraft.decoding.results import DecodeResult, Round
 from certdraft.decoding.target_runner import Target, TargetRunner, context_limit
 from certdraft.decoding.trees.builders import Chain, TreeBuilder
 from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids
 from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import Drafter
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One target pass.
+
+    Attributes:
+        context: committed tokens before the round's root.
+        nodes: draft tokens verified.
+        depth: longest path of the tree.
+        expected: accepted draft tokens the drafter expected (sum of its path probabilities); None where a
+            replay does not know.
+        accepted: draft tokens committed.
+        committed: tokens committed, the bonus token included.
+        draft_s: seconds inside the drafter.
+        verify_s: seconds of the target pass and of reading its verdict.
+        host_s: every other second of the round.
+        bonus_rank: rank of the bonus token at its depth under a marginal drafter, 0 = its first choice; known
+            to replays alone.
+    """
+
+    context: int
+    nodes: int
+    depth: int
+    expected: float | None
+    accepted: int
+    committed: int
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    host_s: float = 0.0
+    bonus_rank: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole round."""
+        return self.draft_s + self.verify_s + self.host_s
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """A decoded text.
+
+    Attributes:
+        tokens: the new tokens, an end-of-sequence token included.
+        rounds: one record per target pass, in order.
+        stopped: why decoding ended.
+        prefill_s: seconds of both prefills.
+        fallbacks: rounds decoded plainly because the drafter's logits were not finite.
+    """
+
+    tokens: list[int]
+    rounds: list[Round]
+    stopped: Literal["eos", "length"]
+    prefill_s: float = 0.0
+    fallbacks: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """tau of this text, >= 1."""
+        return acceptance_length([self])
+
+    @property
+    def accepted_per_round(self) -> float:
+        """Mean accepted draft tokens per target pass; the bonus token is not counted."""
+        return sum(r.accepted for r in self.rounds) / len(self.rounds)
+
+    @property
+    def seconds(self) -> float:
+        """Of all rounds; the prefill is not counted."""
+        return sum(r.seconds for r in self.rounds)
+
+
+def acceptance_length(results: Iterable[DecodeResult]) -> float:
+    """Pooled acceptance length tau: tokens committed / target passes over all texts, bonus tokens included.
+
+    Raises:
+        ValueError: no rounds.
+    """
+    tokens = passes = 0
+    for result in results:
+        tokens += sum(r.committed for r in result.rounds)
+        passes += len(result.rounds)
+    if not passes:
+        raise ValueError("acceptance length of no rounds; decode at least one text")
+    return tokens / passes
 
 
 @torch.inference_mode()
@@ -38,7 +124,7 @@ def decode(
     eos: int | Collection[int] | None = None,
     clock: Clock | None = None,
 ) -> DecodeResult:
-    """Continues a prompt with a target and a drafter.
+    """Continue a prompt with a target and a drafter.
 
     Args:
         target: a causal LM, or a `TargetRunner` around it (make one for many prompts).
@@ -171,17 +257,17 @@ class Backoff:
 
 
 def warn_non_finite(error: NonFiniteLogits, stacklevel: int) -> None:
-    """Says that a drafter is broken and that the text is not."""
+    """Warn that the drafter produced non-finite logits; the output text is unaffected."""
     warnings.warn(
-        f"{error}; this round is decoded without a draft, the text stays right. Check the drafter's weights "
-        "and dtype.",
+        f"{error}; this round is decoded without a draft, the text is unaffected. Check the drafter's "
+        "weights and dtype.",
         RuntimeWarning,
         stacklevel=stacklevel + 1,
     )
 
 
 class _NonFiniteGuard(Backoff):
-    """Builds trees; a drafter whose logits are not finite costs the draft of that round, never the text."""
+    """Build trees; a drafter whose logits are not finite costs the draft of that round, never the text."""
 
     def build(
         self, builder: TreeBuilder, session: DraftSession, root: int, max_depth: int, context: int

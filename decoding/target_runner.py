@@ -45,7 +45,7 @@ class Target(Protocol):
         ...
 
     def keep(self, state: Any, path: Sequence[int]) -> None:
-        """Commits the slots of a root path, drops the others."""
+        """Commit the slots of a root path, drops the others."""
         ...
 
 

@@ -16,10 +16,12 @@ from certdraft.losses.imitation import Divergence as Divergence
 from certdraft.losses.imitation import ForwardKL as ForwardKL
 from certdraft.losses.imitation import HardCE as HardCE
 from certdraft.losses.imitation import JensenShannon as JensenShannon
+from certdraft.losses.imitation import RenyiHalf as RenyiHalf
 from certdraft.losses.imitation import ReverseKL as ReverseKL
 from certdraft.losses.imitation import SharpenedKL as SharpenedKL
 from certdraft.losses.imitation import SoftTopK as SoftTopK
 from certdraft.losses.imitation import TokenCE as TokenCE
+from certdraft.losses.imitation import TopKCE as TopKCE
 from certdraft.losses.imitation import TotalVariation as TotalVariation
 from certdraft.losses.mixture import Mixture as Mixture
 from certdraft.losses.mixture import Ramp as Ramp
@@ -42,6 +44,8 @@ from certdraft.losses.step_weights import DepthWeights as DepthWeights
 from certdraft.losses.step_weights import LowMarginWeights as LowMarginWeights
 from certdraft.losses.step_weights import PathWeights as PathWeights
 from certdraft.losses.step_weights import PrefixWeights as PrefixWeights
+from certdraft.losses.step_weights import ProductWeights as ProductWeights
+from certdraft.losses.step_weights import ReachWeights as ReachWeights
 from certdraft.losses.step_weights import StepWeights as StepWeights
 from certdraft.losses.target import OnlineTarget as OnlineTarget
 from certdraft.losses.target import TargetBatch as TargetBatch
@@ -50,9 +54,9 @@ __all__ = [
     "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin", "DepthWeights",
     "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss", "LowMarginWeights",
     "MarginDiscountedCE", "Mixture", "OnlineTarget", "PathWeights", "PoolDiscountedCE", "PrefixWeights",
-    "Ramp", "Reduction", "ReverseKL", "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss",
-    "StepWeights", "TargetBatch", "TokenCE", "TotalVariation", "auto_chunk_tokens", "budget_loss",
-    "budget_weights", "certain_budget_nats", "depth_decay", "estimated_budget_nats", "fold",
-    "low_margin_weight", "next_tokens", "path_mask", "prefix_weights", "reduce", "step_coefficients",
-    "windows",
+    "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf", "ReverseKL", "RunnerUpForgivingCE",
+    "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch", "TokenCE", "TopKCE",
+    "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights", "certain_budget_nats",
+    "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens", "path_mask",
+    "prefix_weights", "reduce", "step_coefficients", "windows",
 ]  # fmt: skip

@@ -1,10 +1,9 @@
-"""The one interface of all losses: drafter logits and a target in, one number per step out.
+"""The interface of all losses: drafter logits and a target in, one number per token position out.
 
-A loss looks at a step in one of four ways. "head": it sees both sides as K + 1 classes (the head and one
-bucket) and defines `on_coarse`. "token": the same with one class, the data's next token, in place of the
-head. "picked": it depends on a few of the drafter's logits only (`losses.ranks`). "full": it sees both over
-the whole vocabulary and defines `on_full`.
-No masks, no weights, no reduction: see `losses.weighting`. Axes: N steps · V vocabulary · C coarse classes.
+A loss has one of four views of a position. "head": K + 1 classes on both sides, the target's top-k and one
+bucket (`on_coarse`). "token": the same with the data's next token in place of the top-k. "picked": a few
+of the drafter's logits (`on_picked`). "full": the whole vocabulary (`on_full`). Masks, weights and reduction
+are in `losses.reduction`. Axes: N token positions · V vocabulary · C coarse classes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ View = Literal["head", "token", "picked", "full"]
 
 
 def classes(view: View, target: TargetBatch) -> Int[Tensor, "N K"]:
-    """The tokens a view sees one by one; all others are one bucket."""
+    """Return the tokens that a view keeps apart; all others are one bucket."""
     if view == "head":
         return target.top_ids
     assert view == "token"
@@ -57,7 +56,7 @@ class Loss(nn.Module):
         return self.on_coarse(coarsen(logits, classes(view, target)), target)
 
     def view(self, target: TargetBatch | OnlineTarget) -> View:
-        """How this loss looks at this target."""
+        """Return the view that this loss takes of this target."""
         return self.requires
 
     @property
@@ -66,13 +65,13 @@ class Loss(nn.Module):
         return type(self).forward is not Loss.forward
 
     def at(self, progress: float) -> None:
-        """Tells a loss how much of the training is done, in [0, 1]; only schedules listen (`Ramp`)."""
+        """Set the share of the training that is done, in [0, 1]; read by schedules (`Ramp`)."""
         for part in self.modules():
             if part is not self and isinstance(part, Loss):
                 part.at(progress)
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
-        """Per-step loss from the drafter's coarse logits (`losses.coarse`)."""
+        """Per-step loss from the drafter's coarse logits (`losses.coarse_logits`)."""
         raise NotImplementedError(f"{self!r} does not work on the head of the target")
 
     def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
@@ -88,7 +87,7 @@ class Loss(nn.Module):
         raise NotImplementedError(f"{self!r} is not a loss of a few logits")
 
     def check(self, logits: Tensor, target: TargetBatch) -> None:
-        """Refuses, by name, a target this loss cannot use."""
+        """Raise ValueError for logits and a target that do not fit."""
         if logits.dim() != 2 or logits.shape[0] != len(target):
             raise ValueError(
                 f"{self!r}: logits have shape {list(logits.shape)}, expected [{len(target)}, V] for a target "
@@ -102,7 +101,7 @@ class Loss(nn.Module):
         self.check_target(target)
 
     def check_target(self, target: TargetBatch) -> None:
-        """Refuses, by name, a target that keeps too little for this loss."""
+        """Raise ValueError for a target that keeps too little for this loss."""
         if target.num_kept < min(self.min_head, target.vocab_size):
             raise ValueError(
                 f"{self!r} needs the {self.min_head} most probable target tokens at every step; this "

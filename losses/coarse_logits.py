@@ -23,6 +23,8 @@ from torch.autograd.function import once_differentiable
 
 # Stands in for log 0: far below any logit, and 0 · NEVER is still 0.
 NEVER = -1e30
+# Logit of a token that a drafter cannot propose: e^ABSENT is 0, and a target mass of e^-60 times it still is.
+ABSENT = -1e4
 _TILE = 1 << 17  # entries
 
 
@@ -63,7 +65,7 @@ def join_(
     ids: Int[Tensor, "N K"],
     grad: Float[Tensor, "N C"],
 ) -> Float[Tensor, "N V"]:
-    """Turns the buffer left by `split_` into the gradient with respect to the logits, in place."""
+    """Turn the buffer left by `split_` into the gradient with respect to the logits, in place."""
     num_kept = ids.shape[-1]
     if num_kept < buffer.shape[-1]:
         buffer.mul_(grad[:, num_kept:] / total)

@@ -2,9 +2,8 @@
 
     loss = log(1 + Σ_{j≠g} w_j e^{z_j − z_g}),    w_j in [0, 1],    gradient = softmax(z + log w) − e_g
 
-Near-ties of the target are where hard cross-entropy wastes a small drafter: it pushes g over a runner-up that
-the target itself can hardly tell from g. A discount w_j < 1 forgives part of that, and the forgiveness is
-paid for:
+At near-ties of the target, hard cross-entropy spends the capacity of a small drafter on pushing g over a
+runner-up that the target can hardly tell from g. A discount w_j < 1 asks for less, at a known price:
 
 **What every member bounds.** If g is not in the drafter's top-m (ties count against it), m competitors have
 z_j ≥ z_g, hence loss ≥ log(1 + Σ of the m smallest weights) =: `miss_floor`. So loss < miss_floor means
@@ -29,7 +28,7 @@ from certdraft.losses.target import TargetBatch
 
 
 class DiscountedCE(Loss):
-    """Base: a subclass says how much of each head token's competition counts."""
+    """Base: a subclass defines the weight of each top-k token as a competitor."""
 
     def discount(self, target: TargetBatch) -> Float[Tensor, "N K"]:
         """Weights in [0, 1] of the head tokens, nondecreasing over columns 1..; column 0 (g) is not used."""

@@ -194,6 +194,17 @@ class LK(Divergence):
         return f"form={self.form!r}, {eta}{super().extra_repr()}"
 
 
+class RenyiHalf(Divergence):
+    """Renyi divergence of order 1/2, −2 log Σ √(p q), nats; 0 iff equal, symmetric, finite on any overlap.
+
+    D-PARD trains parallel drafters with it, each step times the detached chance that its prefix is accepted:
+    `ReachWeights(acceptance="overlap")` are those weights.
+    """
+
+    def between(self, logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+        return -2.0 * (0.5 * (logp + logq)).clamp(min=NEVER).logsumexp(-1)
+
+
 class SoftTopK(Loss):
     """KL restricted to the target's k most probable tokens, nats.
 
@@ -222,6 +233,32 @@ class SoftTopK(Loss):
 
     def extra_repr(self) -> str:
         return f"k={self.k}, form={self.form!r}"
+
+
+class TopKCE(Loss):
+    """Soft cross-entropy on the target's k most probable tokens, −Σ_{i ≤ k} p_i log q_i, nats: HASS.
+
+    q is normalised over the whole vocabulary and p is not renormalised, so the minimiser spreads the target's
+    mass outside the k tokens over them.
+
+    Args:
+        k: tokens of the target that count; HASS takes 10.
+
+    Source: arXiv 2408.15766, the harmonised objective distillation.
+    """
+
+    def __init__(self, k: int = 10) -> None:
+        super().__init__()
+        if k < 1:
+            raise ValueError(f"TopKCE: k={k} must be at least 1.")
+        self.k = self.min_head = k
+
+    def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
+        logq = coarse_logits.log_softmax(-1)[:, : min(self.k, target.num_kept)]
+        return -(target.top_logp[:, : self.k].exp() * logq.clamp(min=NEVER)).sum(-1)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
 
 
 class SharpenedKL(Divergence):
@@ -279,7 +316,7 @@ class TokenCE(Loss):
     label instead, which is what a greedy verifier asks for; on a trace of the target's own greedy text the
     two are the same loss.
 
-    *What it bounds.* y is outside the drafter's top-m ⇒ loss ≥ log(m + 1). That says something about
+    *What it bounds.* y is outside the drafter's top-m ⇒ loss ≥ log(m + 1). It bounds
     acceptance only where y is the greedy token.
 
     *When to use.* To reproduce peers' numbers, or when no target was ever run over the data.

@@ -1,4 +1,4 @@
-"""A weighted sum of losses, so that a configuration can say 0.5 CE + 0.5 KL by class_path.
+"""A weighted sum of losses, configured by class_path.
 
 ```yaml
 loss:
@@ -125,7 +125,7 @@ class Ramp(Mixture):
         self.begin, self.end = begin, end
 
     def at(self, progress: float) -> None:
-        """Moves the weights to where they are at this share of the training."""
+        """Move the weights to where they are at this share of the training."""
         super().at(progress)
         width = self.end - self.begin
         moved = (progress - self.begin) / width if width > 0.0 else float(progress >= self.end)

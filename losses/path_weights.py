@@ -42,7 +42,7 @@ def next_tokens(input_ids: Int[Tensor, "R T"], document_ids: Int[Tensor, "R T"])
 
 
 def fold(weights: Float[Tensor, "R T D"]) -> Float[Tensor, "R T"]:
-    """Adds up, for every step, its weight in all the paths that contain it: the adjoint of `windows`."""
+    """Add up, for every step, its weight in all the paths that contain it: the adjoint of `windows`."""
     steps, depth = weights.shape[1:]
     total = torch.zeros_like(weights[:, :, 0])
     for d in range(min(depth, steps)):

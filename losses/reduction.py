@@ -2,7 +2,7 @@
 
 Weights multiply steps and never change the scale of the loss: "mean" divides by the sum of the weights, so a
 learning rate tuned for one weighting fits the others. Weights carry no gradient. Per-path weights are in
-`losses.paths`. Axes: N steps · D draft depth.
+`losses.path_weights`. Axes: N steps · D draft depth.
 """
 
 from __future__ import annotations

@@ -11,10 +11,18 @@ N counted steps · D draft depth.
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Literal, cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
+from certdraft.losses.base import Loss
+from certdraft.losses.certificate_losses import CoverageMargin
+from certdraft.losses.coarse_logits import ABSENT
+from certdraft.losses.imitation import LK, HardCE
 from certdraft.losses.path_weights import (
     Form,
     budget_weights,
@@ -27,15 +35,27 @@ from certdraft.losses.path_weights import (
 from certdraft.losses.reduction import depth_decay, low_margin_weight
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
+Acceptance = Literal["greedy", "overlap", "first"]
+
 
 class StepWeights(nn.Module):
     """Base of all step weights.
 
     Attributes:
-        needs_nll: the weights depend on the drafter, through −log q(g) of every counted step.
+        needs_nll: the weights depend on the drafter, through `nll`, −log of the chance that the draft of a
+            counted step is accepted.
+        acceptance: what that chance is: "greedy" q(g), the drafter's probability of the greedy token;
+            "overlap" Σ min(p, q), the acceptance rate of speculative sampling; "first" 1 where the greedy
+            token is the drafter's first choice and 0 elsewhere.
     """
 
     needs_nll: bool = False
+    acceptance: Acceptance = "greedy"
+
+    @property
+    def nll_loss(self) -> Loss:
+        """The per-step loss whose values the weights read as `nll`."""
+        return {"greedy": HardCE(), "overlap": LK("alpha"), "first": _FirstChoice(1)}[self.acceptance]
 
     def forward(
         self,
@@ -50,9 +70,50 @@ class StepWeights(nn.Module):
             target: the target at the counted steps.
             loss_mask: true at the counted steps.
             document_ids: equal within a document; see `Batch`.
-            nll: −log q(g) at the counted steps, nats: the per-step loss of `HardCE`.
+            nll: values of `nll_loss` at the counted steps, nats.
         """
         raise NotImplementedError
+
+    def on_drafts(
+        self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
+        """Weights of the counted drafts of a drafter whose training has paths: each path is a document.
+
+        Args:
+            target: the target at the counted drafts.
+            mask: true at the counted drafts of every path.
+            nll: values of `nll_loss` at the counted drafts, nats.
+        """
+        return self(target, mask, torch.zeros_like(mask, dtype=torch.long), nll)
+
+
+class ProductWeights(StepWeights):
+    """Product of several step weights, e.g. low-margin weights times the depth weights of an EAGLE-3 unroll.
+
+    Args:
+        factors: any step weights, at least one.
+    """
+
+    def __init__(self, factors: list[StepWeights]) -> None:
+        super().__init__()
+        if not factors:
+            raise ValueError("ProductWeights: factors is empty; give at least one step weight.")
+        self.factors = nn.ModuleList(factors)
+        reading = {factor.acceptance for factor in factors if factor.needs_nll}
+        if len(reading) > 1:
+            raise ValueError(
+                f"ProductWeights: factors read different acceptances ({', '.join(sorted(reading))}); set the "
+                "same `acceptance` for all of them."
+            )
+        self.needs_nll = bool(reading)
+        self.acceptance = reading.pop() if reading else "greedy"
+
+    def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
+        return functools.reduce(torch.mul, [factor(*step, **named) for factor in self.factors])
+
+    def on_drafts(self, *drafts: Any, **named: Any) -> Float[Tensor, " N"]:
+        parts = [cast(StepWeights, factor) for factor in self.factors]
+        return functools.reduce(torch.mul, [part.on_drafts(*drafts, **named) for part in parts])
 
 
 class LowMarginWeights(StepWeights):
@@ -67,13 +128,7 @@ class LowMarginWeights(StepWeights):
         super().__init__()
         self.threshold, self.boost = threshold, boost
 
-    def forward(
-        self,
-        target: TargetBatch | OnlineTarget,
-        loss_mask: Bool[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        nll: Float[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, " N"]:
+    def forward(self, target: TargetBatch | OnlineTarget, *_: Any, **__: Any) -> Float[Tensor, " N"]:
         if isinstance(target, OnlineTarget):
             raise ValueError(
                 "LowMarginWeights: an online target has no margins before its logits are computed; train on "
@@ -94,11 +149,15 @@ class PathWeights(StepWeights):
 
     needs_nll = True
 
-    def __init__(self, depth: int = 8) -> None:
+    def __init__(self, depth: int = 8, acceptance: Acceptance = "greedy") -> None:
         super().__init__()
         if depth < 1:
             raise ValueError(f"{type(self).__name__}: depth={depth} must be at least 1.")
-        self.depth = depth
+        if acceptance not in ("greedy", "overlap", "first"):
+            raise ValueError(
+                f"{type(self).__name__}: acceptance={acceptance!r}; choose greedy, overlap or first."
+            )
+        self.depth, self.acceptance = depth, acceptance
 
     def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
         """Weights of the steps of every path; 0 outside."""
@@ -112,12 +171,18 @@ class PathWeights(StepWeights):
         document_ids: Int[Tensor, "R T"],
         nll: Float[Tensor, " N"] | None = None,
     ) -> Float[Tensor, " N"]:
-        if nll is None:
+        if nll is None and self.needs_nll:
             raise ValueError(f"{type(self).__name__} needs the nll of every counted step.")
-        placed = nll.new_zeros(loss_mask.shape).masked_scatter_(loss_mask, nll)
+        placed = _placed(nll, loss_mask)
         inside = path_mask(loss_mask, document_ids, self.depth)
         on_paths = self.on_paths(windows(placed, self.depth), inside)
         return fold(on_paths)[loss_mask]
+
+    @torch.no_grad()
+    def on_drafts(
+        self, target: TargetBatch | OnlineTarget, mask: Bool[Tensor, "P D"], nll: Float[Tensor, " N"] | None
+    ) -> Float[Tensor, " N"]:
+        return self.on_paths(_placed(nll, mask), mask)[mask]
 
 
 class PrefixWeights(PathWeights):
@@ -131,10 +196,12 @@ class PrefixWeights(PathWeights):
     Args:
         depth: D, draft tokens of a path.
         smoothing: in [0, 1); 0 trusts the drafter's own chances.
+        acceptance: see `StepWeights`. "overlap" with smoothing = 0 and `LK("alpha")` follows the gradient of
+            the end-to-end total variation, 1 − mean over depths of the product of acceptances.
     """
 
-    def __init__(self, depth: int = 8, smoothing: float = 0.5) -> None:
-        super().__init__(depth)
+    def __init__(self, depth: int = 8, smoothing: float = 0.5, acceptance: Acceptance = "greedy") -> None:
+        super().__init__(depth, acceptance)
         if not 0.0 <= smoothing < 1.0:
             raise ValueError(f"PrefixWeights: smoothing={smoothing} is not in [0, 1).")
         self.smoothing = smoothing
@@ -144,6 +211,49 @@ class PrefixWeights(PathWeights):
 
     def extra_repr(self) -> str:
         return f"depth={self.depth}, smoothing={self.smoothing}"
+
+
+class ReachWeights(PathWeights):
+    """The chance that verification reaches a draft: Π of the acceptances of the drafts before it on its path.
+
+    With acceptance = "first" and `HardCE` this is Spec-AUF, cross-entropy up to and with the drafter's first
+    failure; with "overlap" and `RenyiHalf` it is D-PARD.
+
+    Args:
+        depth: D, draft tokens of a path.
+        acceptance: see `StepWeights`.
+        beyond: weight of the drafts that verification does not reach, in [0, 1].
+        focal: extra weight of the first rejected draft, ≥ 0. With beyond = 1 it is a first-error focal weight
+            as in L2R, whose chain loss is `PrefixWeights(smoothing=0)` with `HardCE`.
+
+    Source: arXiv 2607.01893 (Spec-AUF), 2606.11552 (L2R).
+    """
+
+    def __init__(
+        self, depth: int = 8, acceptance: Acceptance = "first", beyond: float = 0.0, focal: float = 0.0
+    ) -> None:
+        super().__init__(depth, acceptance)
+        if not 0.0 <= beyond <= 1.0 or not focal >= 0.0:
+            raise ValueError(
+                f"ReachWeights: beyond={beyond}, focal={focal}; need beyond in [0, 1] and focal >= 0."
+            )
+        self.beyond, self.focal = beyond, focal
+
+    def on_paths(self, nll: Float[Tensor, "R T D"], inside: Bool[Tensor, "R T D"]) -> Float[Tensor, "R T D"]:
+        accept = (-nll).exp()
+        reach = functional.pad(accept.cumprod(-1)[..., :-1], (1, 0), value=1.0)
+        weight = self.beyond + (1 - self.beyond) * reach + self.focal * reach * (1 - accept)
+        return weight * inside
+
+    def extra_repr(self) -> str:
+        return f"depth={self.depth}, acceptance={self.acceptance!r}, beyond={self.beyond}, focal={self.focal}"
+
+
+class _FirstChoice(CoverageMargin):
+    """0 where the greedy token is the drafter's first choice, else so much that exp(−value) is 0."""
+
+    def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
+        return torch.where(picked[:, 1] >= picked[:, 0], -ABSENT, 0.0)
 
 
 class BudgetWeights(PathWeights):
@@ -232,15 +342,11 @@ class DepthWeights(PathWeights):
         """The decay, 0 outside; `nll` is not read."""
         return depth_decay(inside.shape[-1], self.gamma, inside.device).to(nll.dtype) * inside
 
-    def forward(
-        self,
-        target: TargetBatch | OnlineTarget,
-        loss_mask: Bool[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        nll: Float[Tensor, " N"] | None = None,
-    ) -> Float[Tensor, " N"]:
-        """One everywhere: the paths of a causal drafter have one draft."""
-        return torch.ones(len(target), device=loss_mask.device)
-
     def extra_repr(self) -> str:
         return f"gamma={self.gamma}"
+
+
+def _placed(nll: Float[Tensor, " N"] | None, mask: Bool[Tensor, "*step"]) -> Float[Tensor, "*step"]:
+    """The values at the true places of a mask, 0 elsewhere and where there are none."""
+    placed = torch.zeros(mask.shape, device=mask.device, dtype=None if nll is None else nll.dtype)
+    return placed if nll is None else placed.masked_scatter(mask, nll)

@@ -1,4 +1,4 @@
-"""What a loss may ask of the target: the head at every step, and the full distribution when it is at hand.
+"""The target of a loss: the top-k at every token position, and the full distribution where it is known.
 
 A `TargetBatch` has its steps flattened to one axis and everything in fp32 (float64 stays float64). It is
 data: no gradient flows into it.
@@ -8,14 +8,15 @@ Axes: N steps · V vocabulary · K kept head entries · C = K + 1 coarse classes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from certdraft.certificates import Head, margin
-from certdraft.losses.coarse_logits import work_dtype
+from certdraft.losses.coarse_logits import ABSENT, work_dtype
 from certdraft.support import project_fp32
 
 # A tail lighter than this cannot be told from rounding: it is one minus a sum of K fp32 probabilities.
@@ -35,14 +36,16 @@ class TargetBatch:
             `TargetBatch(batch.head[batch.loss_mask])`.
         logp: log-probabilities over the full vocabulary, nats; None when only the head was stored.
         next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
+        num_absent: how many of the last classes the drafter has no logit for; see `DraftVocabulary`.
 
     Raises:
-        ValueError: steps not on one axis, or `logp` or `next_ids` of another shape than the head says.
+        ValueError: steps not on one axis, or `logp` or `next_ids` of another shape than the head.
     """
 
     head: Head
     logp: Float[Tensor, "N V"] | None = None
     next_ids: Int[Tensor, " N"] | None = None
+    num_absent: int = 0
 
     def __post_init__(self) -> None:
         if self.head.ids.dim() != 2:
@@ -63,7 +66,7 @@ class TargetBatch:
             expected = (len(head.ids), head.vocab_size)
             if tuple(self.logp.shape) != expected:
                 raise ValueError(
-                    f"TargetBatch: logp has shape {list(self.logp.shape)}, the head says {list(expected)}."
+                    f"TargetBatch: logp has shape {list(self.logp.shape)}, expected {list(expected)}."
                 )
             object.__setattr__(self, "logp", self.logp.detach().to(dtype))
         if self.next_ids is not None and tuple(self.next_ids.shape) != (len(head.ids),):
@@ -98,25 +101,20 @@ class TargetBatch:
     @classmethod
     def from_head(cls, head: Head) -> TargetBatch:
         """The target from a trace; leading axes of the head are flattened."""
-        lead = head.ids.shape[:-1]
-        if len(lead) == 1:
-            return cls(head)
-        entropy = None if head.entropy is None else head.entropy.flatten()
-        flat = replace(
-            head,
-            ids=head.ids.reshape(-1, head.ids.shape[-1]),
-            gap=head.gap.reshape(-1, head.gap.shape[-1]),
-            lse_gap=head.lse_gap.flatten(),
-            entropy=entropy,
-        )
-        return cls(flat)
+        return cls(head.flatten())
 
     def __len__(self) -> int:
         return len(self.head.ids)
 
     def __getitem__(self, index: Any) -> TargetBatch:
         """The steps of a slice, a mask or an index tensor."""
-        return TargetBatch(self.head[index], _at(self.logp, index), _at(self.next_ids, index))
+        return TargetBatch(
+            self.head[index], _at(self.logp, index), _at(self.next_ids, index), self.num_absent
+        )
+
+    def pad(self, logits: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """The drafter's logits over all V classes, far below any other for those it cannot propose."""
+        return functional.pad(logits, (0, self.num_absent), value=ABSENT) if self.num_absent else logits
 
     def select(self, mask: Bool[Tensor, " N"]) -> TargetBatch:
         """The steps where the mask is True."""
@@ -126,7 +124,7 @@ class TargetBatch:
         """The same target on another device."""
         logp = None if self.logp is None else self.logp.to(device)
         next_ids = None if self.next_ids is None else self.next_ids.to(device)
-        return TargetBatch(self.head.to(device), logp, next_ids)
+        return TargetBatch(self.head.to(device), logp, next_ids, self.num_absent)
 
     @property
     def has_full(self) -> bool:
@@ -184,7 +182,7 @@ class TargetBatch:
 
 @dataclass(frozen=True)
 class OnlineTarget:
-    """A target still inside its output layer: indexing computes the logits of just those steps.
+    """A target whose output layer has not been applied: indexing computes the logits of those positions.
 
     `Chunked` indexes it one chunk at a time, so neither [N, V] of a two-head distillation ever exists.
 
@@ -203,6 +201,7 @@ class OnlineTarget:
     full: bool = True
     next_ids: Int[Tensor, " N"] | None = None
     bias: Float[Tensor, " V"] | None = None
+    num_absent: ClassVar[int] = 0
 
     def __len__(self) -> int:
         return len(self.hidden)

@@ -19,11 +19,9 @@ from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
     Chunked,
     ForwardKL,
-    HardCE,
     Loss,
     Mixture,
     OnlineTarget,
-    PathWeights,
     RunnerUpForgivingCE,
     StepWeights,
     TargetBatch,
@@ -74,7 +72,7 @@ class DrafterModule(pl.LightningModule):
         whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
         self.step_weights = step_weights
-        self._nll = Chunked(HardCE(), "none", chunk_tokens or None)
+        self._nll = Chunked((step_weights or StepWeights()).nll_loss, "none", chunk_tokens or None)
         # A plain object: the frozen target is no submodule, so it is in no checkpoint and no wrapper.
         self.online = None if target is None else Online(target)
         self.vocabulary: DraftVocabulary | None = None
@@ -92,18 +90,16 @@ class DrafterModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         paths, said = self._paths(batch)
         hidden, target = paths.hidden[paths.mask], said.at(paths.steps[paths.mask])
-        weight: Any = self.drafter.head_weight if self.chunked is not None else None
+        weight: Any = self.drafter.head_weight if self.chunked is not None or self.vocabulary else None
         if self.vocabulary is not None:
             target = self.vocabulary.target(target)
-            own: Any = self.drafter.head_weight
-            hidden, weight = self.vocabulary.drafter(hidden, own, target)
         step_weight = self._step_weight(batch, paths, hidden, weight, target)
         total = self._mean_count(len(hidden) if step_weight is None else step_weight.sum())
         several = self.trainer.world_size > 1
         if self.chunked is not None:
             loss = self.chunked(hidden, weight, target, step_weight=step_weight, denominator=total)
         else:
-            per_step = self.loss(self._logits(hidden, weight), target[:])
+            per_step = self.loss(self._logits(hidden, weight, target), target[:])
             loss = reduce(per_step, weight=step_weight, denominator=total)
         # A log call costs milliseconds, so none is made whose value nobody writes down.
         if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:
@@ -172,16 +168,18 @@ class DrafterModule(pl.LightningModule):
         if self.step_weights.needs_nll and weight is not None:
             nll = self._nll(hidden, weight, target)
         elif self.step_weights.needs_nll:
-            nll = HardCE()(self._logits(hidden, weight), target[:])
-        if not self.drafter.taps or not isinstance(self.step_weights, PathWeights):
+            nll = self._nll.loss(self._logits(hidden, weight, target), target[:])
+        if not self.drafter.taps:
             return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
-        placed = hidden.new_zeros(paths.mask.shape)  # these drafters have their paths already
-        if nll is not None:
-            placed = placed.masked_scatter(paths.mask, nll.to(placed.dtype))
-        return self.step_weights.on_paths(placed, paths.mask)[paths.mask]
+        return self.step_weights.on_drafts(target, paths.mask, nll)  # these drafters have their own paths
 
-    def _logits(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
-        return self.drafter.head(hidden) if self.vocabulary is None else hidden @ weight.T  # type: ignore[union-attr]
+    def _logits(
+        self, hidden: Tensor, weight: Tensor | None, target: TargetBatch | OnlineTarget
+    ) -> Float[Tensor, "N V"]:
+        if self.vocabulary is None or weight is None:
+            return self.drafter.head(hidden)
+        logits = hidden @ weight.T
+        return target.pad(logits) if isinstance(target, TargetBatch) else logits
 
     def _mean_count(self, steps: int | Tensor) -> Tensor:
         """Counted steps (their weight) per rank: averaged gradients weigh the global batch's steps alike."""
@@ -203,10 +201,11 @@ class DrafterModule(pl.LightningModule):
             depth,
             every,
         )
-        if self.vocabulary is not None and batch.head is not None and not every:
-            # What the drafter cannot propose is a sure rejection: the round ends there.
-            held = self.vocabulary.holds(batch.head.greedy.flatten()[paths.steps])
-            paths = paths._replace(mask=(paths.mask & held).cumprod(-1).bool())
+        if self.vocabulary is not None and not every:
+            # What the drafter cannot propose is always rejected: the round ends there.
+            held = torch.zeros_like(paths.mask)
+            held[paths.mask] = self.vocabulary.proposable(said.at(paths.steps[paths.mask]))
+            paths = paths._replace(mask=held.cumprod(-1).bool())
         return paths, said
 
     # ---- set-up and checkpoints

@@ -1,10 +1,12 @@
-"""A target as a drafter with a draft vocabulary can imitate it: renormalised over the tokens it can propose.
+"""The target distribution renormalised over the draft vocabulary of a drafter.
 
-A trace keeps K entries of every step, some of them outside the draft vocabulary. They get K places of their
-own behind the D draft tokens, with probability zero on the target's side and a logit of `ABSENT` on the
-drafter's. So every loss and its chunked evaluation run as they are, on D + K classes instead of V.
+A trace keeps K entries of every step, some of them outside the draft vocabulary. They become K classes behind
+the D draft tokens, of target probability zero, and the drafter has no logit for them
+(`TargetBatch.num_absent`). So every loss and its chunked evaluation run as they are, on D + K classes instead
+of V. The tail of a recorded head is not known token by token: all of its mass counts as proposable. An online
+target is renormalised exactly.
 
-Axis letters: N steps · K head entries · V target vocabulary · D draft vocabulary · H hidden.
+Axis letters: N steps · K head entries · V target vocabulary · D draft vocabulary.
 """
 
 from __future__ import annotations
@@ -12,19 +14,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from certdraft.certificates import Head, coarse_kl
 from certdraft.drafters import ABSENT
 from certdraft.losses import OnlineTarget, TargetBatch
+from certdraft.support import project_fp32
 
+_ENTRIES = 1 << 24  # of target logits held at once
 _NOTHING = 60.0  # nats below the greedy token: e^-60 is zero to every sum, and 0 · log 0 needs no care
 
 
 class DraftVocabulary:
-    """Both sides of a training step over a draft vocabulary.
+    """Restricts targets to a draft vocabulary.
 
     Args:
         ids: target ids of the draft tokens, ascending.
@@ -33,12 +37,24 @@ class DraftVocabulary:
 
     def __init__(self, ids: Int[Tensor, " D"], vocab_size: int) -> None:
         self.ids = ids
-        self.places = torch.full((vocab_size,), -1, device=ids.device)  # [V] where a target token stands
+        self.places = torch.full((vocab_size,), -1, device=ids.device)  # [V] draft id of a target token
         self.places[ids] = torch.arange(len(ids), device=ids.device)
 
     def holds(self, tokens: Int[Tensor, "*step"]) -> Tensor:
-        """Whether tokens can be proposed; a step whose greedy token cannot is a sure rejection."""
+        """Whether tokens are in the draft vocabulary; a step whose greedy token is not is always rejected."""
         return self.places[tokens] >= 0
+
+    @torch.no_grad()
+    def proposable(self, target: TargetBatch | OnlineTarget) -> Bool[Tensor, " N"]:
+        """Whether the target's greedy token of each step is in the draft vocabulary."""
+        if isinstance(target, TargetBatch):
+            return self.holds(target.greedy)
+        size = max(1, _ENTRIES // target.vocab_size)
+        starts = range(0, len(target), size)
+        greedy = [
+            project_fp32(target.hidden[i : i + size], target.weight, target.bias).argmax(-1) for i in starts
+        ]
+        return self.holds(torch.cat(greedy)) if greedy else self.places.new_zeros(0, dtype=torch.bool)
 
     def target(self, target: TargetBatch | OnlineTarget) -> TargetBatch | OnlineTarget:
         """The target renormalised over the draft tokens; `next_ids` outside become −1."""
@@ -53,7 +69,7 @@ class DraftVocabulary:
         if logp is not None:
             known = functional.pad(logp[:, self.ids], (0, head.num_kept), value=-_NOTHING)
             logp = known.log_softmax(-1)
-        return TargetBatch(head, logp, next_ids)
+        return TargetBatch(head, logp, next_ids, head.num_kept)
 
     def _head(self, head: Head) -> Head:
         num, kept = len(self.ids), head.num_kept
@@ -69,17 +85,6 @@ class DraftVocabulary:
         lost = (head.p * absent).sum(-1).clamp(max=1 - 1e-6)
         lse_gap = head.lse_gap + first[:, 0] + torch.log1p(-lost)
         return Head(places.gather(-1, order), gap, lse_gap.clamp(min=0.0), num + kept)
-
-    def drafter(
-        self, hidden: Float[Tensor, "N H"], weight: Float[Tensor, "D H"], target: TargetBatch | OnlineTarget
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight whose product are the drafter's logits over the target's classes."""
-        extra = target.vocab_size - len(weight)
-        if extra == 0:
-            return hidden, weight
-        bias = torch.cat([weight.new_zeros(len(weight), 1), weight.new_full((extra, 1), ABSENT)])
-        wide = torch.cat([torch.cat([weight, weight.new_zeros(extra, weight.shape[1])]), bias], 1)
-        return torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1), wide
 
     def kl(self, head: Head, logits: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """KL of the renormalised target to the drafter, of head and one bucket, nats."""

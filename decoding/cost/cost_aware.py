@@ -1,18 +1,34 @@
 """CostAware: a tree as large as pays on this machine, and no tree where drafting does not pay at all.
 
-Source: CaDDTree, arXiv 2606.01813 (marginal drafters, one pass). The `lambda` rule, the plain rounds and the
-treatment of autoregressive drafters are ours; see `docs/decoding.md`.
+The stop rules take the nodes of a stream in order of mass, delta_1 >= delta_2 >= ..., the seconds spent on
+drafting, and the curve verify[n], n = 0..cap. Phi(n) is the sum of the first n masses and C(n) is
+spent + verify[n].
+
+* `ratio`, the paper's rule, stops at the first node that does not raise theta(n) = (1 + Phi(n)) / C(n): the
+  global maximum for convex curves (theorem 3), possibly far from it on a staircase.
+* `safe` finds the global maximum of theta for every non-decreasing curve: it continues while a bound that no
+  later n can beat exceeds the best theta so far.
+* `lambda` takes a node while delta > rate * (verify[n + 1] - verify[n]), rate = tokens per second in the long
+  run. It maximises sum(1 + Phi) / sum(C) over rounds, which is throughput; the best ratio per round spends
+  too much on hard rounds and too little on easy ones.
+
+`verify` is convex from n = 1 on, but a pass over one slot is a product with a vector, cheaper than its
+neighbours by more than a slot. So the first node is taken on trial, and no node is kept in the end if none is
+worth verifying.
+
+Source: CaDDTree, arXiv 2606.01813, theorem 3 and corollary 5 (marginal drafters, one pass, `ratio`). The
+other rules, plain rounds and autoregressive drafters are ours; see `docs/decoding.md`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from certdraft.decoding.cost.cost_model import CostModel
-from certdraft.decoding.cost.stopping import Stop, take_lambda, take_ratio, take_safe
 from certdraft.decoding.target_runner import device_name, fingerprint
 from certdraft.decoding.trees.builders import (
     Growth,
@@ -24,6 +40,7 @@ from certdraft.decoding.trees.builders import (
 )
 from certdraft.decoding.trees.tree import Node, Tree
 
+Stop = Literal["ratio", "lambda", "safe", "fixed"]
 _WARM_UP = 8  # drafted rounds before "drafting does not pay" may be concluded
 _LEARNING_RATE = 0.05  # of the log temperature, per relative error of one round; ten times that at first
 _TRIAL = 4  # draft tokens of a trial
@@ -63,9 +80,9 @@ class CostAware(TreeBuilder):
     best child (mass times the mean top probability seen this round) raises the rule's objective by more than
     the pass and the extra nodes cost. That estimate is a heuristic; the cut of what is known is exact.
 
-    Trials: a drafter so modest that by its own word no token is worth verifying would never be found to be
-    right. So while the temperature is learned, a drafted round in which nothing pays verifies the best few
-    tokens all the same: each time after one that was right, ever more rarely after ones that were not.
+    Trials: where no token seems worth verifying, the temperature could never be corrected. So while it is
+    learned, a drafted round in which nothing pays verifies the best few tokens all the same: every time after
+    a trial that was accepted, more and more rarely after trials that were not.
 
     Plain rounds: when the drafted rounds of late earned fewer tokens per second than plain decoding would,
     rounds go undrafted, and one in `probe` drafts again to see whether that has changed.
@@ -78,7 +95,7 @@ class CostAware(TreeBuilder):
         max_depth: longest path, >= 1.
         temperature: of the drafter's softmax, > 0; None learns the one at which the expected accepted length
             is the realised one, starting at 1. A drafter's q(token) need not be its chance of being the
-            target's greedy token, and masses that promise too little stop trees too early.
+            target's greedy token, and masses that are too small stop trees too early.
         rate: tokens per second for "lambda"; None learns it, starting at the speed of plain decoding.
         probe: rounds from one attempt to draft to the next while drafting does not pay, >= 1; 1 always
             drafts.
@@ -118,7 +135,7 @@ class CostAware(TreeBuilder):
         return f"cost_aware(stop={self.stop}, budget={self.budget})"
 
     def reset(self) -> None:
-        """Forgets throughput and temperature."""
+        """Forget throughput and temperature."""
         self._all, self._drafted = Throughput(self.decay), Throughput(0.9)
         self._learned, self._lessons = 1.0, 0  # temperature, and the rounds it was learned from
         self._idle, self._patience, self._trying = (
@@ -130,7 +147,7 @@ class CostAware(TreeBuilder):
         self._spent: float | None = None  # seconds of drafting in the round under way
 
     def prepare(self, target: object, drafter: object) -> None:
-        """Refuses a cost model of another device, target or drafter; called by the loop before each text."""
+        """Raise if the cost model is of other hardware or models; called by the loop before each text."""
         self.cost_model.require(
             device=device_name(target.device) if hasattr(target, "device") else "*",
             target=getattr(target, "fingerprint", "*"),
@@ -159,7 +176,7 @@ class CostAware(TreeBuilder):
         return growth.tree(nodes)
 
     def observe(self, tree: Tree, committed: int, context: int) -> None:
-        """What the round came to; called by the loop."""
+        """Record the outcome of a round; called by the loop."""
         seconds = self.cost_model.verify_s(tree.num_nodes, context) + (self._spent or 0.0)
         self._all.add(committed, seconds)
         if self._spent is None:
@@ -170,7 +187,7 @@ class CostAware(TreeBuilder):
             self._learn(tree, committed - 1)
 
     def _learn(self, tree: Tree, accepted: int) -> None:
-        """Moves the temperature to where the expected length would have been the accepted one."""
+        """Move the temperature to where the expected length would have been the accepted one."""
         if not tree.num_nodes:
             self._idle += 1
             return
@@ -224,3 +241,48 @@ class CostAware(TreeBuilder):
             if value > best:
                 best, count = value, number
         return unread[:count]
+
+
+def take_ratio(stream: Iterable[Node], spent: float, verify: Sequence[float]) -> list[Node]:
+    """The longest run of nodes each of which, from the second on, raises tokens per second of this round."""
+    nodes: list[Node] = []
+    phi, plain, best = 0.0, 1.0 / (spent + verify[0]), 0.0
+    for node in stream:
+        if len(nodes) + 1 == len(verify):
+            break
+        phi += math.exp(node.logmass)
+        theta = (1.0 + phi) / (spent + verify[len(nodes) + 1])
+        if theta <= best:
+            break
+        best = theta
+        nodes.append(node)
+    return nodes if best > plain else []
+
+
+def take_safe(stream: Iterable[Node], spent: float, verify: Sequence[float], max_depth: int) -> list[Node]:
+    """The run of nodes with the most tokens per second of this round; `max_depth` bounds what is accepted."""
+    nodes: list[Node] = []
+    phi, best, keep = 0.0, 1.0 / (spent + verify[0]), 0
+    for node in stream:
+        size = len(nodes) + 1
+        if size == len(verify) or (1.0 + max_depth) / (spent + verify[size]) <= best:
+            break
+        nodes.append(node)
+        phi += math.exp(node.logmass)
+        theta = (1.0 + phi) / (spent + verify[size])
+        if theta > best:
+            best, keep = theta, size
+    return nodes[:keep]
+
+
+def take_lambda(stream: Iterable[Node], rate: float, verify: Sequence[float]) -> list[Node]:
+    """The run of nodes each of which, from the second on, earns more than its seconds are worth at `rate`."""
+    nodes: list[Node] = []
+    phi = 0.0
+    for node in stream:
+        size, mass = len(nodes) + 1, math.exp(node.logmass)
+        if size == len(verify) or (nodes and mass <= rate * (verify[size] - verify[size - 1])):
+            break
+        phi += mass
+        nodes.append(node)
+    return nodes if phi > rate * (verify[len(nodes)] - verify[0]) else []

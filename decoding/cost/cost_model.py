@@ -19,15 +19,18 @@ Source: CaDDTree, arXiv 2606.01813, sections 3-4; the differences are listed in 
 from __future__ import annotations
 
 import json
-import os
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy.optimize import nnls
+
+from certdraft.support import write_text
 
 FORMAT = "certdraft-cost-model/1"
 _AGAIN = "measure again with certdraft.decoding.profile"
@@ -114,33 +117,31 @@ class CostModel:
         )
 
     def require(self, *, device: str, target: str, drafter: str) -> None:
-        """Refuses to speak for another machine or model; "*" stands for one that cannot be known.
+        """Raise if the table was measured on other hardware or models; "*" stands for unknown.
 
         Raises:
             ValueError: device, target or drafter differ from what was measured.
         """
-        for name, mine, yours in (
+        for name, measured, here in (
             ("device", self.device, device),
             ("target", self.target, target),
             ("drafter", self.drafter, drafter),
         ):
-            if "*" not in (mine, yours) and mine != yours:
+            if "*" not in (measured, here) and measured != here:
                 raise ValueError(
-                    f"this cost model was measured with {name} '{mine}', not '{yours}'; its budgets would be "
-                    f"wrong here; {_AGAIN}"
+                    f"this cost model was measured with {name} '{measured}', not '{here}'; its budgets would "
+                    f"be wrong here; {_AGAIN}"
                 )
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, whole or not at all."""
+        """Write JSON, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
-        temporary.replace(path)
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Reads what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             FileNotFoundError: no such file.
@@ -187,3 +188,55 @@ def fit_convex(nodes: Sequence[int], seconds: Sequence[float]) -> Float[np.ndarr
     design, scale = np.stack(columns, axis=1), y.max()
     coefficients, _ = nnls(design, y / scale)
     return np.maximum.accumulate(design @ coefficients * scale)  # rounding alone may dip
+
+
+Phase = Literal["draft", "verify", "host"]
+
+
+class Clock(Protocol):
+    """Seconds spent, phase by phase."""
+
+    def lap(self, phase: Phase, nodes: int = 0, context: int = 0) -> float:
+        """End a phase and returns its seconds.
+
+        Args:
+            phase: "draft" is one drafter pass, "verify" one target pass, "host" everything between.
+            nodes: draft: nodes read in the pass; verify: draft tokens in the tree.
+            context: committed tokens before the root.
+        """
+        ...
+
+
+class RealClock:
+    """Wall-clock seconds; waits for the device at each lap, so a phase is charged for its own kernels."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        self._last = self._now()
+
+    def lap(self, phase: Phase, nodes: int = 0, context: int = 0) -> float:
+        """See `Clock.lap`."""
+        last, self._last = self._last, self._now()
+        return self._last - last
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class TableClock:
+    """Seconds by a cost model; host time is part of its curves and counts as 0 here."""
+
+    def __init__(self, cost_model: CostModel) -> None:
+        self.cost_model = cost_model
+
+    def lap(self, phase: Phase, nodes: int = 0, context: int = 0) -> float:
+        """See `Clock.lap`."""
+        if phase == "host":
+            return 0.0
+        return (
+            self.cost_model.draft_s(nodes, context)
+            if phase == "draft"
+            else self.cost_model.verify_s(nodes, context)
+        )

@@ -20,8 +20,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from certdraft.decoding.acceptors import Strict
-from certdraft.decoding.cost.clock import Clock, RealClock
-from certdraft.decoding.cost.cost_model import CostModel, fit_convex
+from certdraft.decoding.cost.cost_model import Clock, CostModel, RealClock, fit_convex
 from certdraft.decoding.draft_session import DraftSession
 from certdraft.decoding.loop import as_target
 from certdraft.decoding.target_runner import Target, device_name, fingerprint

@@ -29,12 +29,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.decoding.acceptors import Verdict
-from certdraft.decoding.cost.clock import TableClock
-from certdraft.decoding.cost.cost_model import CostModel
-from certdraft.decoding.loop import cut, decode, eos_set
-from certdraft.decoding.replay.parallel_replay import grow_everywhere, marginal_tree, walk_text
-from certdraft.decoding.replay.teacher_forced import OnePass
-from certdraft.decoding.results import DecodeResult, Round
+from certdraft.decoding.cost.cost_model import CostModel, TableClock
+from certdraft.decoding.loop import DecodeResult, Round, cut, decode, eos_set
+from certdraft.decoding.replay.parallel_replay import OnePass, grow_everywhere, marginal_tree, walk_text
 from certdraft.decoding.trees.builders import BestFirst, Chain, StaticTree, TreeBuilder
 from certdraft.decoding.trees.ranking import rank_of
 from certdraft.decoding.trees.tree import Tree
@@ -143,7 +140,7 @@ def _through_the_loop(
     """The live loop, its target a text."""
     text = _Text(tokens, drafter, features)
     free = TableClock(CostModel.table([1.0], 0.0))
-    seen = _Overheard(drafter, text) if drafter.kind == "marginal" else drafter
+    seen = _Observed(drafter, text) if drafter.kind == "marginal" else drafter
     result = decode(text, cast(Drafter, seen), prompt_ids, builder, text, limit, eos, clock=free)
     rounds = [
         replace(r, draft_s=0.0, verify_s=0.0, host_s=0.0, bonus_rank=rank)
@@ -213,7 +210,7 @@ class _Text:
     ) -> None:
         self.taps, self.vocab_size = drafter.taps, drafter.vocab_size
         self.ranks: list[int | None] = []
-        self.drafted: Float[Tensor, "D V"] | None = None  # what a marginal drafter said in this round
+        self.drafted: Float[Tensor, "D V"] | None = None  # logits of a marginal drafter in this round
         self._tokens, self._features = tokens, features
         self._done = self._context = 0
         self._tree: Tree | None = None
@@ -238,7 +235,7 @@ class _Text:
         self._context += len(path)
 
     def walk(self, tree: Tree, logits: Tensor) -> Verdict:
-        """Follows the text; past its end the bonus does not matter, the loop has stopped."""
+        """Follow the text; past its end the bonus does not matter, the loop has stopped."""
         slot, path = 0, [0]
         bonus = self._tokens[-1]
         while self._done < len(self._tokens):
@@ -261,8 +258,8 @@ class _Text:
         return int(rank_of(drafted[accepted : accepted + 1], torch.tensor([bonus], device=drafted.device)))
 
 
-class _Overheard:
-    """A marginal drafter whose answers the text sees too."""
+class _Observed:
+    """A marginal drafter whose logits are kept for the ranks of the text."""
 
     def __init__(self, drafter: Drafter, text: _Text) -> None:
         self._drafter, self._text = drafter, text

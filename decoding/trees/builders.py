@@ -9,7 +9,7 @@ state, and returns a `Tree`. Two kinds of drafter answer differently:
   is the product of marginals, and the tree costs no further pass.
 
 Letters: K nodes of one drafter pass, V vocabulary, D draft depth. Sources: DDTree arXiv 2604.12989 for the
-order; the conditional version is ours, its exactness argument is in `BestFirst`.
+order; the conditional version is ours; `BestFirst` has the argument.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class Propose(Protocol):
 
     The first call must be `propose([root], [-1])`; nodes are then numbered 0, 1, ... in the order they were
     given, and `parents` refers to those numbers.
+
+    Optional: `draft_ids`, the ascending ids of the tokens that can be proposed. Nodes are then ranked among
+    those alone, and the logits may be of those alone, [K, D].
     """
 
     kind: Literal["conditional", "marginal"]
@@ -80,12 +83,13 @@ class Chain(TreeBuilder):
         if depth == 0:
             return Tree.root_only(root)
         tokens, logmass, total = [root], [0.0], 0.0
-        rows = top_rows(propose(tokens, (-1,)), 1)
+        draft_ids = getattr(propose, "draft_ids", None)
+        rows = top_rows(propose(tokens, (-1,)), 1, draft_ids=draft_ids)
         if propose.kind == "marginal":
             rows = rows[:depth]
         else:
             for node in range(1, depth):
-                rows += top_rows(propose(rows[-1].ids, (node - 1,)), 1)
+                rows += top_rows(propose(rows[-1].ids, (node - 1,)), 1, draft_ids=draft_ids)
         for row in rows:
             total += row.logp[0]
             tokens.append(row.ids[0])
@@ -122,16 +126,15 @@ class StaticTree(TreeBuilder):
         if not widths:
             return Tree.root_only(root)
         tokens, parents, logmass, drafter_ids = [root], [-1], [0.0], [0]
-        marginal = propose.kind == "marginal"
+        marginal, draft_ids = propose.kind == "marginal", getattr(propose, "draft_ids", None)
         logits = propose([root], [-1])
         level, read = [0], 1
         for depth, width in enumerate(widths):
             if marginal:
                 if depth == logits.shape[0]:
                     break
-                rows = top_rows(logits[depth : depth + 1], _fits("StaticTree.widths", width, logits)) * len(
-                    level
-                )
+                fitting = _fits("StaticTree.widths", width, logits)
+                rows = top_rows(logits[depth : depth + 1], fitting, draft_ids=draft_ids) * len(level)
             else:
                 if depth:
                     logits = propose(
@@ -139,7 +142,7 @@ class StaticTree(TreeBuilder):
                     )
                     for slot in level:
                         drafter_ids[slot], read = read, read + 1
-                rows = top_rows(logits, _fits("StaticTree.widths", width, logits))
+                rows = top_rows(logits, _fits("StaticTree.widths", width, logits), draft_ids=draft_ids)
             following = []
             for slot, row in zip(level, rows, strict=True):
                 for token, logp in zip(row.ids, row.logp, strict=True):
@@ -162,7 +165,7 @@ class Growth:
         width: children kept per node; a tree of `width` nodes never needs more (DDTree, lemma 1).
         max_depth: prefixes longer than this do not exist, >= 1.
         temperature: of the drafter's softmax.
-        rows: what the drafter says after the root, where it has been read before.
+        rows: the drafter's distribution after the root, where it is known already.
     """
 
     def __init__(
@@ -175,9 +178,9 @@ class Growth:
         rows: list[Row] | None = None,
     ) -> None:
         self.root, self.width, self.temperature = root, width, temperature
-        self._propose = propose
+        self._propose, self._draft_ids = propose, getattr(propose, "draft_ids", None)
         if rows is None:
-            rows = top_rows(propose([root], [-1]), width, temperature)
+            rows = top_rows(propose([root], [-1]), width, temperature, self._draft_ids)
         self.marginal = propose.kind == "marginal"
         self.max_depth = min(max_depth, len(rows)) if self.marginal else max_depth
         self._levels = rows
@@ -204,14 +207,14 @@ class Growth:
     def read(self, nodes: Sequence[Node]) -> None:
         """One drafter pass over nodes whose parents have been read."""
         logits = self._propose([node.token for node in nodes], self.parents(nodes))
-        self.receive(nodes, top_rows(logits, self.width, self.temperature))
+        self.receive(nodes, top_rows(logits, self.width, self.temperature, self._draft_ids))
 
     def parents(self, nodes: Sequence[Node]) -> list[int]:
         """Numbers of the nodes' parents among those read, the root being 0."""
         return [self._numbers[node.ranks[:-1]] for node in nodes]
 
     def receive(self, nodes: Sequence[Node], rows: Sequence[Row]) -> None:
-        """What the drafter says after each of these nodes, numbered in this order."""
+        """Store the distribution after each of these nodes, numbered in this order."""
         for node, row in zip(nodes, rows, strict=True):
             self._numbers[node.ranks] = len(self._numbers)
             self._rows[node.ranks] = row
@@ -284,14 +287,14 @@ def best_known(growth: Growth, budget: int, frontier: int | None) -> tuple[list[
 
 
 def positive(name: str, value: int) -> int:
-    """The value, refused below 1 in the name of its argument."""
+    """Return the value; raise ValueError below 1."""
     if value < 1:
         raise ValueError(f"{name} is {value}; it counts tokens and must be at least 1")
     return int(value)
 
 
 def positive_temperature(name: str, value: float) -> float:
-    """The value, refused unless above 0 in the name of its argument."""
+    """Return the value; raise ValueError unless it is above 0."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; a softmax needs a temperature above 0")
     return float(value)

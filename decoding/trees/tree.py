@@ -107,7 +107,7 @@ class Tree:
         return torch.from_numpy(mask)
 
     def check(self) -> None:
-        """Raises ValueError when the tuples do not describe a tree."""
+        """Raise ValueError when the tuples do not describe a tree."""
         sizes = {len(self.tokens), len(self.parents), len(self.logmass), len(self.drafter_ids)}
         if len(sizes) != 1 or not self.tokens:
             raise ValueError(

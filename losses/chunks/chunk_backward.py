@@ -79,7 +79,7 @@ class Kernels:
 
     Args:
         name: "torch" or "triton".
-        split_: as `coarse.split_`.
+        split_: as `coarse_logits.split_`.
         joined_: as `joined_`.
         forward_kl_: as `forward_kl_`.
         discounted_: a whole `DiscountedCE` in one go, where there is one.
@@ -127,9 +127,9 @@ def row_work(
     if view not in ("head", "token"):
         return differentiate(loss, logits, target, coefficient, dtype)
     ids = classes(view, target)
-    plain = isinstance(loss, DiscountedCE) and type(loss).on_coarse is DiscountedCE.on_coarse
-    if kernels.discounted_ is not None and plain:
-        return kernels.discounted_(logits, ids, loss.discount(target), coefficient, dtype)
+    if kernels.discounted_ is not None and isinstance(loss, DiscountedCE):
+        if type(loss).on_coarse is DiscountedCE.on_coarse:
+            return kernels.discounted_(logits, ids, loss.discount(target), coefficient, dtype)
     coarse, total = kernels.split_(logits, ids)
     value, gradient = differentiate(loss.on_coarse, coarse, target, coefficient, coarse.dtype)
     if gradient is not None:
@@ -178,7 +178,7 @@ def differentiate(
 
 
 class TargetRows:
-    """What a loss may ask of the target at the steps of the current chunk.
+    """The target at the token positions of the current chunk.
 
     Args:
         target: the whole target.
@@ -197,7 +197,7 @@ class TargetRows:
             self._buffer = target.hidden.new_empty(size, target.vocab_size, dtype=work_dtype(dtype))
 
     def move_to(self, rows: slice) -> None:
-        """Goes on to these steps."""
+        """Move to these positions."""
         self._rows, self._fresh, self._head = rows, False, None
 
     def logits(self) -> Float[Tensor, "C V"]:
@@ -212,7 +212,7 @@ class TargetRows:
         return self._buffer[: self._rows.stop - self._rows.start]
 
     def used(self) -> None:
-        """The caller has overwritten `logits`."""
+        """Note that the caller has overwritten `logits`."""
         self._fresh = False
 
     def batch(self, full: bool) -> TargetBatch:

@@ -8,8 +8,8 @@ coefficients arrive with backward, which therefore walks the chunks a second tim
 weight gradient is accumulated in fp32 whatever the inputs are; bf16 inputs are rounded once more, in dz, for
 the two gradient GEMMs on CUDA.
 
-One [C, V] buffer serves all chunks; what happens to it between the products is in `losses.rows`. A loss of a
-few logits (`SparseLoss`) needs only the first product.
+One [C, V] buffer serves all chunks; what happens to it between the products is in `chunk_backward`. A loss of
+a few logits (`SparseLoss`) needs only the first product.
 Axes: N steps · V vocabulary · H hidden · C chunk.
 """
 
@@ -27,7 +27,7 @@ from certdraft.losses.base import Loss
 from certdraft.losses.certificate_losses import SparseLoss
 from certdraft.losses.chunks.chunk_backward import Kernels, TargetRows, differentiate, row_work
 from certdraft.losses.chunks.fp32_matmul import accumulate_, product, product_dtype
-from certdraft.losses.coarse_logits import work_dtype
+from certdraft.losses.coarse_logits import ABSENT, work_dtype
 from certdraft.losses.kernels import Backend, choose_kernels
 from certdraft.losses.reduction import Reduction, step_coefficients
 from certdraft.losses.target import OnlineTarget, TargetBatch
@@ -65,7 +65,7 @@ def _walk(
         dtype = work_dtype(plan.dtype)
         w = weight.to(plan.dtype)
         size = min(plan.chunk_tokens, len(hidden))
-        buffer = torch.empty(size, len(w), dtype=dtype, device=hidden.device)
+        buffer = torch.empty(size, plan.target.vocab_size, dtype=dtype, device=hidden.device)
         per_step = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
         d_hidden = torch.zeros_like(hidden) if coefficient is not None and needs[0] else None
         d_weight = torch.zeros_like(w, dtype=dtype) if coefficient is not None and needs[1] else None
@@ -75,7 +75,9 @@ def _walk(
         for start in range(0, len(hidden), max(size, 1)):
             rows = slice(start, min(start + size, len(hidden)))
             h = hidden[rows].to(plan.dtype)
-            logits = product(h, w.t(), out=buffer[: len(h)])
+            logits = buffer[: len(h)]
+            product(h, w.t(), out=logits[:, : len(w)])
+            logits[:, len(w) :] = ABSENT
             given = None if coefficient is None else coefficient[rows].to(dtype)
             target.move_to(rows)
             d_h = None if d_hidden is None else d_hidden[rows]
@@ -95,6 +97,7 @@ def _dense_chunk(
 ) -> Tensor:
     """Loss of the chunk's steps; their gradient goes into d_h and d_weight by two products."""
     value, dz = row_work(plan.loss, logits, target, coefficient, plan.kernels, plan.dtype)
+    dz = None if dz is None else dz[:, : len(w)]
     if dz is not None and d_h is not None:
         d_h.copy_(torch.mm(dz, w))
     if dz is not None and d_weight is not None:
@@ -117,6 +120,8 @@ def _sparse_chunk(
     plan.loss.check(logits, seen)
     ids = plan.loss.pick(logits, seen)
     value, dz = differentiate(plan.loss.on_picked, logits.gather(-1, ids), seen, coefficient, logits.dtype)
+    if dz is not None:
+        dz, ids = dz.masked_fill(ids >= len(w), 0.0), ids.clamp(max=len(w) - 1)
     if dz is not None and d_h is not None:
         d_h.copy_(torch.einsum("cs,csh->ch", dz, w[ids].to(dz.dtype)))
     if dz is not None and d_weight is not None:
@@ -180,7 +185,7 @@ class Chunked(nn.Module):
 
     Args:
         loss: any loss of this package, without trainable parameters.
-        reduction: "mean" (by the sum of counted weights), "sum", or "none"; see `losses.weighting`.
+        reduction: "mean" (by the sum of counted weights), "sum", or "none"; see `losses.reduction`.
         chunk_tokens: steps per chunk; None chooses by vocabulary and device (`auto_chunk_tokens`).
         backend: "torch" is the readable path; "triton" the fused kernels, for CUDA; "auto" takes them on CUDA
             where triton is installed. Both give the same numbers up to rounding.
@@ -227,7 +232,7 @@ class Chunked(nn.Module):
         Raises:
             ValueError: shapes disagree, or the loss refuses the target.
         """
-        if len(weight) != target.vocab_size:
+        if len(weight) + target.num_absent != target.vocab_size:
             raise ValueError(
                 f"Chunked: the drafter has {len(weight)} tokens in its vocabulary, the target "
                 f"{target.vocab_size}. Both must use the same tokenizer and padding of the output layer."

@@ -31,7 +31,7 @@ def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a, b, out=out)
     if out is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    if _writes_fp32(a.dtype, str(a.device)):
+    if out.is_contiguous() and _writes_fp32(a.dtype, str(a.device)):
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return out.copy_(torch.mm(a, b, out_dtype=torch.float32))
 

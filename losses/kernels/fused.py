@@ -1,4 +1,4 @@
-"""Triton twins of `losses.rows`, launched: allocation, grids and strides. The kernels are in `jitted`.
+"""Launch the Triton kernels of `jitted` in place of `chunk_backward`: allocation, grids and strides.
 
 Axes: C steps of a chunk · V vocabulary · K head entries.
 """
@@ -16,11 +16,11 @@ _WARPS = 8
 
 
 def make_kernels() -> Kernels:
-    """Imports triton and wraps its kernels as row work."""
+    """Import triton and wrap its kernels."""
     jitted = make_jitted()
 
     def split_(buffer: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`coarse.split_`; instead of exponentials the logits stay, with −inf in the head."""
+        """`coarse_logits.split_`; instead of exponentials the logits stay, with −inf in the head."""
         steps, vocab_size = buffer.shape
         kept, ids = ids.shape[1], ids.contiguous()  # a truncated head is a view of a longer one
         coarse = buffer.new_empty(steps, kept + (kept < vocab_size))
@@ -32,7 +32,7 @@ def make_kernels() -> Kernels:
         return coarse, rest
 
     def joined_(buffer: Tensor, rest: Tensor, ids: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        """`rows.joined_`, from what `split_` left."""
+        """`chunk_backward.joined_`, from what `split_` left."""
         steps, vocab_size = buffer.shape
         kept, ids, grad = ids.shape[1], ids.contiguous(), grad.contiguous()
         out = _out(buffer, dtype)
@@ -59,7 +59,7 @@ def make_kernels() -> Kernels:
     def forward_kl_(
         logits: Tensor, target_logits: Tensor, coefficient: Tensor | None, dtype: torch.dtype
     ) -> Gradient:
-        """`rows.forward_kl_`; leaves the target's logits alone."""
+        """`chunk_backward.forward_kl_`; the target's logits are not overwritten."""
         steps, vocab_size = logits.shape
         value = logits.new_empty(steps)
         out = logits if coefficient is None else _out(logits, dtype)

@@ -3,12 +3,11 @@
 
 | kernel | first sweep | gradient in z_j, times the step's coefficient (second sweep) |
 |---|---|---|
-| split, join | r = log Σ_{j outside the head} e^{z_j} | head: as the loss says; rest: g_rest e^{z_j − r} |
+| split, join | r = log Σ_{j outside the head} e^{z_j} | head: from the loss; rest: g_rest e^{z_j − r} |
 | discounted | P = log Σ_{j≠g} w_j e^{z_j}; loss log(1 + e^D), D = P − z_g | w_j e^{z_j − L}; g: −σ(D) |
 | forward KL | log-sum-exps of both rows | q_j − p_j; the loss Σ p (log p − log q) is added up here |
 
-L is z_g + loss. Log-sum-exps are taken online, one running maximum a lane, so that no lane waits for another
-before the end of the row. The greedy token never enters the sum it is compared with: a confident drafter
+L is z_g + loss. The greedy token never enters the sum it is compared with: a confident drafter
 keeps its small loss. Rows of any width: the last block is masked. Logits are fp32; gradients are rounded
 once, to the type the products read. A program may write where another of its own threads has read: a barrier
 stands in between.
@@ -22,27 +21,30 @@ from typing import Any
 
 # Bound by `make_jitted`: kernels look names up in their module, and triton is only imported when it is used.
 tl: Any = None
-lane_update: Any = None
-lane_total: Any = None
+row_level: Any = None
 
 
 def make_jitted() -> dict[str, Any]:
     """The kernels themselves, compiled at their first launch."""
-    global tl, lane_update, lane_total
+    global tl, row_level
     import triton
     import triton.language as tl
 
     @triton.jit
-    def lane_update(top, total, z):
-        """Online log-sum-exp, lane by lane: total · e^top after one more block."""
-        higher = tl.maximum(top, z)
-        return higher, total * tl.exp(top - higher) + tl.exp(z - higher)
-
-    @triton.jit
-    def lane_total(top, total):
-        """All lanes together: the maximum, and the sum relative to it."""
+    def row_level(z, vocab_size, BLOCK: tl.constexpr):
+        """Log-sum-exp of a row, online: one running maximum and sum a lane, joined at the end."""
+        lane = tl.arange(0, BLOCK)
+        top = tl.full([BLOCK], -1e30, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab_size, BLOCK):
+            here = start + lane
+            x = tl.load(z + here, mask=here < vocab_size, other=float("-inf"))
+            higher = tl.maximum(top, x)
+            total = total * tl.exp(top - higher) + tl.exp(x - higher)
+            top = higher
         highest = tl.max(top, 0)
-        return highest, tl.maximum(tl.sum(total * tl.exp(top - highest), 0), 1.1754943508222875e-38)
+        amount = tl.sum(total * tl.exp(top - highest), 0)
+        return highest + tl.log(tl.maximum(amount, 1.1754943508222875e-38))
 
     @triton.jit
     def split(
@@ -59,16 +61,7 @@ def make_jitted() -> dict[str, Any]:
             tl.debug_barrier()  # all copies of the picked logits are read
             tl.store(z + token, float("-inf"), mask=is_kept)
             tl.debug_barrier()
-            lane = tl.arange(0, BLOCK)
-            top = tl.full([BLOCK], -1e30, tl.float32)
-            total = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, vocab_size, BLOCK):
-                here = start + lane
-                top, total = lane_update(
-                    top, total, tl.load(z + here, mask=here < vocab_size, other=float("-inf"))
-                )
-            highest, amount = lane_total(top, total)
-            level = highest + tl.log(amount)
+            level = row_level(z, vocab_size, BLOCK)
             tl.store(rest + row, level)
             tl.store(coarse + row * coarse_stride + kept, level)
 
@@ -118,16 +111,8 @@ def make_jitted() -> dict[str, Any]:
         tl.debug_barrier()  # all copies of the picked logits are read
         tl.store(z + token, tl.where(k == 0, float("-inf"), picked + discount), mask=is_kept)
         tl.debug_barrier()
+        ahead = row_level(z, vocab_size, BLOCK) - z_greedy  # P − z_g
         lane = tl.arange(0, BLOCK)
-        top = tl.full([BLOCK], -1e30, tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            here = start + lane
-            top, total = lane_update(
-                top, total, tl.load(z + here, mask=here < vocab_size, other=float("-inf"))
-            )
-        highest, amount = lane_total(top, total)
-        ahead = highest + tl.log(amount) - z_greedy  # P − z_g
         small = tl.exp(-tl.abs(ahead))
         # log(1 + small) with all digits of a small one
         grown = 1.0 + small
@@ -157,19 +142,8 @@ def make_jitted() -> dict[str, Any]:
         if GRAD:
             scale = tl.load(coefficient + row)
         lane = tl.arange(0, BLOCK)
-        z_top = tl.full([BLOCK], -1e30, tl.float32)
-        t_top = tl.full([BLOCK], -1e30, tl.float32)
-        z_total = tl.zeros([BLOCK], tl.float32)
-        t_total = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocab_size, BLOCK):
-            here = start + lane
-            inside = here < vocab_size
-            z_top, z_total = lane_update(z_top, z_total, tl.load(z + here, mask=inside, other=float("-inf")))
-            t_top, t_total = lane_update(t_top, t_total, tl.load(t + here, mask=inside, other=float("-inf")))
-        z_highest, z_amount = lane_total(z_top, z_total)
-        t_highest, t_amount = lane_total(t_top, t_total)
-        z_level = z_highest + tl.log(z_amount)
-        t_level = t_highest + tl.log(t_amount)
+        z_level = row_level(z, vocab_size, BLOCK)
+        t_level = row_level(t, vocab_size, BLOCK)
         added = tl.zeros([BLOCK], tl.float32)
         for start in range(0, vocab_size, BLOCK):
             here = start + lane

@@ -15,7 +15,7 @@ from oracles.decoding_models import (
 )
 
 from certdraft.decoding import BestFirst, Chain, DecodeResult, TargetRunner, decode, decode_batch, greedy
-from certdraft.decoding.batched_lm import BatchedLM
+from certdraft.decoding.batched import BatchedLM
 from certdraft.drafters import CachedLM
 
 V = 40

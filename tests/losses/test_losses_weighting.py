@@ -151,3 +151,88 @@ def test_budget_refuses_nonsense():
         L.budget_loss(torch.ones(1, 2), 1.0, temperature=0.0)
     with pytest.raises(ValueError, match="node_budget=0"):
         L.certain_budget_nats(0, 3)
+
+
+def test_step_weights_multiply_on_steps_and_on_the_paths_of_a_drafter():
+    target = head_target(target_probs(12, 40))
+    loss_mask, document_ids = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.long)
+    nll = torch.rand(12, dtype=torch.float64)
+    low, prefix, depth = L.LowMarginWeights(0.3, 3.0), L.PrefixWeights(3), L.DepthWeights(2.0)
+    assert len(low(target, loss_mask, document_ids).unique()) == 2
+    product = L.ProductWeights([low, L.ProductWeights([prefix])])
+    assert product.needs_nll
+    assert not L.ProductWeights([low, depth]).needs_nll
+    expected = low(target, loss_mask, document_ids) * prefix(target, loss_mask, document_ids, nll)
+    torch.testing.assert_close(product(target, loss_mask, document_ids, nll), expected)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[0, 2] = mask[3, 1] = mask[3, 2] = False
+    found = L.ProductWeights([low, depth]).on_drafts(target, mask, None)
+    place = torch.arange(3).expand(5, 3)[mask]
+    torch.testing.assert_close(
+        found.double(), low_margin(target, 0.3, 3.0) * torch.exp(-place.double() / 2), rtol=1e-6, atol=0.0
+    )
+    along = torch.zeros(5, 3, dtype=torch.float64).masked_scatter(mask, nll)
+    torch.testing.assert_close(
+        product.on_drafts(target, mask, nll),
+        low_margin(target, 0.3, 3.0) * L.prefix_weights((-along).exp(), mask, 0.5)[mask],
+    )
+    with pytest.raises(ValueError, match="factors is empty"):
+        L.ProductWeights([])
+
+
+def low_margin(target, threshold, boost):
+    p = target.head.p
+    return torch.where(p[:, 0] - p[:, 1] < threshold, boost, 1.0)
+
+
+def paths_problem(depth=5, paths=40, vocab=12):
+    """Logits of a drafter that is right now and then, and its target, along paths of one depth."""
+    target = head_target(target_probs(paths * depth, vocab))
+    z = 2 * torch.randn(paths * depth, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    z[torch.arange(len(z)), target.greedy] += 2.0
+    return z, target, torch.ones(paths, depth, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("acceptance", ["greedy", "overlap", "first"])
+@pytest.mark.parametrize(("beyond", "focal"), [(0.0, 0.0), (1.0, 2.0), (0.25, 0.5)])
+def test_reach_weights_multiply_the_acceptances_before_a_draft(acceptance, beyond, focal):
+    z, target, mask = paths_problem()
+    weights = L.ReachWeights(5, acceptance, beyond, focal)
+    found = weights.on_drafts(target, mask, weights.nll_loss(z, target)).view(mask.shape)
+    first = z.argmax(-1) == target.greedy
+    assert 0 < first.sum() < len(first)
+    for path, row in enumerate(found.tolist()):
+        steps = range(5 * path, 5 * path + 5)
+        q = [oracle.softmax(z[i].tolist()) for i in steps]
+        ids = [target.top_ids[i].tolist() for i in steps]
+        p = [[*target.head.p[i].tolist(), float(target.head.tail_mass[i])] for i in steps]
+        chance = {
+            "greedy": [x[int(target.greedy[i])] for i, x in zip(steps, q, strict=True)],
+            "overlap": [oracle.overlap(a, oracle.merge(b, k)) for a, b, k in zip(p, q, ids, strict=True)],
+            "first": first[5 * path : 5 * path + 5].double().tolist(),
+        }[acceptance]
+        assert row == pytest.approx(oracle.reach(chance, beyond, focal), rel=1e-6, abs=1e-7)
+
+
+def test_end_to_end_total_variation_is_a_product_of_overlaps():
+    z, target, mask = paths_problem()
+    z.requires_grad_()
+    weights, loss = L.PrefixWeights(5, 0.0, "overlap"), L.LK("alpha")
+    nll = loss(z, target)
+    weighted = (weights.on_drafts(target, mask, nll.detach()) * nll).sum() / 5
+    (found,) = torch.autograd.grad(weighted, z, retain_graph=True)
+    accept = (-nll).exp().view(mask.shape)
+    total = (1 - accept.cumprod(-1).mean(-1)).sum()
+    assert total.item() == pytest.approx(sum(oracle.end_to_end_tv(row) for row in accept.tolist()))
+    (expected,) = torch.autograd.grad(total, z)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_factors_must_read_the_same_acceptance():
+    with pytest.raises(ValueError, match=r"different acceptances \(first, greedy\)"):
+        L.ProductWeights([L.ReachWeights(), L.PrefixWeights(), L.DepthWeights()])
+    assert L.ProductWeights([L.ReachWeights(), L.DepthWeights()]).acceptance == "first"
+    with pytest.raises(ValueError, match="acceptance='best'"):
+        L.ReachWeights(acceptance="best")
+    with pytest.raises(ValueError, match="beyond=2"):
+        L.ReachWeights(beyond=2.0)

@@ -76,6 +76,8 @@ HEAD_LOSSES = {
     "total_variation": (L.TotalVariation(), _divergence(oracle.total_variation)),
     "lk_alpha": (L.LK("alpha"), _divergence(oracle.lk_alpha)),
     "lk_hybrid": (L.LK("hybrid", eta=2.0), _divergence(lambda p, q: oracle.lk_hybrid(p, q, 2.0))),
+    "renyi_half": (L.RenyiHalf(), _divergence(oracle.renyi_half)),
+    "top_k_ce": (L.TopKCE(3), lambda z, p: oracle.top_k_ce(p, oracle.softmax(z), 3)),
     "soft_topk": (L.SoftTopK(4), _topk(4)),
     "soft_topk_renormalised": (
         L.SoftTopK(4, "renormalised"),
@@ -112,6 +114,7 @@ FULL_LOSSES = {
     "total_variation": (L.TotalVariation(), _divergence(oracle.total_variation, full=True)),
     "lk_alpha": (L.LK("alpha"), _divergence(oracle.lk_alpha, full=True)),
     "lk_hybrid": (L.LK("hybrid", eta=2.0), _divergence(lambda p, q: oracle.lk_hybrid(p, q, 2.0), full=True)),
+    "renyi_half": (L.RenyiHalf(), _divergence(oracle.renyi_half, full=True)),
     "mixture": (
         L.Mixture([L.MarginDiscountedCE(), L.ForwardKL("full")], [0.5, 0.25]),
         lambda z, p: (

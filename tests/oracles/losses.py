@@ -43,6 +43,28 @@ def overlap(p, q):
     return math.fsum(min(a, b) for a, b in zip(p, q, strict=True))
 
 
+def renyi_half(p, q):
+    return -2 * math.log(math.fsum(math.sqrt(a * b) for a, b in zip(p, q, strict=True)))
+
+
+def top_k_ce(p, q, k):
+    return -math.fsum(p[j] * math.log(q[j]) for j in order(p)[:k])
+
+
+def reach(accept, beyond=0.0, focal=0.0):
+    """Weight of each draft of a path from the chances of acceptance along it."""
+    weights, before = [], 1.0
+    for a in accept:
+        weights.append(before + beyond * (1 - before) + focal * before * (1 - a))
+        before *= a
+    return weights
+
+
+def end_to_end_tv(accept):
+    products = [math.prod(accept[: d + 1]) for d in range(len(accept))]
+    return 1 - math.fsum(products) / len(accept)
+
+
 def total_variation(p, q):
     return 0.5 * math.fsum(abs(a - b) for a, b in zip(p, q, strict=True))
 

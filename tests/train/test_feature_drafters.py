@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,15 +151,14 @@ def test_a_draft_vocabulary_sees_the_renormalised_target() -> None:
     best = restricted.argmax(-1)
     for num in (vocab, 12):
         target = draft.target(TargetBatch(Head.from_probs(p, num)))
-        seen = draft.drafter(hidden, weight, target)
-        ce = Chunked(HardCE(), "none", 7)(*seen, target)
+        ce = Chunked(HardCE(), "none", 7)(hidden, weight, target)
         held = draft.holds(Head.from_probs(p, num).ids).any(-1)
         torch.testing.assert_close(
             ce.double()[held], -logq.gather(-1, best[:, None])[held, 0], rtol=1e-4, atol=1e-4
         )
     head = Head.from_probs(p, 12)
     target = draft.target(TargetBatch(head))
-    kl = Chunked(ForwardKL(), "none", 7)(*draft.drafter(hidden, weight, target), target)
+    kl = Chunked(ForwardKL(), "none", 7)(hidden, weight, target)
     for row in range(50):
         kept = [token for token in head.ids[row].tolist() if token in ids.tolist()]
         lost = sum(p[row, token].item() for token in head.ids[row].tolist() if token not in kept)
@@ -192,6 +192,27 @@ def test_rounds_end_at_tokens_that_cannot_be_drafted(tiny: Path, trace: Path) ->
             ended += bool(before[d]) and not alive
     assert ended > 10
     assert loss_of(module, batch) < 20, "a token that cannot be drafted would cost 1e4 nats"
+
+
+def test_an_online_target_ends_rounds_where_a_trace_does(tiny: Path, trace: Path) -> None:
+    data = data_of(tiny)
+    drafter = make("eagle", draft_vocab_size=60, max_lost_coverage=1.0)
+    fit_to_target(drafter, None, data)
+    batch = next(iter(data.val_dataloader()))
+    masks, losses = [], []
+    for settings in (None, TargetSettings(str(tiny / "target"))):
+        for chunk_tokens in (None, 0):
+            module = DrafterModule(drafter, HardCE(), target=settings, chunk_tokens=chunk_tokens)
+            module._layers = data.meta.feature_layers
+            module.vocabulary = DraftVocabulary(drafter.draft_ids, 304)
+            given = batch if settings is None else replace(batch, head=None)  # as packed from plain text
+            masks.append(module._paths(given)[0].mask)
+            losses.append(loss_of(module, given))
+    whole = module._paths(batch, every=True, depth=3)[0].mask
+    assert 0 < masks[0].sum() < whole.sum()
+    for mask, loss in zip(masks, losses, strict=True):
+        assert torch.equal(mask, masks[0])
+        assert loss == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_validation_is_of_the_rounds(tiny: Path, trace: Path) -> None:
@@ -264,7 +285,11 @@ def test_killed_and_resumed_runs_end_alike(
         init = {"config": config | {"num_hidden_layers": 1, "block_size": 4}, "num_anchors": 3}
         settings["model"]["drafter"] = {"class_path": "BlockDrafter", "init_args": init}
     init["short_until"] = 0.1  # the first step, of five as of eight
-    settings["model"]["step_weights"] = {"class_path": "DepthWeights", "init_args": {"gamma": 4.0}}
+    factors = [
+        {"class_path": "DepthWeights", "init_args": {"gamma": 4.0}},
+        {"class_path": "LowMarginWeights", "init_args": {"threshold": 0.2}},
+    ]
+    settings["model"]["step_weights"] = {"class_path": "ProductWeights", "init_args": {"factors": factors}}
     for split in ("train", "validation"):
         settings["data"][split] = str(tiny / f"{split}-features")
     ends = []

@@ -29,8 +29,8 @@ from certdraft.decoding import (
     fingerprint,
     profile,
 )
+from certdraft.decoding.cost.cost_aware import take_lambda, take_ratio, take_safe
 from certdraft.decoding.cost.cost_model import fit_convex
-from certdraft.decoding.cost.stopping import take_lambda, take_ratio, take_safe
 from certdraft.decoding.trees.tree import Node
 
 # E2

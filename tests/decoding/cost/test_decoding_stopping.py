@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracles.decoding_models import MarginalDrafter, TableDrafter, TableTarget, random_distribution
 
 from certdraft.decoding import BestFirst, CostAware, CostModel, RealClock, SampleMatch, decode
-from certdraft.decoding.cost.stopping import take_lambda, take_ratio, take_safe
+from certdraft.decoding.cost.cost_aware import take_lambda, take_ratio, take_safe
 from certdraft.decoding.draft_session import DraftSession
 from certdraft.decoding.trees.tree import Node
 

@@ -287,3 +287,27 @@ def test_logits_that_are_not_numbers_are_refused(bad: float, width: int) -> None
         greedy_ids(logits)
     with pytest.raises(NonFiniteLogits):
         top_rows(torch.full((1, 5), -math.inf), width)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 40])
+def test_many_tied_rows_are_ranked_by_logit_then_id(width: int) -> None:
+    logits = torch.randint(-3, 4, (50, 40)).float()
+    logits[::7, 5:30] = -math.inf
+    for row, found in zip(logits.tolist(), top_rows(logits, width), strict=True):
+        assert found.ids == sorted(range(40), key=lambda i: (-row[i], i))[:width]
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_a_draft_vocabulary_is_ranked_alone(spread: bool) -> None:
+    """Order, ties and probabilities are those of the logits over V, where all other tokens have none."""
+    ids = torch.tensor([1, 4, 5, 9, 11])
+    own = torch.randint(-2, 3, (20, 5)).float()
+    whole = torch.full((20, 12), -1e4)
+    whole[:, ids] = own
+    for width in (1, 3, 5):
+        expected = top_rows(whole, width, 0.7)
+        found = top_rows(whole if spread else own, width, 0.7, ids)
+        for a, b in zip(found, expected, strict=True):
+            assert a.ids == b.ids
+            assert a.logp == pytest.approx(b.logp, abs=1e-6)
+    assert len(top_rows(whole, 9, draft_ids=ids)[0].ids) == 5
