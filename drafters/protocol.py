@@ -166,6 +166,11 @@ class Drafter(nn.Module, ABC):
         """Sizes of the target as far as the drafter depends on them, in the keys of a transformers config."""
         return None
 
+    @property
+    def network_config(self) -> Any:
+        """Sizes of the network, as attributes with the names of a transformers config; None: not known."""
+        return None
+
     def at(self, progress: float) -> None:
         """Set the share of the training that is done, in [0, 1]; called before every training step."""
 

@@ -193,6 +193,11 @@ class CausalDrafter(Drafter):
         return export.write_transformers(self, folder, request)
 
     @property
+    def network_config(self) -> PreTrainedConfig:
+        """See `Drafter.network_config`."""
+        return self.model.config
+
+    @property
     def tokenizer_source(self) -> str | None:
         """See `Drafter.tokenizer_source`."""
         return self.pretrained

@@ -121,7 +121,8 @@ class BlockDrafter(FeatureDrafter):
                 "config to a reserved token that your texts never contain."
             )
         self.config = completed(self.config, target, target_layer_ids=layers, mask_token_id=mask)
-        self.make()
+        with torch.device(self.target_ends.embeddings.device):
+            self.make()
         self.settle()
         initialise(self)
         if self.init_from_target and self.target_ends.norm is not None:

@@ -122,7 +122,7 @@ class EagleDrafter(FeatureDrafter):
         if self.pretrained is None:
             self._build_fresh(target, counts)
         ids = self.draft_ids
-        if ids is not None and counts is not None:
+        if ids is not None and counts is not None and not ids.is_meta:
             self.lost = coverage(counts, ids.cpu())
             if self.lost.lost > self.max_lost_coverage:
                 raise ValueError(
@@ -149,7 +149,8 @@ class EagleDrafter(FeatureDrafter):
         tables = (
             {} if ids is None else dict(zip(("d2t", "t2d"), to_tables(ids, self.vocab_size), strict=True))
         )
-        self.make(tables)
+        with torch.device(ends.embeddings.device):
+            self.make(tables)
         self.settle()
         initialise(self)
         if self.init_from_target:

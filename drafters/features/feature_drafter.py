@@ -25,7 +25,7 @@ from certdraft.drafters.features.layer_files import Json, Weights, check_names
 from certdraft.drafters.features.target_layers import check_layers
 from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
-from certdraft.drafters.protocol import Drafter
+from certdraft.drafters.protocol import Drafter, TargetSource
 
 if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
@@ -180,6 +180,11 @@ class FeatureDrafter(Drafter):
             parameter.data = parameter.data.to(self.parameter_dtype or parameter.dtype)
 
     @classmethod
+    def on_meta(cls, target: TargetSource, read_config: Callable[[str], Any], **arguments: Any) -> Self:
+        """See `Drafter.on_meta`; the network is made where its target is."""
+        return cls(**arguments).build_from_target(target)
+
+    @classmethod
     def from_folder(
         cls,
         folder: Path,
@@ -234,6 +239,11 @@ class FeatureDrafter(Drafter):
     def max_context(self) -> int | None:
         """`max_position_embeddings` of the config."""
         return self.config.max_position_embeddings
+
+    @property
+    def network_config(self) -> Any:
+        """See `Drafter.network_config`."""
+        return self.config
 
     @property
     def target_config(self) -> dict[str, int | None]:
