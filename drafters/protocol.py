@@ -98,10 +98,7 @@ class Drafter(nn.Module, ABC):
 
     @classmethod
     def on_meta(
-        cls,
-        target: TargetSource,
-        read_config: Callable[[str], PreTrainedConfig],
-        **arguments: Any,
+        cls, target: TargetSource, read_config: Callable[[str], PreTrainedConfig], **arguments: Any
     ) -> Self:
         """Make the network on the meta device, to count its parameters: no weights are read or allocated.
 

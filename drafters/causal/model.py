@@ -70,7 +70,7 @@ class CausalDrafter(Drafter):
     kind: Literal["conditional", "marginal"] = "conditional"
     description: ClassVar[str] = "a small causal LM"
     export_formats: ClassVar[Mapping[str, Engines]] = {
-        "transformers": Engines("AutoModelForCausalLM", None, "draft_model", "STANDALONE", "draft"),
+        "transformers": Engines("AutoModelForCausalLM", None, "draft_model", "STANDALONE", "draft")
     }
     layouts = LAYOUTS
 

@@ -162,10 +162,7 @@ def _check_pair(target: Config, ids: list[int], wide: int, v: int) -> Iterator[F
         yield error("vocab_size", f"is {v}, the target's {target.get('vocab_size')}.")
     layers = target.get("num_hidden_layers", 0)
     if max(ids) > layers - 1:
-        yield error(
-            _IDS,
-            f"is {ids}; the target's last hidden state before the final norm is {layers - 1}.",
-        )
+        yield error(_IDS, f"is {ids}; the target's last hidden state before the final norm is {layers - 1}.")
 
 
 def _flags_off(config: Config) -> Iterator[Finding]:

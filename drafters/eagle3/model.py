@@ -98,10 +98,7 @@ class EagleDrafter(FeatureDrafter):
     # ---- the network
 
     def build(
-        self,
-        vocab_size: int,
-        target: PreTrainedModel | None = None,
-        counts: Int[Tensor, " V"] | None = None,
+        self, vocab_size: int, target: PreTrainedModel | None = None, counts: Int[Tensor, " V"] | None = None
     ) -> Self:
         """Make the network for a target; to be called once, before the optimiser is made.
 

@@ -121,9 +121,7 @@ def plan(
         + (2 * 4 * (sizes.embedding + sizes.body / sizes.layers) if shards > 1 else 0.0),
         "activations": formulas.activation_bytes(sizes, tokens, recompute),
         "loss": formulas.loss_bytes(
-            sizes,
-            int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, "cuda")),
-            int(learned),
+            sizes, int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, "cuda")), int(learned)
         ),
         "batch and masks": formulas.batch_bytes(tokens, kept, features) + formulas.mask_bytes(rows, seq_len),
         "CUDA context, fragmentation": 2.5 * GB,
