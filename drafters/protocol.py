@@ -33,7 +33,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from certdraft.drafters.training_paths import Paths, reach, steps_from
+from certdraft.drafters.training_paths import Paths, steps_from
+from certdraft.support import path_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -262,7 +263,7 @@ class Drafter(nn.Module, ABC):
             every: a path from every position in the loss mask, in order, nothing drawn at random.
         """
         hidden = self.hidden(input_ids, position_ids, document_ids, features).flatten(0, 1)
-        mask = reach(loss_mask, document_ids, 1).flatten(0, 1)
+        mask = path_mask(loss_mask, document_ids, 1).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         return Paths(hidden[starts, None], steps_from(starts, mask[starts]), mask[starts])
 

@@ -11,6 +11,7 @@ from .hidden_states import bits_of as bits_of
 from .hub import HUB_TIMEOUT_S as HUB_TIMEOUT_S
 from .hub import hub_answers as hub_answers
 from .hub import hub_endpoint as hub_endpoint
+from .path_mask import path_mask as path_mask
 from .pretrained import ModelSource as ModelSource
 from .pretrained import load_generation_config as load_generation_config
 from .pretrained import load_pretrained as load_pretrained

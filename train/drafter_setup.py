@@ -28,7 +28,7 @@ def fit_to_target(
 
     Raises:
         ValueError: vocabularies or tokenizers of trace, target and drafter differ; the drafter reads target
-            layers that nobody provides, or has fewer positions than the documents.
+            layers that neither trace nor target provides, or has fewer positions than the documents.
     """
     meta: Any = getattr(datamodule, "meta", None)
     if online is not None:

@@ -176,15 +176,7 @@ class CausalDrafter(Drafter):
         return drafter
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        *,
-        vocab_size: int,
-        target: PreTrainedModel | None,
-        dtype: Literal["float32", "bfloat16"] | None,
-        attention: Literal["sdpa", "eager"],
-    ) -> Self:
+    def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, attention: Any, **_: Any) -> Self:
         """See `Drafter.from_folder`; no target is needed."""
         return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
 

@@ -33,8 +33,8 @@ from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, reach, steps_from
-from certdraft.support import project_fp32
+from certdraft.drafters.training_paths import Paths, steps_from
+from certdraft.support import path_mask, project_fp32
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
 
@@ -204,7 +204,7 @@ class BlockDrafter(FeatureDrafter):
         """Blocks of `depth` masks at random anchors, full ones everywhere if `every`; see `Drafter.paths`."""
         size = self.config.block_size
         depth = min(depth or (1 if self._short and not every else size - 1), size - 1)
-        mask = reach(loss_mask, document_ids, depth)
+        mask = path_mask(loss_mask, document_ids, depth)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
         if every:
             starts = mask[..., 0].flatten().nonzero().squeeze(-1)

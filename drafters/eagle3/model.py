@@ -42,8 +42,8 @@ from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attent
 from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, reach, steps_from
-from certdraft.support import project_fp32
+from certdraft.drafters.training_paths import Paths, steps_from
+from certdraft.support import path_mask, project_fp32
 
 
 @register_drafter("eagle")
@@ -251,7 +251,7 @@ class EagleDrafter(FeatureDrafter):
         """Rollouts of `unroll` (or `depth`) steps from positions in the loss mask; see `Drafter.paths`."""
         depth = depth or (1 if self._short and not every else self.unroll)
         hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
-        mask = (reach(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
+        mask = (path_mask(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         chosen = torch.stack([step.flatten(0, 1)[starts] for step in hidden], 1)
         return Paths(chosen, steps_from(starts, mask[starts]), mask[starts])

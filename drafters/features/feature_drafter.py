@@ -108,7 +108,7 @@ class FeatureDrafter(Drafter):
         self.parameter_dtype: torch.dtype | None = getattr(torch, dtype)  # None: that of the weights read
         self.gradient_checkpointing = gradient_checkpointing
 
-    # ---- what a kind says about itself
+    # ---- what a kind defines
 
     @abstractmethod
     def make(self, weights: Weights | None = None) -> None:
@@ -185,16 +185,8 @@ class FeatureDrafter(Drafter):
         return cls(**arguments).build_from_target(target)
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        *,
-        vocab_size: int,
-        target: PreTrainedModel | None,
-        dtype: Literal["float32", "bfloat16"] | None,
-        attention: Literal["sdpa", "eager"],
-    ) -> Self:
-        """See `Drafter.from_folder`; `attention` is not used."""
+    def from_folder(cls, folder: Path, *, target: Any, dtype: Any, **_: Any) -> Self:
+        """See `Drafter.from_folder`."""
         if target is None:
             raise ValueError(
                 f"{folder} holds a drafter that reads its target's embeddings and layers; give target= the "

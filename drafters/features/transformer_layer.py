@@ -48,7 +48,7 @@ class LayerSizes:
 
 
 def known(size: Size | None) -> Size:
-    """A size that is no longer open."""
+    """Return a size that was completed from the target's."""
     assert size is not None
     return size
 

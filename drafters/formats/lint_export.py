@@ -1,7 +1,7 @@
 """A static check of exported drafters: every rule of the formats that files alone can break.
 
 Engines load wrong folders silently: a layer id off by one, a missing lm_head, a flag left to its default cost
-acceptance, never correctness, so nobody notices. This reads config.json, the headers of the safetensors and
+acceptance, never correctness, and go unnoticed. This reads config.json, the headers of the safetensors and
 the two vocabulary tables. It builds no network; what only numbers show (permuted columns, swapped norms,
 another rotary base) is left to the comparison with real engines.
 

@@ -105,7 +105,7 @@ def read_folder(path: str | Path) -> Folder:
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no safetensors, or a shard missing.
-        ValueError: a file that is not what its name says.
+        ValueError: a file whose content does not match its name.
     """
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():

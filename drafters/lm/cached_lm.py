@@ -5,7 +5,7 @@ draft tokens in one pass) and causal drafters (draft a tree level by level).
 
 Assumed: batch 1, full attention in every layer, positions given by `position_ids`, logits = head(hidden).
 Masks are additive floats, because eager attention reads a boolean mask wrongly without a word.
-Letters: N committed tokens, K nodes of one pass, L tapped layers, H hidden, V vocabulary.
+Letters: N committed tokens, K nodes of one pass, L aux hidden-state layers, H hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,8 @@ class CachedLM:
 
     Args:
         model: a transformers causal LM with eager or sdpa attention, used where and as it is.
-        taps: 0-based decoder layers whose outputs `TreeCache.features` shall hold (before the final norm).
+        taps: aux hidden-state layers: 0-based decoder layers whose outputs, before the final norm,
+            `TreeCache.features` holds.
 
     Examples:
         One round of greedy tree decoding:
@@ -112,7 +113,7 @@ class CachedLM:
             room: tokens to reserve beyond them; the cache doubles when it is full.
 
         Returns:
-            The state; `length` is the number of ids, `features` [N, L, H] when layers are tapped.
+            The state; `length` is the number of ids, `features` [N, L, H] if `taps` names layers.
 
         Raises:
             ValueError: the model is in training mode, where dropout would make its logits random.
@@ -175,7 +176,7 @@ class CachedLM:
 
     @torch.no_grad()
     def _forward(self, cache: TreeCache, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Last hidden state [1, K, H] of one pass; writes the cache and the tapped features."""
+        """Last hidden state [1, K, H] of one pass; writes the cache and the features."""
         with self._outputs.recorded():
             hidden: Tensor = self.body(
                 input_ids=ids,

@@ -68,7 +68,7 @@ class _GrowingLayer(DynamicLayer):
         self.truncate(slots.shape[2])
 
     def erase(self, hidden: Tensor) -> None:
-        """Zero the tokens of a batch where `hidden` [R, W] says so."""
+        """Zero the tokens of a batch where `hidden` [R, W] is true."""
         for states in (self._keys, self._values):
             states[:, :, : self.length].masked_fill_(hidden.to(self.device)[:, None, :, None], 0)
 
@@ -93,7 +93,7 @@ class TreeCache:
     Attributes:
         length: committed tokens.
         depths: depth of each node of the round; 0 for a child of the last committed token.
-        features: [K, L, H] (prefill: [N, L, H]) outputs of the tapped layers in the latest pass, or None.
+        features: [K, L, H] (prefill: [N, L, H]) aux hidden-state layers in the latest pass, or None.
     """
 
     def __init__(self, num_layers: int, room: int) -> None:
