@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from certdraft.drafters.causal.lora import merged
+from certdraft.drafters.formats.logit_checks import check_same_logits, checked_logits
 from certdraft.support import load_causal_lm, quiet
 
 if TYPE_CHECKING:
@@ -112,12 +113,7 @@ def check_reload(model: PreTrainedModel, directory: Path) -> None:
     nn.Module.to(loaded, model.device)
     if loaded.dtype != model.dtype:
         raise ValueError(f"written as {model.dtype}, the drafter loads as {loaded.dtype}.")
-    expected, found = _probe(model), _probe(loaded)
-    if not torch.equal(expected, found):
-        raise ValueError(
-            "the drafter loaded from the export is not the one written: logits differ by up to "
-            f"{(expected - found).abs().max().item():.2g}. A weight or a config key does not survive saving."
-        )
+    check_same_logits(_probe(model), _probe(loaded))
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:
@@ -125,9 +121,7 @@ def _probe(model: PreTrainedModel) -> torch.Tensor:
     num = min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS)
     ids = torch.arange(num, device=model.device) * 7919 % model.config.vocab_size
     logits: torch.Tensor = model(ids[None], use_cache=False).logits[0].float()
-    if not logits.isfinite().all():
-        raise ValueError("the drafter's logits are not finite; its weights hold NaN or infinity.")
-    return logits
+    return checked_logits(logits)
 
 
 def _name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

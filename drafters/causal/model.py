@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from certdraft.drafters.causal import export
+from certdraft.drafters.causal.export import write_transformers
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
-from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
@@ -73,6 +73,7 @@ class CausalDrafter(Drafter):
         "transformers": Engines("AutoModelForCausalLM", None, "draft_model", "STANDALONE", "draft")
     }
     layouts = LAYOUTS
+    write = write_transformers
 
     def __init__(
         self,
@@ -179,10 +180,6 @@ class CausalDrafter(Drafter):
     def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, attention: Any, **_: Any) -> Self:
         """See `Drafter.from_folder`; no target is needed."""
         return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
-
-    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
-        """See `Drafter.write`."""
-        return export.write_transformers(self, folder, request)
 
     @property
     def network_config(self) -> PreTrainedConfig:

@@ -12,7 +12,6 @@ layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -21,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from certdraft.drafters.dflash import export
 from certdraft.drafters.dflash.config import BlockConfig, BlockLayer
+from certdraft.drafters.dflash.export import layout, read_dflash
 from certdraft.drafters.dflash.lint import LAYOUTS
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
 from certdraft.drafters.features.grouped_attention import grouped_attention
-from certdraft.drafters.features.layer_files import Json, Weights
+from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
-from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
@@ -68,6 +67,7 @@ class BlockDrafter(FeatureDrafter):
         "transformers": Engines(transformers="MuseGlimmerAssistantModel", speculation_type="dflash"),
     }
     layouts = LAYOUTS
+    read, layout = staticmethod(read_dflash), layout
     config: BlockConfig
 
     def __init__(
@@ -140,15 +140,6 @@ class BlockDrafter(FeatureDrafter):
     def max_draft_length(self) -> int | None:
         """The block without its root."""
         return self.config.block_size - 1
-
-    @staticmethod
-    def read(folder: Path) -> tuple[BlockConfig, int | None, Weights]:
-        """See `FeatureDrafter.read`."""
-        return export.read_dflash(folder)
-
-    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-        """See `FeatureDrafter.layout`."""
-        return export.layout(self, weights, request)
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """See `FeatureDrafter.default_layers`."""

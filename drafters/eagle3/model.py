@@ -12,7 +12,6 @@ layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,24 +21,23 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from certdraft.drafters.eagle3 import export
 from certdraft.drafters.eagle3.config import EagleConfig, EagleLayer
 from certdraft.drafters.eagle3.draft_vocab import (
     DraftVocabCoverage,
     choose,
     coverage,
-    from_tables,
     spread,
     to_tables,
 )
+from certdraft.drafters.eagle3.export import layout, read_eagle3
 from certdraft.drafters.eagle3.lint import LAYOUTS
 from certdraft.drafters.eagle3.state import EagleState
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
 from certdraft.drafters.features.grouped_attention import grouped_attention
-from certdraft.drafters.features.layer_files import Json, Weights
+from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import check_layers, eagle_layers
 from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attention, known
-from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, steps_from
@@ -74,6 +72,7 @@ class EagleDrafter(FeatureDrafter):
         "speculators": Engines(vllm="eagle3", llama_cpp="draft-eagle3", by_path=True),
     }
     layouts = LAYOUTS
+    read, layout = staticmethod(read_eagle3), layout
     config: EagleConfig
 
     def __init__(
@@ -173,19 +172,6 @@ class EagleDrafter(FeatureDrafter):
         if self.lost is None or self.draft_ids is None:
             return None
         return f"draft vocabulary of {len(self.draft_ids):,} tokens: {self.lost}"
-
-    @staticmethod
-    def read(folder: Path) -> tuple[EagleConfig, int | None, Weights]:
-        """See `FeatureDrafter.read`."""
-        config, vocab_size, weights = export.read_eagle3(folder)
-        if "d2t" in weights:  # published heads may lack t2d, which follows from it
-            ids = from_tables(weights["d2t"], weights.get("t2d"), vocab_size)
-            weights |= dict(zip(("d2t", "t2d"), to_tables(ids, vocab_size), strict=True))
-        return config, vocab_size, weights
-
-    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-        """See `FeatureDrafter.layout`."""
-        return export.layout(self, weights, request)
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """See `FeatureDrafter.default_layers`."""

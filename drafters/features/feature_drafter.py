@@ -66,23 +66,14 @@ class TargetEnds:
 class FeatureDrafter(Drafter):
     """Base of the kinds that read aux hidden-state layers: `EagleDrafter` and `BlockDrafter`.
 
-    Args:
-        config: sizes of a fresh network; not with `pretrained`.
-        pretrained: folder or hub id of a published drafter to start from.
-        init_from_target: what a fresh network takes from its target; see each kind.
-        short_until: share of the training in which rounds of a single draft token are trained, full ones
-            after it; None: half for a fresh network, nothing for a published one.
-        dtype: of the parameters.
-        gradient_checkpointing: recompute parts of the forward pass in the backward pass, for memory.
-
-    Raises:
-        ValueError: `config` given with `pretrained`; `short_until` outside [0, 1).
+    Its arguments are those of the kinds.
 
     Attributes:
         ends: embeddings and lm_head of the target; None until `build`.
         num_target_layers: of the target; 0 until `build`.
     """
 
+    write = feature_folder.write
     config: Any
     ends: TargetEnds | None = None
     num_target_layers: int = 0
@@ -147,13 +138,7 @@ class FeatureDrafter(Drafter):
         config, vocab_size, weights = self.read(folder)
         layers = config.target_layer_ids or self.default_layers(config)
         self.config = replace(config, target_layer_ids=check_layers(layers, self.num_target_layers))
-        feature_folder.check_target(
-            folder,
-            (vocab_size, config.hidden_size, len(layers)),
-            weights,
-            self.target_ends,
-            self.num_target_layers,
-        )
+        feature_folder.check_target(self, folder, (vocab_size, config.hidden_size, len(layers)), weights)
         self.adopt(weights, str(folder))
 
     def adopt(self, weights: Weights, where: str) -> None:
@@ -197,10 +182,6 @@ class FeatureDrafter(Drafter):
         loaded.attach(TargetEnds.of(target), int(target.config.num_hidden_layers))
         loaded.load_folder(folder)
         return loaded.eval()
-
-    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
-        """See `Drafter.write`."""
-        return feature_folder.write(self, folder, request)
 
     def twin(self, weights: Weights | None = None, folder: Path | None = None) -> Self:
         """The same network for the same target, in eval mode, with these weights or those of a folder."""
