@@ -77,6 +77,8 @@ class Drafter(nn.Module, ABC):
         export_formats: formats that `export` can write, with the engines that read each; the default first.
         layouts: how folders of this kind are recognised, and the rules that `lint_export` checks.
         pretrained: folder or hub id that training starts from; None for fresh weights.
+        causal_lm: the transformers model that does all the drafting, token by token, for callers that run it
+            in their own batches; None where there is none.
     """
 
     kind: Literal["conditional", "marginal"]
@@ -86,6 +88,7 @@ class Drafter(nn.Module, ABC):
     export_formats: ClassVar[Mapping[str, Engines]] = {}
     layouts: ClassVar[tuple[Layout, ...]] = ()
     pretrained: str | None = None
+    causal_lm: PreTrainedModel | None = None
 
     # ---- made for a target, and again from a checkpoint or a folder
 
@@ -228,15 +231,9 @@ class Drafter(nn.Module, ABC):
         """Next-token logits at every token position: `head(hidden(…))`."""
         return self.head(self.hidden(input_ids, position_ids, document_ids, features))
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"] | None = None,
-        document_ids: Int[Tensor, "R T"] | None = None,
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T V"]:
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "R T V"]:
         """Alias of `logits`."""
-        return self.logits(input_ids, position_ids, document_ids, features)
+        return self.logits(*args, **kwargs)
 
     def paths(
         self,

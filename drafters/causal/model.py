@@ -182,6 +182,11 @@ class CausalDrafter(Drafter):
         return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
 
     @property
+    def causal_lm(self) -> PreTrainedModel:
+        """See `Drafter.causal_lm`."""
+        return self.model
+
+    @property
     def network_config(self) -> PreTrainedConfig:
         """See `Drafter.network_config`."""
         return self.model.config

@@ -165,22 +165,9 @@ class BlockDrafter(FeatureDrafter):
 
     # ---- training
 
-    def hidden(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"] | None = None,
-        document_ids: Int[Tensor, "R T"] | None = None,
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T H"]:
-        """Hidden states of the first drafted position, every token an anchor; see `Drafter.hidden`.
-
-        Costs as much as B causal forward passes.
-        """
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if document_ids is None:
-            document_ids = torch.zeros_like(input_ids)
-        return self._everywhere(input_ids, position_ids, document_ids, features, 1)[:, :, 0]
+    def first_drafts(self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor) -> Tensor:
+        """See `FeatureDrafter.first_drafts`; every token is an anchor, at the cost of B causal passes."""
+        return self._everywhere(ids, positions, documents, features, 1)[:, :, 0]
 
     def paths(
         self,

@@ -210,18 +210,12 @@ class EagleDrafter(FeatureDrafter):
 
     # ---- training
 
-    def hidden(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"] | None = None,
-        document_ids: Int[Tensor, "R T"] | None = None,
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T H"]:
-        """Hidden states of the first draft token at every position; see `Drafter.hidden`.
+    def first_drafts(self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor) -> Tensor:
+        """See `FeatureDrafter.first_drafts`.
 
         The first token of a document has no features before it; its state is meaningless.
         """
-        (first,), _ = self._rollouts(input_ids, position_ids, document_ids, features, 1)
+        (first,), _ = self._rollouts(ids, positions, documents, features, 1)
         return first
 
     def paths(
@@ -243,18 +237,9 @@ class EagleDrafter(FeatureDrafter):
         return Paths(chosen, steps_from(starts, mask[starts]), mask[starts])
 
     def _rollouts(
-        self,
-        ids: Tensor,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        features: Tensor | None,
-        depth: int,
+        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor | None, depth: int
     ) -> tuple[list[Float[Tensor, "R T H"]], Bool[Tensor, "R T"]]:
         """Normed states of each unroll step, and which rows have features before them."""
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if documents is None:
-            documents = torch.zeros_like(ids)
         fused = self.fc(self._features(features).flatten(-2))
         linked = functional.pad((documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), (1, 0))
         state = functional.pad(fused[:, :-1], (0, 0, 1, 0)) * linked[..., None]

@@ -122,6 +122,12 @@ class FeatureDrafter(Drafter):
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """Aux hidden-state layers where a config names none."""
 
+    @abstractmethod
+    def first_drafts(
+        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor
+    ) -> Float[Tensor, "R T H"]:
+        """Hidden states of the first draft token after every position; arguments as in `hidden`."""
+
     # ---- made for a target, and again from a folder
 
     def attach(self, ends: TargetEnds, num_target_layers: int) -> None:
@@ -236,6 +242,22 @@ class FeatureDrafter(Drafter):
                 "drafts for; it reads that model's embeddings."
             )
         return self.ends
+
+    # ---- training
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """See `Drafter.hidden`: those of the first draft token."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        return self.first_drafts(input_ids, position_ids, document_ids, self._features(features))
 
     # ---- for the kinds
 
