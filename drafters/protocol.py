@@ -77,8 +77,6 @@ class Drafter(nn.Module, ABC):
         export_formats: formats that `export` can write, with the engines that read each; the default first.
         layouts: how folders of this kind are recognised, and the rules that `lint_export` checks.
         pretrained: folder or hub id that training starts from; None for fresh weights.
-        causal_lm: the transformers model that does all the drafting, token by token, for callers that run it
-            in their own batches; None where there is none.
     """
 
     kind: Literal["conditional", "marginal"]
@@ -88,7 +86,6 @@ class Drafter(nn.Module, ABC):
     export_formats: ClassVar[Mapping[str, Engines]] = {}
     layouts: ClassVar[tuple[Layout, ...]] = ()
     pretrained: str | None = None
-    causal_lm: PreTrainedModel | None = None
 
     # ---- made for a target, and again from a checkpoint or a folder
 
@@ -155,6 +152,11 @@ class Drafter(nn.Module, ABC):
     @property
     def tokenizer_source(self) -> str | None:
         """Folder or hub id whose tokenizer must be the target's; None: the drafter has the target's own."""
+        return None
+
+    @property
+    def causal_lm(self) -> PreTrainedModel | None:
+        """The transformers causal LM that does all the drafting, for callers that batch it; or None."""
         return None
 
     @property

@@ -29,7 +29,7 @@ _PROBE_TOKENS = 48
 _MERGE_TOLERANCE = 1e-4  # of the largest logit; fp32 merges measured at 1e-7 to 1e-6
 
 
-def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportRequest) -> PreTrainedModel:
+def write_transformers(drafter: CausalDrafter, folder: Path, request: ExportRequest) -> PreTrainedModel:
     """Write the folder's files and check them by loading them again; see `Drafter.write`.
 
     The draft length is stored for `generate`; the LoRA adapter alone, where asked for, goes into `adapter/`.
@@ -42,11 +42,11 @@ def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportR
     model = standalone(drafter, request.dtype)
     _name_special_tokens(model, request.tokenizer)
     with quiet():
-        model.save_pretrained(directory)
-    request.tokenizer.save_pretrained(directory)
-    _update_json(directory / "config.json", _legacy_rope(model))
+        model.save_pretrained(folder)
+    request.tokenizer.save_pretrained(folder)
+    _update_json(folder / "config.json", _legacy_rope(model))
     _update_json(
-        directory / "generation_config.json",
+        folder / "generation_config.json",
         {
             "_from_model_config": False,  # or transformers derives it again, without the settings below
             # what `generate(assistant_model=…)` reads from the drafter alone; the defaults stop drafts early
@@ -56,8 +56,8 @@ def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportR
         },
     )
     if request.adapter:
-        _write_adapter(drafter, directory / "adapter")
-    check_reload(model, directory)
+        _write_adapter(drafter, folder / "adapter")
+    check_reload(model, folder)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What drafters that read the target's hidden states have in common: embeddings, lm_head, layers, folders.
+"""Base of drafters that read the target's hidden states: its embeddings, lm_head and layers; folders.
 
 They embed tokens with the target's embeddings, and those without an lm_head use the target's. These are the
 target's frozen weights: held by reference, moved along, never trained, never in a state dict.

@@ -4,7 +4,7 @@
 draft tokens in one pass) and causal drafters (draft a tree level by level).
 
 Assumed: batch 1, full attention in every layer, positions given by `position_ids`, logits = head(hidden).
-Masks are additive floats, because eager attention reads a boolean mask wrongly without a word.
+Masks are additive floats, because eager attention silently misreads a boolean mask.
 Letters: N committed tokens, K nodes of one pass, L aux hidden-state layers, H hidden, V vocabulary.
 """
 
@@ -23,7 +23,7 @@ _POST_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The two halves of a causal LM: tokens → hidden (after the final norm), and hidden → logits.
+    """Split a causal LM into tokens → hidden (after the final norm), and hidden → logits.
 
     Args:
         model: a transformers causal LM whose logits are exactly `head(hidden)`.
@@ -88,12 +88,12 @@ class CachedLM:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the language-model head."""
+        """Rows of the lm_head."""
         return int(self.model.config.vocab_size)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go and logits come from."""
+        """Device of inputs and logits."""
         device: torch.device = self._embeddings.weight.device
         return device
 
@@ -104,7 +104,7 @@ class CachedLM:
         return dtype
 
     def prefill(self, ids: Int[Tensor, " N"] | Sequence[int], room: int = 256) -> TreeCache:
-        """A cache holding `ids` as committed tokens.
+        """Return a cache holding `ids` as committed tokens.
 
         No logits: the next token's come from the first `extend`, which feeds the last known token.
 

@@ -125,8 +125,8 @@ class TreeCache:
         for parent, node in pairwise([-1, *path]):
             if not 0 <= node < self.num_nodes or self.parents[node] != parent:
                 raise ValueError(
-                    f"path {path} does not lead down from the root: node {node} is no child of {parent} in "
-                    f"this round of {self.num_nodes} nodes."
+                    f"path {path} does not lead down from the root: node {node} is not a child of {parent} "
+                    f"in this round of {self.num_nodes} nodes."
                 )
         stay = next((i for i, node in enumerate(path) if node != i), len(path))  # a prefix already in place
         start, moved = self.length + stay, [node - stay for node in path[stay:]]
