@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from certdraft.drafters.training_paths import Paths, steps_from
+from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import path_mask
 
 if TYPE_CHECKING:
@@ -269,9 +269,7 @@ class Drafter(nn.Module, ABC):
     # ---- decoding
 
     @abstractmethod
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> Any:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> Any:
         """Return the decoding state of a text.
 
         Args:
@@ -280,12 +278,7 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def draft(
-        self,
-        state: Any,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
+    def draft(self, state: Any, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
         """Feed nodes of the draft tree in one pass.
 
         Nodes are numbered from 0 in the order they are fed in the round.
@@ -301,7 +294,7 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def commit(self, state: Any, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None) -> None:
+    def commit(self, state: Any, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """End the round: a path of its nodes becomes committed text, every other node is forgotten.
 
         Args:

@@ -9,11 +9,15 @@ Letters: R rows, T tokens of a row, P paths, D draft depth, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+TokenIds = Int[Tensor, " K"] | Sequence[int]
+TokenFeatures = Float[Tensor, "N L H"]  # aux hidden-state layers of tokens
 
 
 class Paths(NamedTuple):

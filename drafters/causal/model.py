@@ -23,6 +23,7 @@ from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.drafters.registry import register_drafter
+from certdraft.drafters.training_paths import TokenFeatures, TokenIds
 from certdraft.support import load_causal_lm, project_fp32
 
 _SIZES = (
@@ -250,24 +251,15 @@ class CausalDrafter(Drafter):
         head: Any = self.model.get_output_embeddings()
         return project_fp32(hidden, head.weight, head.bias)
 
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> TreeCache:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache:
         """See `Drafter.start`. The drafter must be in eval mode."""
         return self._lm.prefill(ids)
 
-    def draft(
-        self,
-        state: TreeCache,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
+    def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
         """See `Drafter.draft`."""
         return self._lm.extend(state, tokens, parents)
 
-    def commit(
-        self, state: TreeCache, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> None:
+    def commit(self, state: TreeCache, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`: keys and values of the path stay, the rest goes."""
         state.keep(path)
 

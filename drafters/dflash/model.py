@@ -32,7 +32,7 @@ from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, steps_from
+from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import path_mask, project_fp32
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
@@ -259,9 +259,7 @@ class BlockDrafter(FeatureDrafter):
     # ---- decoding
 
     @torch.no_grad()
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> TreeCache:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache:
         """See `Drafter.start`; features at every token of `ids`."""
         state = TreeCache(len(self._layers), len(ids) + 256)
         if len(ids):
@@ -269,12 +267,7 @@ class BlockDrafter(FeatureDrafter):
         return state
 
     @torch.no_grad()
-    def draft(
-        self,
-        state: TreeCache,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "D V"]:
+    def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "D V"]:
         """See `Drafter.draft`; only the last token, the root, is read; features stand for those before.
 
         Raises:
@@ -297,9 +290,7 @@ class BlockDrafter(FeatureDrafter):
         return self.head(self.norm(x)[0, 1:])
 
     @torch.no_grad()
-    def commit(
-        self, state: TreeCache, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> None:
+    def commit(self, state: TreeCache, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`; the features of the committed tokens become context."""
         if features is None and not len(path):
             return

@@ -40,7 +40,7 @@ from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attent
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, steps_from
+from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import path_mask, project_fp32
 
 
@@ -279,9 +279,7 @@ class EagleDrafter(FeatureDrafter):
 
     # ---- decoding
 
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> EagleState:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> EagleState:
         """See `Drafter.start`; features at every token of `ids`."""
         tokens = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
         if features is None and not tokens:
@@ -295,12 +293,7 @@ class EagleDrafter(FeatureDrafter):
         return state
 
     @torch.no_grad()
-    def draft(
-        self,
-        state: EagleState,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
+    def draft(self, state: EagleState, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
         """See `Drafter.draft`.
 
         The chain of committed tokens at the front of a round is read with the target's features, every node
@@ -329,9 +322,7 @@ class EagleDrafter(FeatureDrafter):
         return out
 
     @torch.no_grad()
-    def commit(
-        self, state: EagleState, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> None:
+    def commit(self, state: EagleState, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`. Nodes read with true features stay; later ones are read again, with the
         features they now have, at the front of the next round.
 
