@@ -17,11 +17,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 import certdraft
-from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
 from certdraft.train.plan import model_sizes
 from certdraft.train.plan.formulas import (
     DEVICES,
@@ -100,37 +98,12 @@ def shipped_config(size: str) -> dict[str, Any]:
 
 
 def drafter_sizes(recipe: Recipe) -> tuple[ModelSizes, int]:
-    """Sizes of the drafter, and how many of its parameters are trained."""
-    if recipe.family.startswith("causal"):
-        small = sizes_of("Qwen/Qwen3-0.6B")
-        if recipe.target == "0.6B":
-            small = model_sizes.sizes_of(fresh_config())
-        return small, small.adapters(RANK) if recipe.family == "causal-lora" else small.parameters
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    # Its layers are only counted, so one stands for all: 128 experts in 48 of them take a minute to make.
-    keys = shipped_config(recipe.target)
-    config = AutoConfig.for_model(keys.pop("model_type"), **keys)
-    with torch.device("meta"):
-        config.num_hidden_layers = 1
-        target = AutoModelForCausalLM.from_config(config)
-    target.config.num_hidden_layers = keys["num_hidden_layers"]
-    vocabulary = int(target.config.vocab_size)
-    if recipe.family == "eagle3":
-        eagle = EagleDrafter(EagleConfig()).build(vocabulary, target)
-        spared = (vocabulary - DRAFT_VOCABULARY) * int(target.config.hidden_size)
-        count, layers, head = sum(p.numel() for p in eagle.parameters()) - spared, 1, DRAFT_VOCABULARY
-    else:
-        block = BlockDrafter(BlockConfig(mask_token_id=151_669)).build(vocabulary, target)
-        count, layers, head = (
-            sum(p.numel() for p in block.parameters()),
-            block.config.num_hidden_layers,
-            vocabulary,
-        )
-    sizes = sizes_of(hub_name(recipe.target))
-    return replace(
-        sizes, name=recipe.family, parameters=count, embedding=0, layers=layers, vocabulary=head
-    ), count
+    """Sizes of the drafter that the config describes, and how many of its parameters are trained."""
+    settings = yaml.safe_load("\n".join(drafter_lines(recipe)))["drafter"]
+    if isinstance(settings, str):
+        settings = yaml.safe_load((FOLDER / settings).read_text(encoding="utf-8"))
+    sizes = model_sizes.drafter_sizes(settings, hub_name(recipe.target))
+    return sizes, sizes.trained
 
 
 def fresh_config() -> dict[str, object]:

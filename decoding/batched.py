@@ -31,7 +31,7 @@ from certdraft.decoding.target_runner import TargetRunner
 from certdraft.decoding.trees.builders import Chain
 from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids, top_rows
 from certdraft.decoding.trees.tree import Row
-from certdraft.drafters import CachedLM, CausalDrafter, Drafter, TreeCache
+from certdraft.drafters import CachedLM, Drafter, TreeCache
 
 
 @dataclass
@@ -80,7 +80,8 @@ def decode_batch(
     runner, chain = as_target(target), builder or Chain()
     if not prompts:
         raise ValueError("prompts is empty; decode_batch needs at least one")
-    if not (isinstance(runner, TargetRunner) and type(chain) is Chain and isinstance(drafter, CausalDrafter)):
+    drafting = getattr(drafter, "causal_lm", None)
+    if not (isinstance(runner, TargetRunner) and type(chain) is Chain and drafting is not None):
         raise ValueError(
             "decode_batch takes a transformers causal LM or a TargetRunner, a CausalDrafter and a Chain; got "
             f"{type(target).__name__}, {type(drafter).__name__} and {type(chain).__name__}. decode takes all."
@@ -89,7 +90,7 @@ def decode_batch(
     stops, clock, num = eos_set(eos), RealClock(runner.device), len(ids)
     texts = [_Text(i, len(prompt), prompt[-1:]) for i, prompt in enumerate(ids)]
     live = texts
-    models = [BatchedLM(lm, [p[:-1] for p in ids]) for lm in (runner.lm, CachedLM(drafter.model))]
+    models = [BatchedLM(lm, [p[:-1] for p in ids]) for lm in (runner.lm, CachedLM(drafting))]
     prefill_s = clock.lap("host") / num
     while live:
         num = len(live)

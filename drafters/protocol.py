@@ -33,7 +33,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from certdraft.drafters.training_paths import Paths, reach, steps_from
+from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.support import path_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -98,10 +99,7 @@ class Drafter(nn.Module, ABC):
 
     @classmethod
     def on_meta(
-        cls,
-        target: TargetSource,
-        read_config: Callable[[str], PreTrainedConfig],
-        **arguments: Any,
+        cls, target: TargetSource, read_config: Callable[[str], PreTrainedConfig], **arguments: Any
     ) -> Self:
         """Make the network on the meta device, to count its parameters: no weights are read or allocated.
 
@@ -157,6 +155,11 @@ class Drafter(nn.Module, ABC):
         return None
 
     @property
+    def causal_lm(self) -> PreTrainedModel | None:
+        """The transformers causal LM that does all the drafting, for callers that batch it; or None."""
+        return None
+
+    @property
     def notice(self) -> str | None:
         """One line for the user about the network that was built, or None."""
         return None
@@ -164,6 +167,11 @@ class Drafter(nn.Module, ABC):
     @property
     def target_config(self) -> dict[str, int | None] | None:
         """Sizes of the target as far as the drafter depends on them, in the keys of a transformers config."""
+        return None
+
+    @property
+    def network_config(self) -> Any:
+        """Sizes of the network, as attributes with the names of a transformers config; None: not known."""
         return None
 
     def at(self, progress: float) -> None:
@@ -225,15 +233,9 @@ class Drafter(nn.Module, ABC):
         """Next-token logits at every token position: `head(hidden(…))`."""
         return self.head(self.hidden(input_ids, position_ids, document_ids, features))
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"] | None = None,
-        document_ids: Int[Tensor, "R T"] | None = None,
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T V"]:
+    def forward(self, *args: Any, **kwargs: Any) -> Float[Tensor, "R T V"]:
         """Alias of `logits`."""
-        return self.logits(input_ids, position_ids, document_ids, features)
+        return self.logits(*args, **kwargs)
 
     def paths(
         self,
@@ -260,16 +262,14 @@ class Drafter(nn.Module, ABC):
             every: a path from every position in the loss mask, in order, nothing drawn at random.
         """
         hidden = self.hidden(input_ids, position_ids, document_ids, features).flatten(0, 1)
-        mask = reach(loss_mask, document_ids, 1).flatten(0, 1)
+        mask = path_mask(loss_mask, document_ids, 1).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         return Paths(hidden[starts, None], steps_from(starts, mask[starts]), mask[starts])
 
     # ---- decoding
 
     @abstractmethod
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> Any:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> Any:
         """Return the decoding state of a text.
 
         Args:
@@ -278,12 +278,7 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def draft(
-        self,
-        state: Any,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
+    def draft(self, state: Any, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
         """Feed nodes of the draft tree in one pass.
 
         Nodes are numbered from 0 in the order they are fed in the round.
@@ -299,7 +294,7 @@ class Drafter(nn.Module, ABC):
         """
 
     @abstractmethod
-    def commit(self, state: Any, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None) -> None:
+    def commit(self, state: Any, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """End the round: a path of its nodes becomes committed text, every other node is forgotten.
 
         Args:

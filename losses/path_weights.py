@@ -18,21 +18,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from certdraft.support import path_mask as path_mask
+
 Form = Literal["sigmoid", "softplus"]
 
 
 def windows(values: Float[Tensor, "R T"], depth: int) -> Float[Tensor, "R T D"]:
     """values[r, t + d] for d = 0..D−1: the path of every start t; 0 beyond the end of the row."""
     return functional.pad(values, (0, depth - 1)).unfold(1, depth, 1)
-
-
-def path_mask(
-    loss_mask: Bool[Tensor, "R T"], document_ids: Int[Tensor, "R T"], depth: int
-) -> Bool[Tensor, "R T D"]:
-    """True where a path is still inside its document and every step so far counts."""
-    counted = windows(loss_mask.to(torch.int64), depth)
-    same = windows(document_ids, depth) == document_ids[..., None]
-    return (counted * same).cumprod(-1).bool()
 
 
 def next_tokens(input_ids: Int[Tensor, "R T"], document_ids: Int[Tensor, "R T"]) -> Int[Tensor, "R T"]:

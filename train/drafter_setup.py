@@ -28,7 +28,7 @@ def fit_to_target(
 
     Raises:
         ValueError: vocabularies or tokenizers of trace, target and drafter differ; the drafter reads target
-            layers that nobody provides, or has fewer positions than the documents.
+            layers that neither trace nor target provides, or has fewer positions than the documents.
     """
     meta: Any = getattr(datamodule, "meta", None)
     if online is not None:
@@ -47,10 +47,11 @@ def fit_to_target(
         load=lambda: load_target(name) if online is None else online.model,
         greedy_counts=lambda: None if trace is None else greedy_counts(trace),
     )
+    known = drafter.notice
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         drafter.build_from_target(source)
-    if drafter.notice:
+    if drafter.notice and drafter.notice != known:
         print(drafter.notice, file=sys.stderr)
     if (start := drafter.tokenizer_source) and (own := _fingerprint(start)) != fingerprint:
         raise ValueError(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from certdraft.data import Batch, load_target
 from certdraft.losses import OnlineTarget, TargetBatch, next_tokens
@@ -49,8 +51,12 @@ class Online:
 
     def __init__(self, settings: TargetSettings) -> None:
         self.settings = settings
-        dtype = getattr(torch, settings.dtype)
-        self.model = load_target(settings.name, revision=settings.revision, dtype=dtype)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The target, loaded when it is first needed: after the settings were checked and traces recorded."""
+        settings = self.settings
+        return load_target(settings.name, revision=settings.revision, dtype=getattr(torch, settings.dtype))
 
     @property
     def vocab_size(self) -> int:

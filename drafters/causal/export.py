@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from certdraft.drafters.causal.lora import merged
+from certdraft.drafters.formats.logit_checks import check_same_logits, checked_logits
 from certdraft.support import load_causal_lm, quiet
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _PROBE_TOKENS = 48
 _MERGE_TOLERANCE = 1e-4  # of the largest logit; fp32 merges measured at 1e-7 to 1e-6
 
 
-def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportRequest) -> PreTrainedModel:
+def write_transformers(drafter: CausalDrafter, folder: Path, request: ExportRequest) -> PreTrainedModel:
     """Write the folder's files and check them by loading them again; see `Drafter.write`.
 
     The draft length is stored for `generate`; the LoRA adapter alone, where asked for, goes into `adapter/`.
@@ -41,11 +42,11 @@ def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportR
     model = standalone(drafter, request.dtype)
     _name_special_tokens(model, request.tokenizer)
     with quiet():
-        model.save_pretrained(directory)
-    request.tokenizer.save_pretrained(directory)
-    _update_json(directory / "config.json", _legacy_rope(model))
+        model.save_pretrained(folder)
+    request.tokenizer.save_pretrained(folder)
+    _update_json(folder / "config.json", _legacy_rope(model))
     _update_json(
-        directory / "generation_config.json",
+        folder / "generation_config.json",
         {
             "_from_model_config": False,  # or transformers derives it again, without the settings below
             # what `generate(assistant_model=…)` reads from the drafter alone; the defaults stop drafts early
@@ -55,8 +56,8 @@ def write_transformers(drafter: CausalDrafter, directory: Path, request: ExportR
         },
     )
     if request.adapter:
-        _write_adapter(drafter, directory / "adapter")
-    check_reload(model, directory)
+        _write_adapter(drafter, folder / "adapter")
+    check_reload(model, folder)
     return model
 
 
@@ -112,12 +113,7 @@ def check_reload(model: PreTrainedModel, directory: Path) -> None:
     nn.Module.to(loaded, model.device)
     if loaded.dtype != model.dtype:
         raise ValueError(f"written as {model.dtype}, the drafter loads as {loaded.dtype}.")
-    expected, found = _probe(model), _probe(loaded)
-    if not torch.equal(expected, found):
-        raise ValueError(
-            "the drafter loaded from the export is not the one written: logits differ by up to "
-            f"{(expected - found).abs().max().item():.2g}. A weight or a config key does not survive saving."
-        )
+    check_same_logits(_probe(model), _probe(loaded))
 
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:
@@ -125,9 +121,7 @@ def _probe(model: PreTrainedModel) -> torch.Tensor:
     num = min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS)
     ids = torch.arange(num, device=model.device) * 7919 % model.config.vocab_size
     logits: torch.Tensor = model(ids[None], use_cache=False).logits[0].float()
-    if not logits.isfinite().all():
-        raise ValueError("the drafter's logits are not finite; its weights hold NaN or infinity.")
-    return logits
+    return checked_logits(logits)
 
 
 def _name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Which weights get an adapter, and how large.
+    """Size of the adapters, and the layers that get one.
 
     Attributes:
         rank: columns of the two factors, ≥ 1.

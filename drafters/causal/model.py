@@ -15,15 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from certdraft.drafters.causal import export
+from certdraft.drafters.causal.export import write_transformers
 from certdraft.drafters.causal.layer_cut import TargetLayers, cut_from
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
-from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.drafters.registry import register_drafter
+from certdraft.drafters.training_paths import TokenFeatures, TokenIds
 from certdraft.support import context_limit, has_head_bias, load_causal_lm, project_fp32
 
 _SIZES = (
@@ -72,9 +73,10 @@ class CausalDrafter(Drafter):
     kind: Literal["conditional", "marginal"] = "conditional"
     description: ClassVar[str] = "a small causal LM"
     export_formats: ClassVar[Mapping[str, Engines]] = {
-        "transformers": Engines("AutoModelForCausalLM", None, "draft_model", "STANDALONE", "draft"),
+        "transformers": Engines("AutoModelForCausalLM", None, "draft_model", "STANDALONE", "draft")
     }
     layouts = LAYOUTS
+    write = write_transformers
 
     def __init__(
         self,
@@ -191,21 +193,19 @@ class CausalDrafter(Drafter):
         return drafter
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        *,
-        vocab_size: int,
-        target: PreTrainedModel | None,
-        dtype: Literal["float32", "bfloat16"] | None,
-        attention: Literal["sdpa", "eager"],
-    ) -> Self:
+    def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, attention: Any, **_: Any) -> Self:
         """See `Drafter.from_folder`; no target is needed."""
         return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
 
-    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
-        """See `Drafter.write`."""
-        return export.write_transformers(self, folder, request)
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """See `Drafter.causal_lm`."""
+        return self.model
+
+    @property
+    def network_config(self) -> PreTrainedConfig:
+        """See `Drafter.network_config`."""
+        return self.model.config
 
     @property
     def tokenizer_source(self) -> str | None:
@@ -267,24 +267,15 @@ class CausalDrafter(Drafter):
         head: Any = self.model.get_output_embeddings()
         return project_fp32(hidden, head.weight, head.bias)
 
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> TreeCache:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache:
         """See `Drafter.start`. The drafter must be in eval mode."""
         return self._lm.prefill(ids)
 
-    def draft(
-        self,
-        state: TreeCache,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
+    def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
         """See `Drafter.draft`."""
         return self._lm.extend(state, tokens, parents)
 
-    def commit(
-        self, state: TreeCache, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> None:
+    def commit(self, state: TreeCache, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`: keys and values of the path stay, the rest goes."""
         state.keep(path)
 

@@ -27,7 +27,7 @@ class BlockConfig(LayerSizes):
 
 
 class BlockLayer(DecoderLayer):
-    """A Qwen3 layer whose keys and values also come from the context, which no norm of its own touches."""
+    """A Qwen3 layer whose keys and values also come from the context, which it does not normalise."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__(config, known(config.hidden_size), qk_norm=True)

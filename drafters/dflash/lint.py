@@ -83,7 +83,7 @@ def _body(
     at: str = "",
     names: dict[str, str] | None = None,
 ) -> Iterator[Finding]:
-    """What the layouts share: `layer_ids` from 0 with the key they came from, `layers` of the target."""
+    """Rules that the layouts share; `layer_ids` from 0 with their key, `layers` of the target."""
     ids, key = layer_ids
     sizes = SIZES if names is None else tuple(size for size in SIZES if size != "vocab_size")
     problems = list(check_numbers(config, sizes, at))

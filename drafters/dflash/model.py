@@ -12,7 +12,6 @@ layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -21,20 +20,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from certdraft.drafters.dflash import export
 from certdraft.drafters.dflash.config import BlockConfig, BlockLayer
+from certdraft.drafters.dflash.export import layout, read_dflash
 from certdraft.drafters.dflash.lint import LAYOUTS
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
 from certdraft.drafters.features.grouped_attention import grouped_attention
-from certdraft.drafters.features.layer_files import Json, Weights
+from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
-from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, reach, steps_from
-from certdraft.support import has_head_bias, project_fp32
+from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.support import has_head_bias, path_mask, project_fp32
 
 _ANCHORS_AT_ONCE = 64  # a row, where every position is one
 
@@ -68,6 +67,7 @@ class BlockDrafter(FeatureDrafter):
         "transformers": Engines(transformers="MuseGlimmerAssistantModel", speculation_type="dflash"),
     }
     layouts = LAYOUTS
+    read, layout = staticmethod(read_dflash), layout
     config: BlockConfig
 
     def __init__(
@@ -126,7 +126,8 @@ class BlockDrafter(FeatureDrafter):
                 "config to a reserved token that your texts never contain."
             )
         self.config = completed(self.config, target, target_layer_ids=layers, mask_token_id=mask)
-        self.make()
+        with torch.device(self.target_ends.embeddings.device):
+            self.make()
         self.settle()
         initialise(self)
         if self.init_from_target and self.target_ends.norm is not None:
@@ -144,15 +145,6 @@ class BlockDrafter(FeatureDrafter):
     def max_draft_length(self) -> int | None:
         """The block without its root."""
         return self.config.block_size - 1
-
-    @staticmethod
-    def read(folder: Path) -> tuple[BlockConfig, int | None, Weights]:
-        """See `FeatureDrafter.read`."""
-        return export.read_dflash(folder)
-
-    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-        """See `FeatureDrafter.layout`."""
-        return export.layout(self, weights, request)
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """See `FeatureDrafter.default_layers`."""
@@ -178,22 +170,9 @@ class BlockDrafter(FeatureDrafter):
 
     # ---- training
 
-    def hidden(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"] | None = None,
-        document_ids: Int[Tensor, "R T"] | None = None,
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T H"]:
-        """Hidden states of the first drafted position, every token an anchor; see `Drafter.hidden`.
-
-        Costs as much as B causal forward passes.
-        """
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if document_ids is None:
-            document_ids = torch.zeros_like(input_ids)
-        return self._everywhere(input_ids, position_ids, document_ids, features, 1)[:, :, 0]
+    def first_drafts(self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor) -> Tensor:
+        """See `FeatureDrafter.first_drafts`; every token is an anchor, at the cost of B causal passes."""
+        return self._everywhere(ids, positions, documents, features, 1)[:, :, 0]
 
     def paths(
         self,
@@ -208,7 +187,7 @@ class BlockDrafter(FeatureDrafter):
         """Blocks of `depth` masks at random anchors, full ones everywhere if `every`; see `Drafter.paths`."""
         size = self.config.block_size
         depth = min(depth or (1 if self._short and not every else size - 1), size - 1)
-        mask = reach(loss_mask, document_ids, depth)
+        mask = path_mask(loss_mask, document_ids, depth)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
         if every:
             starts = mask[..., 0].flatten().nonzero().squeeze(-1)
@@ -285,9 +264,7 @@ class BlockDrafter(FeatureDrafter):
     # ---- decoding
 
     @torch.no_grad()
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> TreeCache:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache:
         """See `Drafter.start`; features at every token of `ids`."""
         state = TreeCache(len(self._layers), len(ids) + 256)
         if len(ids):
@@ -295,12 +272,7 @@ class BlockDrafter(FeatureDrafter):
         return state
 
     @torch.no_grad()
-    def draft(
-        self,
-        state: TreeCache,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "D V"]:
+    def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "D V"]:
         """See `Drafter.draft`; only the last token, the root, is read; features stand for those before.
 
         Raises:
@@ -323,9 +295,7 @@ class BlockDrafter(FeatureDrafter):
         return self.head(self.norm(x)[0, 1:])
 
     @torch.no_grad()
-    def commit(
-        self, state: TreeCache, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> None:
+    def commit(self, state: TreeCache, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`; the features of the committed tokens become context."""
         if features is None and not len(path):
             return

@@ -41,5 +41,5 @@ class EagleLayer(DecoderLayer):
     def read(
         self, embedded: Float[Tensor, "R T H"], feature: Float[Tensor, "R T H"]
     ) -> Float[Tensor, "R T 2H"]:
-        """What attention reads."""
+        """Input of attention: normed embedding and normed feature, side by side."""
         return torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)

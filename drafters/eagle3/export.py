@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from certdraft.drafters.eagle3.config import EagleConfig
+from certdraft.drafters.eagle3.draft_vocab import from_tables, to_tables
 from certdraft.drafters.features.layer_files import (
     Json,
     Weights,
@@ -132,6 +133,9 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
     )
     if (head.draft_vocab_size or 0) < vocab and "d2t" not in weights:
         raise ValueError(f"{folder} has a draft vocabulary of {size} tokens, but no d2t that lists them.")
+    if "d2t" in weights:  # published heads may lack t2d, which follows from it
+        ids = from_tables(weights["d2t"], weights.get("t2d"), int(vocab))
+        weights |= dict(zip(("d2t", "t2d"), to_tables(ids, int(vocab)), strict=True))
     return head, int(vocab), weights
 
 

@@ -80,7 +80,7 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
 def _body(
     folder: Folder, config: Config, prefix: str, target: Config | None, at: str = ""
 ) -> Iterator[Finding]:
-    """What both layouts share; `config` holds the sizes wherever they were written."""
+    """Rules that both layouts share; `config` holds the sizes wherever they were written."""
     ids: Any = config.get(_IDS)
     problems = [*check_numbers(config, SIZES, at), *check_numbers(config, ("draft_vocab_size",))]
     if config.get("model_type") not in _ARCHITECTURES:
@@ -153,7 +153,7 @@ def _check_tables(folder: Folder, v: int, dv: int) -> Iterator[Finding]:
 
 
 def _check_pair(target: Config, ids: list[int], wide: int, v: int) -> Iterator[Finding]:
-    """What only the pair of head and target can get wrong."""
+    """Rules that need the target as well."""
     if target.get("hidden_size") != wide:
         yield error(
             "fc.weight", f"reads features of {wide} numbers, the target has {target.get('hidden_size')}."
@@ -162,10 +162,7 @@ def _check_pair(target: Config, ids: list[int], wide: int, v: int) -> Iterator[F
         yield error("vocab_size", f"is {v}, the target's {target.get('vocab_size')}.")
     layers = target.get("num_hidden_layers", 0)
     if max(ids) > layers - 1:
-        yield error(
-            _IDS,
-            f"is {ids}; the target's last hidden state before the final norm is {layers - 1}.",
-        )
+        yield error(_IDS, f"is {ids}; the target's last hidden state before the final norm is {layers - 1}.")
 
 
 def _flags_off(config: Config) -> Iterator[Finding]:

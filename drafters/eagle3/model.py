@@ -12,7 +12,6 @@ layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -22,28 +21,27 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from certdraft.drafters.eagle3 import export
 from certdraft.drafters.eagle3.config import EagleConfig, EagleLayer
 from certdraft.drafters.eagle3.draft_vocab import (
     DraftVocabCoverage,
     choose,
     coverage,
-    from_tables,
     spread,
     to_tables,
 )
+from certdraft.drafters.eagle3.export import layout, read_eagle3
 from certdraft.drafters.eagle3.lint import LAYOUTS
 from certdraft.drafters.eagle3.state import EagleState
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
 from certdraft.drafters.features.grouped_attention import grouped_attention
-from certdraft.drafters.features.layer_files import Json, Weights
+from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import check_layers, eagle_layers
 from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attention, known
-from certdraft.drafters.formats.export_metadata import Engines, ExportRequest
+from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, reach, steps_from
-from certdraft.support import project_fp32
+from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.support import path_mask, project_fp32
 
 
 @register_drafter("eagle")
@@ -74,6 +72,7 @@ class EagleDrafter(FeatureDrafter):
         "speculators": Engines(vllm="eagle3", llama_cpp="draft-eagle3", by_path=True),
     }
     layouts = LAYOUTS
+    read, layout = staticmethod(read_eagle3), layout
     config: EagleConfig
 
     def __init__(
@@ -98,10 +97,7 @@ class EagleDrafter(FeatureDrafter):
     # ---- the network
 
     def build(
-        self,
-        vocab_size: int,
-        target: PreTrainedModel | None = None,
-        counts: Int[Tensor, " V"] | None = None,
+        self, vocab_size: int, target: PreTrainedModel | None = None, counts: Int[Tensor, " V"] | None = None
     ) -> Self:
         """Make the network for a target; to be called once, before the optimiser is made.
 
@@ -122,7 +118,7 @@ class EagleDrafter(FeatureDrafter):
         if self.pretrained is None:
             self._build_fresh(target, counts)
         ids = self.draft_ids
-        if ids is not None and counts is not None:
+        if ids is not None and counts is not None and not ids.is_meta:
             self.lost = coverage(counts, ids.cpu())
             if self.lost.lost > self.max_lost_coverage:
                 raise ValueError(
@@ -149,7 +145,8 @@ class EagleDrafter(FeatureDrafter):
         tables = (
             {} if ids is None else dict(zip(("d2t", "t2d"), to_tables(ids, self.vocab_size), strict=True))
         )
-        self.make(tables)
+        with torch.device(ends.embeddings.device):
+            self.make(tables)
         self.settle()
         initialise(self)
         if self.init_from_target:
@@ -175,19 +172,6 @@ class EagleDrafter(FeatureDrafter):
         if self.lost is None or self.draft_ids is None:
             return None
         return f"draft vocabulary of {len(self.draft_ids):,} tokens: {self.lost}"
-
-    @staticmethod
-    def read(folder: Path) -> tuple[EagleConfig, int | None, Weights]:
-        """See `FeatureDrafter.read`."""
-        config, vocab_size, weights = export.read_eagle3(folder)
-        if "d2t" in weights:  # published heads may lack t2d, which follows from it
-            ids = from_tables(weights["d2t"], weights.get("t2d"), vocab_size)
-            weights |= dict(zip(("d2t", "t2d"), to_tables(ids, vocab_size), strict=True))
-        return config, vocab_size, weights
-
-    def layout(self, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-        """See `FeatureDrafter.layout`."""
-        return export.layout(self, weights, request)
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """See `FeatureDrafter.default_layers`."""
@@ -226,18 +210,12 @@ class EagleDrafter(FeatureDrafter):
 
     # ---- training
 
-    def hidden(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"] | None = None,
-        document_ids: Int[Tensor, "R T"] | None = None,
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T H"]:
-        """Hidden states of the first draft token at every position; see `Drafter.hidden`.
+    def first_drafts(self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor) -> Tensor:
+        """See `FeatureDrafter.first_drafts`.
 
         The first token of a document has no features before it; its state is meaningless.
         """
-        (first,), _ = self._rollouts(input_ids, position_ids, document_ids, features, 1)
+        (first,), _ = self._rollouts(ids, positions, documents, features, 1)
         return first
 
     def paths(
@@ -253,24 +231,15 @@ class EagleDrafter(FeatureDrafter):
         """Rollouts of `unroll` (or `depth`) steps from positions in the loss mask; see `Drafter.paths`."""
         depth = depth or (1 if self._short and not every else self.unroll)
         hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
-        mask = (reach(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
+        mask = (path_mask(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         chosen = torch.stack([step.flatten(0, 1)[starts] for step in hidden], 1)
         return Paths(chosen, steps_from(starts, mask[starts]), mask[starts])
 
     def _rollouts(
-        self,
-        ids: Tensor,
-        positions: Tensor | None,
-        documents: Tensor | None,
-        features: Tensor | None,
-        depth: int,
+        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor | None, depth: int
     ) -> tuple[list[Float[Tensor, "R T H"]], Bool[Tensor, "R T"]]:
         """Normed states of each unroll step, and which rows have features before them."""
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        if documents is None:
-            documents = torch.zeros_like(ids)
         fused = self.fc(self._features(features).flatten(-2))
         linked = functional.pad((documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), (1, 0))
         state = functional.pad(fused[:, :-1], (0, 0, 1, 0)) * linked[..., None]
@@ -310,9 +279,7 @@ class EagleDrafter(FeatureDrafter):
 
     # ---- decoding
 
-    def start(
-        self, ids: Int[Tensor, " N"] | Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> EagleState:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> EagleState:
         """See `Drafter.start`; features at every token of `ids`."""
         tokens = [int(i) for i in (ids.tolist() if isinstance(ids, Tensor) else ids)]
         if features is None and not tokens:
@@ -326,12 +293,7 @@ class EagleDrafter(FeatureDrafter):
         return state
 
     @torch.no_grad()
-    def draft(
-        self,
-        state: EagleState,
-        tokens: Int[Tensor, " K"] | Sequence[int],
-        parents: Sequence[int] | Int[Tensor, " K"],
-    ) -> Float[Tensor, "K V"]:
+    def draft(self, state: EagleState, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
         """See `Drafter.draft`.
 
         The chain of committed tokens at the front of a round is read with the target's features, every node
@@ -360,9 +322,7 @@ class EagleDrafter(FeatureDrafter):
         return out
 
     @torch.no_grad()
-    def commit(
-        self, state: EagleState, path: Sequence[int], features: Float[Tensor, "N L H"] | None = None
-    ) -> None:
+    def commit(self, state: EagleState, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`. Nodes read with true features stay; later ones are read again, with the
         features they now have, at the front of the next round.
 

@@ -1,4 +1,4 @@
-"""Where an EAGLE head stands in a text: rows read with true features, and what waits to be read.
+"""Decoding state of an EAGLE head: rows read with the target's features, and tokens still to be read.
 
 The text is 0 … N − 1, the root is N. Rows of tokens 1 … N (the root included) are read with the fused
 features of the tokens before them, which the target has computed. `carry` holds the features whose following
@@ -37,10 +37,10 @@ class EagleState:
         self.waiting: list[int] = []
         self.blind = False
         self._tokens: list[int] = []  # of the round's nodes
-        self._front = 0  # nodes at the front of the round that the caller does not know of
+        self._front = 0  # nodes at the front of the round that the caller did not feed
 
     def take(self, tokens: list[int], parents: list[int]) -> Batch:
-        """The nodes of one call, with the waiting ones in front if it opens the round.
+        """Return the nodes of one call, with the waiting ones in front if it opens the round.
 
         Raises:
             ValueError: no tokens, lengths that differ, or a round that does not open with the chain of
@@ -67,7 +67,7 @@ class EagleState:
         return Batch(tokens, parents)
 
     def feature(self, node: int, parent: int) -> Tensor | None:
-        """What a node reads beside its token: [1, H], or None as long as its parent has not been read."""
+        """Feature [1, H] that a node reads beside its token, or None until its parent has been read."""
         given = node - self.blind
         if given < 0:
             return torch.zeros_like(self._like())
@@ -79,7 +79,7 @@ class EagleState:
         return self.carry.new_empty(1, self.carry.shape[1])
 
     def commit(self, path: list[int], new: Float[Tensor, "N H"]) -> None:
-        """Ends a round with the features of the tokens it committed.
+        """End a round with the features of the tokens it committed.
 
         Args:
             path: the caller's nodes.
@@ -101,7 +101,7 @@ class EagleState:
         self._tokens = []
 
     def forget(self) -> None:
-        """Ends a round that committed nothing."""
+        """End a round that committed nothing."""
         self.cache.keep([])
         self._tokens = []
 

@@ -1,4 +1,4 @@
-"""What drafters that read the target's hidden states have in common: embeddings, lm_head, layers, folders.
+"""Base of drafters that read the target's hidden states: its embeddings, lm_head and layers; folders.
 
 They embed tokens with the target's embeddings, and those without an lm_head use the target's. These are the
 target's frozen weights: held by reference, moved along, never trained, never in a state dict.
@@ -25,7 +25,7 @@ from certdraft.drafters.features.layer_files import Json, Weights, check_names
 from certdraft.drafters.features.target_layers import check_layers
 from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
-from certdraft.drafters.protocol import Drafter
+from certdraft.drafters.protocol import Drafter, TargetSource
 
 if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
@@ -66,23 +66,14 @@ class TargetEnds:
 class FeatureDrafter(Drafter):
     """Base of the kinds that read aux hidden-state layers: `EagleDrafter` and `BlockDrafter`.
 
-    Args:
-        config: sizes of a fresh network; not with `pretrained`.
-        pretrained: folder or hub id of a published drafter to start from.
-        init_from_target: what a fresh network takes from its target; see each kind.
-        short_until: share of the training in which rounds of a single draft token are trained, full ones
-            after it; None: half for a fresh network, nothing for a published one.
-        dtype: of the parameters.
-        gradient_checkpointing: recompute parts of the forward pass in the backward pass, for memory.
-
-    Raises:
-        ValueError: `config` given with `pretrained`; `short_until` outside [0, 1).
+    Its arguments are those of the kinds.
 
     Attributes:
         ends: embeddings and lm_head of the target; None until `build`.
         num_target_layers: of the target; 0 until `build`.
     """
 
+    write = feature_folder.write
     config: Any
     ends: TargetEnds | None = None
     num_target_layers: int = 0
@@ -108,7 +99,7 @@ class FeatureDrafter(Drafter):
         self.parameter_dtype: torch.dtype | None = getattr(torch, dtype)  # None: that of the weights read
         self.gradient_checkpointing = gradient_checkpointing
 
-    # ---- what a kind says about itself
+    # ---- what a kind defines
 
     @abstractmethod
     def make(self, weights: Weights | None = None) -> None:
@@ -131,6 +122,12 @@ class FeatureDrafter(Drafter):
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """Aux hidden-state layers where a config names none."""
 
+    @abstractmethod
+    def first_drafts(
+        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor
+    ) -> Float[Tensor, "R T H"]:
+        """Hidden states of the first draft token after every position; arguments as in `hidden`."""
+
     # ---- made for a target, and again from a folder
 
     def attach(self, ends: TargetEnds, num_target_layers: int) -> None:
@@ -147,13 +144,7 @@ class FeatureDrafter(Drafter):
         config, vocab_size, weights = self.read(folder)
         layers = config.target_layer_ids or self.default_layers(config)
         self.config = replace(config, target_layer_ids=check_layers(layers, self.num_target_layers))
-        feature_folder.check_target(
-            folder,
-            (vocab_size, config.hidden_size, len(layers)),
-            weights,
-            self.target_ends,
-            self.num_target_layers,
-        )
+        feature_folder.check_target(self, folder, (vocab_size, config.hidden_size, len(layers)), weights)
         self.adopt(weights, str(folder))
 
     def adopt(self, weights: Weights, where: str) -> None:
@@ -180,16 +171,13 @@ class FeatureDrafter(Drafter):
             parameter.data = parameter.data.to(self.parameter_dtype or parameter.dtype)
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        *,
-        vocab_size: int,
-        target: PreTrainedModel | None,
-        dtype: Literal["float32", "bfloat16"] | None,
-        attention: Literal["sdpa", "eager"],
-    ) -> Self:
-        """See `Drafter.from_folder`; `attention` is not used."""
+    def on_meta(cls, target: TargetSource, read_config: Callable[[str], Any], **arguments: Any) -> Self:
+        """See `Drafter.on_meta`; the network is made where its target is."""
+        return cls(**arguments).build_from_target(target)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, target: Any, dtype: Any, **_: Any) -> Self:
+        """See `Drafter.from_folder`."""
         if target is None:
             raise ValueError(
                 f"{folder} holds a drafter that reads its target's embeddings and layers; give target= the "
@@ -200,10 +188,6 @@ class FeatureDrafter(Drafter):
         loaded.attach(TargetEnds.of(target), int(target.config.num_hidden_layers))
         loaded.load_folder(folder)
         return loaded.eval()
-
-    def write(self, folder: Path, request: ExportRequest) -> nn.Module:
-        """See `Drafter.write`."""
-        return feature_folder.write(self, folder, request)
 
     def twin(self, weights: Weights | None = None, folder: Path | None = None) -> Self:
         """The same network for the same target, in eval mode, with these weights or those of a folder."""
@@ -236,6 +220,11 @@ class FeatureDrafter(Drafter):
         return self.config.max_position_embeddings
 
     @property
+    def network_config(self) -> Any:
+        """See `Drafter.network_config`."""
+        return self.config
+
+    @property
     def target_config(self) -> dict[str, int | None]:
         """See `Drafter.target_config`."""
         return {
@@ -253,6 +242,22 @@ class FeatureDrafter(Drafter):
                 "drafts for; it reads that model's embeddings."
             )
         return self.ends
+
+    # ---- training
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "R T"],
+        position_ids: Int[Tensor, "R T"] | None = None,
+        document_ids: Int[Tensor, "R T"] | None = None,
+        features: Float[Tensor, "R T L H"] | None = None,
+    ) -> Float[Tensor, "R T H"]:
+        """See `Drafter.hidden`: those of the first draft token."""
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        if document_ids is None:
+            document_ids = torch.zeros_like(input_ids)
+        return self.first_drafts(input_ids, position_ids, document_ids, self._features(features))
 
     # ---- for the kinds
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from certdraft.drafters.features.layer_files import Weights, write_folder
 from certdraft.drafters.formats.export_metadata import FILE, read_facts
+from certdraft.drafters.formats.logit_checks import check_same_logits, checked_logits
 from certdraft.support import hub_answers
 
 if TYPE_CHECKING:
-    from certdraft.drafters.features.feature_drafter import FeatureDrafter, TargetEnds
+    from certdraft.drafters.features.feature_drafter import FeatureDrafter
     from certdraft.drafters.formats.export_metadata import ExportRequest
 
 _FILES = (
@@ -62,25 +63,20 @@ def target_name(folder: Path) -> str:
 
 
 def check_target(
-    folder: Path,
-    sizes: tuple[int | None, int, int],
-    weights: Weights,
-    ends: TargetEnds,
-    num_target_layers: int,
+    drafter: FeatureDrafter, folder: Path, sizes: tuple[int | None, int, int], weights: Weights
 ) -> None:
     """Refuse a checkpoint of another target, and take its copy of the embeddings out of `weights`.
 
     Args:
+        drafter: attached to its target.
         folder: with config.json.
         sizes: the target's vocabulary where the folder names it, hidden size, number of layers read.
         weights: as read; modified.
-        ends: of this target.
-        num_target_layers: of this target.
 
     Raises:
         ValueError: another vocabulary, hidden size, number of layers or embeddings.
     """
-    here = ends.embeddings.detach()
+    here, num_target_layers = drafter.target_ends.embeddings.detach(), drafter.num_target_layers
     vocab_size, hidden, num_read = sizes[0] or len(here), sizes[1], sizes[2]
     if (vocab_size, hidden) != tuple(here.shape):
         raise ValueError(
@@ -145,17 +141,10 @@ def probe(drafter: FeatureDrafter) -> Tensor:
     noise = torch.Generator().manual_seed(0)
     features = torch.randn(1, _PROBE_TOKENS, len(drafter.taps), hidden, generator=noise).to(device)
     logits = drafter.logits(ids, features=features)[0].float()
-    if not logits.isfinite().all():
-        raise ValueError("the drafter's logits are not finite; its weights hold NaN or infinity.")
-    return logits
+    return checked_logits(logits)
 
 
 def _check_same(written: FeatureDrafter, loaded: FeatureDrafter) -> None:
-    expected, found = probe(written), probe(loaded)
     if loaded.taps != written.taps:
         raise ValueError(f"written with target layers {written.taps}, the drafter loads with {loaded.taps}.")
-    if not torch.equal(expected, found):
-        raise ValueError(
-            "the drafter loaded from the export is not the one written: logits differ by up to "
-            f"{(expected - found).abs().max().item():.2g}. A weight or a config key does not survive saving."
-        )
+    check_same_logits(probe(written), probe(loaded))

@@ -101,14 +101,8 @@ def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
     """The keys of a transformers config for one kind of layer, the rotary base under old and new names."""
     theta, name = sizes.rope_theta, str(dtype).removeprefix("torch.")
     return {
-        "hidden_size": sizes.hidden_size,
-        "intermediate_size": sizes.intermediate_size,
-        "num_attention_heads": sizes.num_attention_heads,
-        "num_key_value_heads": sizes.num_key_value_heads,
-        "head_dim": sizes.head_dim,
+        **{key: getattr(sizes, key) for key in (*_REQUIRED, "num_key_value_heads", "head_dim")},
         "hidden_act": "silu",
-        "rms_norm_eps": sizes.rms_norm_eps,
-        "max_position_embeddings": sizes.max_position_embeddings,
         "attention_bias": False,
         "tie_word_embeddings": False,
         "rope_theta": theta,
@@ -162,14 +156,10 @@ def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
         )
     heads = config["num_attention_heads"]
     return {
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "num_attention_heads": heads,
+        **{key: config[key] for key in _REQUIRED},
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "rms_norm_eps": config["rms_norm_eps"],
         "rope_theta": _rope_theta(config, where),
-        "max_position_embeddings": config["max_position_embeddings"],
     }
 
 

@@ -1,7 +1,7 @@
-"""The transformer layer of drafters that read target features, in the parts their two families share.
+"""The transformer layer of drafters that read target features, in the parts that both kinds share.
 
 Parameter names are those of the published checkpoints, so reading and writing one is a copy. Attention comes
-in two forms of one thing: `grouped_attention` for training (grouped_attention.py), where many short groups of
+in two forms: `grouped_attention` for training (grouped_attention.py), where many short groups of
 queries share a context, and plain SDPA over a cache for decoding.
 
 Letters: R rows, T context tokens, A groups, Q queries of a group, M keys of a group's own, D head size,
@@ -48,7 +48,7 @@ class LayerSizes:
 
 
 def known(size: Size | None) -> Size:
-    """A size that is no longer open."""
+    """Return a size that was completed from the target's."""
     assert size is not None
     return size
 
@@ -94,7 +94,7 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of grouped-query attention; who sees whom is the caller's business.
+    """Projections of grouped-query attention; masks are up to the caller.
 
     Args:
         sizes: complete.
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         return keys, self._split(self.v_proj(x))
 
     def output(self, mixed: Float[Tensor, "R heads T D"]) -> Float[Tensor, "R T H"]:
-        """What the heads found, back in the residual stream."""
+        """Output projection of the heads, in the residual stream."""
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -135,7 +135,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Norms, attention and MLP of one layer; what attention reads is each family's own business.
+    """Norms, attention and MLP of one layer; what attention reads is up to each kind.
 
     Args:
         sizes: complete.
@@ -154,7 +154,7 @@ class DecoderLayer(nn.Module):
     def finish(
         self, x: Float[Tensor, "R T H"], mixed: Float[Tensor, "R heads T D"]
     ) -> Float[Tensor, "R T H"]:
-        """The layer's output, un-normed, given the residual stream and what its heads found."""
+        """The layer's output, un-normed, given the residual stream and the output of its heads."""
         x = x + self.self_attn.output(mixed)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out

@@ -85,11 +85,7 @@ def export(
             model = drafter.write(folder, request)
             write_card(folder, drafter, model, request, path.name)
             write_facts(
-                folder,
-                request,
-                family=drafter.family,
-                vocab_size=drafter.vocab_size,
-                base=drafter.pretrained,
+                folder, request, family=drafter.family, vocab_size=drafter.vocab_size, base=drafter.pretrained
             )
             _check_rules(folder, drafter.target_config)
     except FileExistsError as error:

@@ -1,7 +1,7 @@
 """A static check of exported drafters: every rule of the formats that files alone can break.
 
 Engines load wrong folders silently: a layer id off by one, a missing lm_head, a flag left to its default cost
-acceptance, never correctness, so nobody notices. This reads config.json, the headers of the safetensors and
+acceptance, never correctness, and go unnoticed. This reads config.json, the headers of the safetensors and
 the two vocabulary tables. It builds no network; what only numbers show (permuted columns, swapped norms,
 another rotary base) is left to the comparison with real engines.
 
@@ -44,7 +44,7 @@ def layout_of(folder: Folder) -> Layout | None:
     """
     kinds, own = drafter_kinds(), folder.path / FILE
     family = read_json(own).get("family") if own.is_file() else None
-    tried = [kinds[family]] if family in kinds else reversed(kinds.values())
+    tried = [kinds[str(family)]] if family in kinds else [*kinds.values()][::-1]
     return next((layout for kind in tried for layout in kind.layouts if layout.matches(folder)), None)
 
 

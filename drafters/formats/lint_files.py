@@ -1,4 +1,4 @@
-"""What the static check of an export reads, and the rules that all formats share.
+"""Files of an export as the static check reads them, and the rules that all formats share.
 
 Only config.json, safetensors headers and, where asked for, single small tensors are read. Letters: V target
 vocabulary, H target hidden, A aux hidden-state layers; h, f sizes of the drafter; n query heads, k key-value
@@ -105,7 +105,7 @@ def read_folder(path: str | Path) -> Folder:
 
     Raises:
         FileNotFoundError: no such folder, no config.json, no safetensors, or a shard missing.
-        ValueError: a file that is not what its name says.
+        ValueError: a file whose content does not match its name.
     """
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
@@ -116,7 +116,7 @@ def read_folder(path: str | Path) -> Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         ValueError: not valid JSON, or no object.
@@ -131,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Tensors of a folder by name: of model.safetensors, or of the shards its index lists.
+    """Read the tensor headers of a folder by name: of model.safetensors, or of the shards its index lists.
 
     Raises:
         FileNotFoundError: no safetensors, or a shard missing.
@@ -206,7 +206,7 @@ def check_positions(config: Config, target: Config | None, at: str = "") -> Iter
 
 
 def check_speculators(config: Config, algorithm: str) -> Iterator[Finding]:
-    """What vLLM checks before it serves a folder of speculators by its path alone."""
+    """Keys without which vLLM does not serve a folder of speculators by its path alone."""
     section = config.get("speculators_config") or {}
     at = "speculators_config."
     yield from check_equal(section, {"algorithm": algorithm, "default_proposal_method": "greedy"}, at)

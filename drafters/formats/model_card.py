@@ -74,7 +74,7 @@ def write_card(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is "org/name" and no folder here.
+    """Whether a name is "org/name" and not a folder here.
 
     Examples:
         >>> is_hub_id("Qwen/Qwen3-8B"), is_hub_id("embedded"), is_hub_id("runs/2025/model")

@@ -5,7 +5,7 @@ draft tokens in one pass) and causal drafters (draft a tree level by level).
 
 Assumed: batch 1, texts within any attention window, positions given by `position_ids`, logits = head(hidden).
 A numeric probe checks it once per model (`tree_probe`).
-Masks are additive floats, because eager attention reads a boolean mask wrongly without a word.
+Masks are additive floats, because eager attention silently misreads a boolean mask.
 Letters: N committed tokens, K nodes of one pass, L aux hidden-state layers, H hidden, V vocabulary.
 """
 
@@ -25,7 +25,7 @@ _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The two parts of a causal LM: tokens to hidden states after the final norm, and lm_head.
+    """Split a causal LM into tokens → hidden (after the final norm), and hidden → logits.
 
     Args:
         model: a transformers causal LM whose logits are exactly `head(hidden)`.
@@ -63,7 +63,8 @@ class CachedLM:
 
     Args:
         model: a transformers causal LM with eager or sdpa attention, used where and as it is.
-        taps: 0-based decoder layers whose outputs `TreeCache.features` shall hold (before the final norm).
+        taps: aux hidden-state layers: 0-based decoder layers whose outputs, before the final norm,
+            `TreeCache.features` holds.
 
     Raises:
         ValueError: a model or layers it cannot serve, or one whose trees differ from its plain passes.
@@ -102,7 +103,7 @@ class CachedLM:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go and logits come from."""
+        """Device of inputs and logits."""
         device: torch.device = self._embeddings.weight.device
         return device
 
@@ -113,7 +114,7 @@ class CachedLM:
         return dtype
 
     def prefill(self, ids: Int[Tensor, " N"] | Sequence[int], room: int = 256) -> TreeCache:
-        """A cache holding `ids` as committed tokens.
+        """Return a cache holding `ids` as committed tokens.
 
         No logits: the next token's come from the first `extend`, which feeds the last known token.
 
@@ -122,7 +123,7 @@ class CachedLM:
             room: tokens to reserve beyond them; the cache doubles when it is full.
 
         Returns:
-            The state; `length` is the number of ids, `features` [N, L, H] when `taps` names layers.
+            The state; `length` is the number of ids, `features` [N, L, H] if `taps` names layers.
 
         Raises:
             ValueError: the model is in training mode, where dropout would make its logits random.

@@ -68,7 +68,7 @@ class _GrowingLayer(DynamicLayer):
         self.truncate(slots.shape[2])
 
     def erase(self, hidden: Tensor) -> None:
-        """Zero the tokens of a batch where `hidden` [R, W] says so."""
+        """Zero the tokens of a batch where `hidden` [R, W] is true."""
         for states in (self._keys, self._values):
             states[:, :, : self.length].masked_fill_(hidden.to(self.device)[:, None, :, None], 0)
 
@@ -93,7 +93,7 @@ class TreeCache:
     Attributes:
         length: committed tokens.
         depths: depth of each node of the round; 0 for a child of the last committed token.
-        features: [K, L, H] (prefill: [N, L, H]) outputs of the tapped layers in the latest pass, or None.
+        features: [K, L, H] (prefill: [N, L, H]) aux hidden-state layers in the latest pass, or None.
     """
 
     def __init__(self, num_layers: int, room: int) -> None:
@@ -125,8 +125,8 @@ class TreeCache:
         for parent, node in pairwise([-1, *path]):
             if not 0 <= node < self.num_nodes or self.parents[node] != parent:
                 raise ValueError(
-                    f"path {path} does not lead down from the root: node {node} is no child of {parent} in "
-                    f"this round of {self.num_nodes} nodes."
+                    f"path {path} does not lead down from the root: node {node} is not a child of {parent} "
+                    f"in this round of {self.num_nodes} nodes."
                 )
         stay = next((i for i, node in enumerate(path) if node != i), len(path))  # a prefix already in place
         start, moved = self.length + stay, [node - stay for node in path[stay:]]

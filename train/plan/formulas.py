@@ -9,7 +9,7 @@ Sources of the formulas:
   adds 4 · query FLOP a token and visible token and layer forward;
 - time: FLOP over peak times a utilisation that is assumed (MFU); in greedy decoding bytes over bandwidth.
 
-Letters: H hidden · V vocabulary · K head entries.
+Letters: H hidden · V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,13 +23,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its data sheet.
-
-    Args:
-        memory_gb: of it.
-        bf16_tflops: dense peak.
-        bandwidth_gb_s: of its memory.
-    """
+    """One accelerator, by its data sheet: memory, dense bf16 peak, bandwidth of its memory."""
 
     memory_gb: float
     bf16_tflops: float
@@ -45,13 +39,9 @@ DEVICES = {  # vendors' data sheets, dense bf16
 
 
 def state_bytes(trained: int, frozen: int, precision: str, frozen_bytes: int = 4) -> float:
-    """Weights, gradients and AdamW moments.
+    """Weights, gradients and AdamW moments of parameters with a gradient, and weights of those without.
 
-    Args:
-        trained: parameters with a gradient.
-        frozen: parameters without.
-        precision: Lightning's name: "32-true", "bf16-mixed", "bf16-true", …
-        frozen_bytes: of each frozen parameter.
+    `precision` is Lightning's name: "32-true", "bf16-mixed", "bf16-true", …
     """
     each = {"bf16-true": 8, "16-true": 8}.get(precision, 16)  # weight, gradient, two moments
     cast = 2 if precision.endswith("mixed") else 0
@@ -59,7 +49,7 @@ def state_bytes(trained: int, frozen: int, precision: str, frozen_bytes: int = 4
 
 
 def activation_bytes(sizes: ModelSizes, tokens: int, checkpointing: bool) -> float:
-    """What autograd keeps for a batch of `tokens` under bf16 autocast."""
+    """Tensors that autograd keeps for a batch of `tokens` under bf16 autocast."""
     layer = 26 * sizes.hidden + 15 * sizes.query + 10 * sizes.key_value + 8 * sizes.intermediate
     if checkpointing:  # the input of every layer, and one layer at a time in full
         return tokens * (sizes.layers * 4 * sizes.hidden + layer)
@@ -67,7 +57,7 @@ def activation_bytes(sizes: ModelSizes, tokens: int, checkpointing: bool) -> flo
 
 
 def loss_bytes(sizes: ModelSizes, chunk_tokens: int, counted: int) -> float:
-    """Logits and their gradient of one chunk, fp32 gradient of the head, hidden states of counted steps."""
+    """Logits and gradient of one chunk, fp32 gradient of the lm_head, hidden states in the loss mask."""
     return (
         8 * chunk_tokens * sizes.vocabulary + 4 * sizes.vocabulary * sizes.hidden + 8 * counted * sizes.hidden
     )
@@ -86,15 +76,10 @@ def mask_bytes(rows: int, seq_len: int) -> float:
 def step_flop(
     sizes: ModelSizes, tokens: int, counted: float, seq_len: int, trained: int, checkpointing: bool
 ) -> float:
-    """Forward and backward over a batch; the head works on counted steps only.
+    """Forward and backward over a batch of `tokens`, of which `counted` are in the loss mask.
 
-    Args:
-        sizes: of the drafter.
-        tokens: of the batch.
-        counted: learned steps among them.
-        seq_len: of a row; documents are taken to fill half of it.
-        trained: parameters with a gradient; frozen ones need no weight gradient.
-        checkpointing: the forward pass of the layers is done twice.
+    The lm_head works on those only; documents are taken to fill half a row; parameters that are not `trained`
+    need no weight gradient; with `checkpointing` the forward pass of the layers is done twice.
     """
     forward = 2 * sizes.body * tokens + attention_flop(sizes, tokens, seq_len / 2)
     share = trained / max(sizes.parameters, 1)
@@ -120,6 +105,21 @@ def decode_step_s(sizes: ModelSizes, rows: int, length: float, device: Device, m
         read / (device.bandwidth_gb_s * GB * 0.7),
         2 * sizes.parameters * rows / (device.bf16_tflops * 1e12 * mfu),
     )
+
+
+def record_bytes(sizes: ModelSizes, rows: int, length: int, features: int) -> float:
+    """Recording `rows` texts of `length` tokens at once; one layer of the longest prefill included."""
+    work = rows * length * (10 * sizes.hidden + 4 * sizes.intermediate + 2 * features)
+    return 2 * sizes.parameters + cache_bytes(sizes, rows, length) + work + (1 << 27) * 3 + 2.5 * GB
+
+
+def record_batch_s(
+    sizes: ModelSizes, rows: int, prompt: int, answer: int, device: Device, mfu: float, overhead_s: float
+) -> float:
+    """Prefill of a batch of prompts and its greedy answers."""
+    read = 2 * sizes.parameters * prompt * rows + attention_flop(sizes, prompt * rows, prompt)
+    each = decode_step_s(sizes, rows, prompt + answer / 2, device, mfu) + overhead_s
+    return read / (device.bf16_tflops * 1e12 * mfu) + answer * each
 
 
 def all_reduce_s(trained: int, world: int, link_gb_s: float) -> float:

@@ -1,15 +1,21 @@
-"""How large a model is, from its config alone: no weights are read, no memory is used."""
+"""Sizes of a target and a drafter from their configs, counted on the meta device: no weights are read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from certdraft.data import embedded_target_path
+from certdraft.data import target_config
+from certdraft.drafters import Drafter, TargetSource, drafter_kinds
 
 _SHIPPED = Path(__file__).parents[2] / "configs" / "models"
 
@@ -20,18 +26,20 @@ class ModelSizes:
 
     Args:
         name: as given.
-        parameters: all of them; a tied head counts once.
-        embedding: of the input embeddings and of a head that is not tied to them.
+        parameters: all of them; a tied lm_head counts once, and a target's parts that a drafter uses do not.
+        trained: of them, those with a gradient.
+        embedding: of the input embeddings and of an lm_head that is not tied to them.
         layers: L.
         hidden: H.
         query: heads × head size.
         key_value: key-value heads × head size.
         intermediate: of the MLP.
-        vocabulary: V.
+        vocabulary: V, of the lm_head.
     """
 
     name: str
     parameters: int
+    trained: int
     embedding: int
     layers: int
     hidden: int
@@ -42,21 +50,12 @@ class ModelSizes:
 
     @property
     def body(self) -> int:
-        """Parameters that every token is multiplied with, the head aside."""
+        """Parameters that every token is multiplied with, the lm_head aside."""
         return self.parameters - self.embedding
-
-    def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters of a rank on all linear layers of the body."""
-        widths = (
-            2 * (self.hidden + self.query)  # q, o
-            + 2 * (self.hidden + self.key_value)  # k, v
-            + 3 * (self.hidden + self.intermediate)  # gate, up, down
-        )
-        return self.layers * rank * widths
 
 
 def sizes_of(model: str | dict[str, Any]) -> ModelSizes:
-    """Sizes of a model.
+    """Count a causal LM.
 
     Args:
         model: "embedded", a folder with config.json, a hub name, or the keys of a config. The sizes of some
@@ -66,46 +65,104 @@ def sizes_of(model: str | dict[str, Any]) -> ModelSizes:
         FileNotFoundError: no such folder, and no hub answers for that name.
         ValueError: not the config of a causal language model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     if isinstance(model, dict):
         keys = dict(model)
         config: Any = AutoConfig.for_model(keys.pop("model_type", "qwen3"), **keys)
         name = "fresh network"
     else:
-        name, config = model, _config(model)
+        name, config = model, read_config(model)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    ends = {
-        id(end.weight): end.weight.numel()
-        for end in (network.get_input_embeddings(), network.get_output_embeddings())
-    }
-    return ModelSizes(
-        name=name,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        embedding=sum(ends.values()),
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        query=config.num_attention_heads * head_size,
-        key_value=getattr(config, "num_key_value_heads", config.num_attention_heads) * head_size,
-        intermediate=config.intermediate_size,
-        vocabulary=config.vocab_size,
+        network: Any = AutoModelForCausalLM.from_config(config)
+    return _measured(name, network, config, network.get_output_embeddings().weight)
+
+
+def drafter_sizes(settings: dict[str, Any], target: str) -> ModelSizes:
+    """Count the network that `fit` builds from the `model.drafter` of a config, of any registered kind.
+
+    Args:
+        settings: `class_path` and `init_args`.
+        target: as in `sizes_of`.
+
+    Raises:
+        FileNotFoundError: the config of the target, or of a `pretrained` drafter, is not here.
+        ValueError: an unknown class, or arguments that do not fit it or the target.
+    """
+    kind, parser = _class(settings["class_path"]), ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "drafter", instantiate=False, fail_untyped=False)
+    parsed = parser.instantiate(parser.parse_object({"drafter": settings.get("init_args") or {}}))
+    config = read_config(target)
+    vocab_size = int(config.vocab_size)
+    source = TargetSource(
+        target,
+        vocab_size,
+        load=lambda: _one_layer(target),
+        num_ids=lambda: vocab_size - 1,  # some spare row; which one changes no size
+        greedy_counts=lambda: torch.zeros(vocab_size, dtype=torch.long),  # nor do the tokens chosen
     )
+    drafter = kind.on_meta(source, read_config, **vars(parsed.drafter))
+    head = getattr(drafter, "head_weight", None)
+    return _measured(settings["class_path"].rpartition(".")[2], drafter, drafter.network_config, head)
 
 
-def _config(name: str) -> Any:
-    from transformers import AutoConfig
-
+def read_config(name: str) -> PreTrainedConfig:
+    """Return the config of a model: a shipped one, of a folder, or of the hub."""
     shipped = _SHIPPED / f"{name.rpartition('/')[2].lower()}.yaml"
     if not Path(name).expanduser().is_dir() and name.startswith("Qwen/") and shipped.is_file():
         keys = yaml.safe_load(shipped.read_text(encoding="utf-8"))
         return AutoConfig.for_model(keys.pop("model_type"), **keys)
-    folder = str(embedded_target_path()) if name == "embedded" else str(Path(name).expanduser())
     try:
-        return AutoConfig.from_pretrained(folder if Path(folder).is_dir() else name)
+        return target_config(name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"plan: no config of {name!r} here, and no hub answers for it; give a folder that holds its "
             "config.json (a few hundred bytes, the weights are not needed)"
         ) from error
+
+
+@cache
+def _one_layer(name: str) -> Any:
+    """A target on the meta device; only its embeddings, lm_head and number of layers are looked at."""
+    config = read_config(name)
+    num, config.num_hidden_layers = config.num_hidden_layers, 1
+    with torch.device("meta"):
+        target = AutoModelForCausalLM.from_config(config)
+    target.config.num_hidden_layers = num
+    return target
+
+
+def _measured(name: str, network: nn.Module, config: Any, head: Tensor | None) -> ModelSizes:
+    def size(key: str, default: int = 0) -> int:
+        return int(getattr(config, key, None) or default)
+
+    own = {id(parameter): parameter for parameter in network.parameters()}
+    ends = [part.weight for part in network.modules() if isinstance(part, nn.Embedding)]
+    ends += [] if head is None else [head]
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    head_size = size("head_dim", hidden // max(heads, 1))
+    return ModelSizes(
+        name=name,
+        parameters=sum(parameter.numel() for parameter in own.values()),
+        trained=sum(parameter.numel() for parameter in own.values() if parameter.requires_grad),
+        embedding=sum(own[end].numel() for end in {id(end) for end in ends} & own.keys()),
+        layers=size("num_hidden_layers", 1),
+        hidden=hidden,
+        query=heads * head_size,
+        key_value=size("num_key_value_heads", heads) * head_size,
+        intermediate=size("intermediate_size"),
+        vocabulary=0 if head is None else len(head),
+    )
+
+
+def _class(path: str) -> type[Drafter]:
+    module, _, name = path.rpartition(".")
+    if module:
+        found: Any = getattr(import_module(module), name, None)
+    else:
+        found = next((kind for kind in drafter_kinds().values() if kind.__name__ == name), None)
+    if not (isinstance(found, type) and issubclass(found, Drafter)):
+        raise ValueError(f"plan: {path} is not a drafter class; give {_names()}, or a full import path")
+    return found
+
+
+def _names() -> str:
+    return ", ".join(kind.__name__ for kind in drafter_kinds().values())

@@ -13,15 +13,15 @@ import yaml
 from certdraft.data import bytes_per_token
 from certdraft.losses import auto_chunk_tokens
 from certdraft.train.plan import formulas
-from certdraft.train.plan.formulas import DEVICES, GB, Device
-from certdraft.train.plan.model_sizes import ModelSizes, sizes_of
+from certdraft.train.plan.formulas import DEVICES, GB
+from certdraft.train.plan.model_sizes import ModelSizes, drafter_sizes, sizes_of
 
 _SHIPPED = Path(__file__).parents[2] / "configs"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was worked out; sizes in GB (10⁹ bytes), times in hours. Estimates, none of them measured."""
+    """Estimates, none of them measured; sizes in GB (10⁹ bytes), times in hours."""
 
     target: ModelSizes
     drafter: ModelSizes
@@ -61,12 +61,12 @@ def plan(
     link_gb_s: float | None = None,
     out: str | None = None,
 ) -> Plan:
-    """Estimate memory, disk and time of a run from its config; nothing is loaded and no network is needed.
+    """Estimate memory, disk and time of a run from its config; no weights are loaded.
 
     Args:
         run: config of `certdraft fit`; configs/qwen3-8b-0.6b.yaml when not given.
         target: model that is recorded; the config's when not given. A folder with config.json is enough.
-        drafter: model that is trained; the config's when not given.
+        drafter: causal LM that is trained; the config's drafter, of any kind, when not given.
         device: data sheet of the accelerator.
         nodes: machines; the config's when not given.
         devices: accelerators a machine; the config's when not given.
@@ -85,59 +85,69 @@ def plan(
 
     Raises:
         FileNotFoundError: no such config.
-        ValueError: a config without what is needed.
+        ValueError: a config that names no target or drafter.
     """
     settings = load_config(Path(run) if run else _SHIPPED / "qwen3-8b-0.6b.yaml")
-    trainer, data = settings.get("trainer", {}), settings.get("data", {})
-    record = data.get("record") or {}
-    model = settings.get("model", {})
-    init = (model.get("drafter") or {}).get("init_args", {})
-    sizes = sizes_of(drafter or init.get("pretrained") or _needed(init, "config", run))
-    theirs = sizes_of(target or record.get("target") or _needed(record, "target", run))
-    nodes = nodes or int(trainer.get("num_nodes", 1))
-    devices = devices or int(trainer.get("devices", 1))
-    world, sheet = nodes * devices, DEVICES[device]
-    link = link_gb_s or (25.0 if nodes > 1 else 300.0)
+    trainer, data, model = (settings.get(key) or {} for key in ("trainer", "data", "model"))
+    record, chosen = data.get("record") or {}, model.get("drafter")
+    beside = (model.get("target") or {}).get("name")
+    target = target or record.get("target") or beside
+    if drafter:
+        chosen = {"class_path": "CausalDrafter", "init_args": {"pretrained": drafter}}
+    if not target or not chosen:
+        raise ValueError(
+            f"plan: {run} names no {'drafter' if target else 'target'}; give --target and --drafter"
+        )
+    init, sheet = chosen.get("init_args") or {}, DEVICES[device]
+    of_target, sizes = sizes_of(target), drafter_sizes(chosen, target)
+    nodes, devices = nodes or int(trainer.get("num_nodes", 1)), devices or int(trainer.get("devices", 1))
+    world, link = nodes * devices, link_gb_s or (25.0 if nodes > 1 else 300.0)
     rows, seq_len = batch_size or int(data.get("batch_size", 8)), int(data.get("seq_len", 512))
     recompute = bool(init.get("gradient_checkpointing")) if checkpointing is None else checkpointing
-    strategy = str(trainer.get("strategy", ""))
-    shards = world if (fsdp2 if fsdp2 is not None else "ModelParallel" in strategy) else 1
-    precision, rank = str(trainer.get("precision", "32-true")), (init.get("lora") or {}).get("rank")
-    trained = sizes.adapters(int(rank)) if rank else sizes.parameters
-    kept, features = int(record.get("num_kept", 32)), len(record.get("feature_layers", ())) * theirs.hidden
+    shards = world if (("ModelParallel" in str(trainer.get("strategy"))) if fsdp2 is None else fsdp2) else 1
+    kept = int(record.get("num_kept", 32))
+    features = len(record.get("feature_layers", ())) * of_target.hidden
 
     tokens = rows * seq_len
     learned = tokens * answer_tokens / (prompt_tokens + answer_tokens)
-    frozen_bytes = 2 if init.get("dtype") == "bfloat16" else 4
-    states = formulas.state_bytes(trained, sizes.parameters - trained if rank else 0, precision, frozen_bytes)
-    chunk = int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, "cuda"))
-    gathered = 2 * 4 * (sizes.embedding + sizes.body / sizes.layers) if shards > 1 else 0.0
     memory = {
-        "weights, gradients, AdamW": states / shards + gathered,
+        "weights, gradients, AdamW": formulas.state_bytes(
+            sizes.trained,
+            sizes.parameters - sizes.trained,
+            str(trainer.get("precision", "32-true")),
+            2 if init.get("dtype") == "bfloat16" else 4,
+        )
+        / shards
+        + (2 * 4 * (sizes.embedding + sizes.body / sizes.layers) if shards > 1 else 0.0),
         "activations": formulas.activation_bytes(sizes, tokens, recompute),
-        "loss": formulas.loss_bytes(sizes, chunk, int(learned)),
+        "loss": formulas.loss_bytes(
+            sizes, int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, "cuda")), int(learned)
+        ),
         "batch and masks": formulas.batch_bytes(tokens, kept, features) + formulas.mask_bytes(rows, seq_len),
         "CUDA context, fragmentation": 2.5 * GB,
     }
-    flop = formulas.step_flop(sizes, tokens, learned, seq_len, trained, recompute)
+    flop = formulas.step_flop(sizes, tokens, learned, seq_len, sizes.trained, recompute)
+    if beside:
+        memory["target beside the drafter"] = 2.0 * of_target.parameters + 12 * tokens * of_target.hidden
+        flop += 2 * of_target.parameters * tokens
     compute = flop / (sheet.bf16_tflops * 1e12 * mfu)
-    reduce = formulas.all_reduce_s(trained, world, link) if world > 1 else 0.0
+    reduce = formulas.all_reduce_s(sizes.trained, world, link) if world > 1 else 0.0
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
     # gradients travel while the backward pass of the last batch runs: two thirds of its time hide them
     step = accumulate * compute + max(0.0, reduce - compute * 2 / 3)
     total = prompts * (prompt_tokens + answer_tokens)
     steps = int(trainer.get("max_steps", 0)) or round(2 * total / (tokens * accumulate * world))
-
     recorded = int(record.get("batch_size", 32))
-    assumptions = {"mfu": mfu, "step_overhead_ms": step_overhead_ms, "link_gb_s": link}
+    recording = formulas.record_bytes(of_target, recorded, prompt_tokens + answer_tokens, features)
+    each_batch = formulas.record_batch_s(
+        of_target, recorded, prompt_tokens, answer_tokens, sheet, mfu, step_overhead_ms / 1000
+    )
     result = Plan(
-        target=theirs,
+        target=of_target,
         drafter=sizes,
         world=world,
-        record_memory_gb=_record_bytes(theirs, recorded, prompt_tokens + answer_tokens, features) / GB,
-        record_hours=_record_hours(
-            theirs, prompts / world, recorded, prompt_tokens, answer_tokens, sheet, mfu, step_overhead_ms
-        ),
+        record_memory_gb=recording / GB,
+        record_hours=prompts / world / recorded * each_batch / 3600,
         trace_gb=total * bytes_per_token(kept, features) / GB,
         train_memory_gb={name: value / GB for name, value in memory.items()},
         train_hours=steps * step / 3600,
@@ -145,11 +155,10 @@ def plan(
         step_seconds=step,
         all_reduce_seconds=reduce,
         device_memory_gb=sheet.memory_gb,
-        assumptions=assumptions,
+        assumptions={"mfu": mfu, "step_overhead_ms": step_overhead_ms, "link_gb_s": link},
     )
-    print(
-        "\n".join(_report(result, device, nodes, devices, steps, accumulate * rows * world, shards, prompts))
-    )
+    where = f"{nodes} node(s) × {devices} × {device}"
+    print("\n".join(_report(result, where, steps, accumulate * rows * world, shards, prompts)))
     if out:
         content = asdict(result) | {"fits": result.fits}
         Path(out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -157,14 +166,13 @@ def plan(
 
 
 def load_config(file: Path) -> dict[str, Any]:
-    """A fit config with the group files it names in place, relative to the file that names them.
+    """Read a fit config and the group files it names, relative to the file that names them.
 
     Raises:
         FileNotFoundError: names the file.
     """
     if not file.is_file():
         raise FileNotFoundError(f"plan: no config {file}")
-    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
 
     def fill(value: Any) -> Any:
         if isinstance(value, dict):
@@ -173,45 +181,12 @@ def load_config(file: Path) -> dict[str, Any]:
             return load_config(file.parent / value)
         return value
 
-    return {key: fill(value) for key, value in content.items()}
+    return {key: fill(value) for key, value in (yaml.safe_load(file.read_text("utf-8")) or {}).items()}
 
 
-def _needed(settings: dict[str, Any], key: str, run: str | None) -> Any:
-    if key not in settings:
-        raise ValueError(f"plan: {run} names no {key}; give --target and --drafter")
-    return settings[key]
-
-
-def _record_bytes(sizes: ModelSizes, rows: int, length: int, features: int) -> float:
-    cache = formulas.cache_bytes(sizes, rows, length)
-    work = rows * length * (10 * sizes.hidden + 4 * sizes.intermediate)  # one layer of the longest prefill
-    return 2 * sizes.parameters + cache + work + (1 << 27) * 3 + 2 * features * rows * length + 2.5 * GB
-
-
-def _record_hours(
-    sizes: ModelSizes,
-    prompts: float,
-    rows: int,
-    prompt_tokens: int,
-    answer_tokens: int,
-    device: Device,
-    mfu: float,
-    overhead_ms: float,
-) -> float:
-    read: float = 2 * sizes.parameters * prompt_tokens * rows
-    read += formulas.attention_flop(sizes, prompt_tokens * rows, prompt_tokens)
-    prefill = read / (device.bf16_tflops * 1e12 * mfu)
-    length = prompt_tokens + answer_tokens / 2
-    each = formulas.decode_step_s(sizes, rows, length, device, mfu) + overhead_ms / 1000
-    return prompts / rows * (prefill + answer_tokens * each) / 3600
-
-
-def _report(
-    found: Plan, device: str, nodes: int, devices: int, steps: int, rows: int, shards: int, prompts: int
-) -> Iterator[str]:
-    target, drafter = found.target, found.drafter
-    yield f"{nodes} node(s) × {devices} × {device} of {found.device_memory_gb:.0f} GB; all of it is estimated"
-    for what, sizes in (("target ", target), ("drafter", drafter)):
+def _report(found: Plan, where: str, steps: int, rows: int, shards: int, prompts: int) -> Iterator[str]:
+    yield f"{where} of {found.device_memory_gb:.0f} GB; all of it is estimated"
+    for what, sizes in (("target ", found.target), ("drafter", found.drafter)):
         yield (
             f"{what} {sizes.name}: {sizes.parameters / GB:.2f} B parameters ({sizes.body / GB:.2f} B without "
             f"embeddings), {sizes.layers} layers of {sizes.hidden}, vocabulary {sizes.vocabulary:,}"
@@ -222,9 +197,8 @@ def _report(
     yield f"  time     {found.record_hours:6.1f} h on {found.world} device(s)"
     yield f"\ntraining {steps:,} steps of {rows:,} rows"
     for name, value in found.train_memory_gb.items():
-        yield f"  {value:8.1f} GB  {name}" + (
-            f", 1/{shards}" if name.startswith("weights") and shards > 1 else ""
-        )
+        share = f", 1/{shards}" if name.startswith("weights") and shards > 1 else ""
+        yield f"  {value:8.1f} GB  {name}{share}"
     used = sum(found.train_memory_gb.values())
     verdict = "fits" if found.fits else "DOES NOT FIT"
     yield f"  {used:8.1f} GB  a device: {verdict} into 90 % of {found.device_memory_gb:.0f} GB"
@@ -237,5 +211,5 @@ def _report(
     if found.world > 1:
         yield f"  network  {found.all_reduce_seconds:6.2f} s a step for gradients, beside the backward pass"
     yield f"  time     {found.train_hours:6.1f} h"
-    said = ", ".join(f"{name} {value:g}" for name, value in found.assumptions.items())
-    yield f"\nassumed: {said}; formulas and their sources: docs/scaling.md"
+    assumed = ", ".join(f"{name} {value:g}" for name, value in found.assumptions.items())
+    yield f"\nassumed: {assumed}; formulas and their sources: docs/scaling.md"

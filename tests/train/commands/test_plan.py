@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from certdraft.data import bytes_per_token
+import certdraft
+from certdraft.data import bytes_per_token, load_target
+from certdraft.drafters import Drafter
+from certdraft.train import Online, TargetSettings, fit_to_target
 from certdraft.train.plan.formulas import DEVICES, activation_bytes, decode_step_s, state_bytes, step_flop
-from certdraft.train.plan.model_sizes import ModelSizes, sizes_of
+from certdraft.train.plan.model_sizes import drafter_sizes, sizes_of
 from certdraft.train.plan.plan_command import load_config, plan
 
 SIZES = {
@@ -137,10 +141,62 @@ def test_configs_name_files_relative_to_themselves(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"plan: no config .*nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml")
     (tmp_path / "empty.yaml").write_text("seed_everything: 0\n")
-    with pytest.raises(ValueError, match="names no config; give --target and --drafter"):
+    with pytest.raises(ValueError, match="names no target; give --target and --drafter"):
         plan(run=str(tmp_path / "empty.yaml"))
 
 
+CONFIGS = Path(certdraft.__file__).parent / "configs"
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*.yaml")])
+
+
 def test_lora_trains_little() -> None:
-    sizes: ModelSizes = sizes_of("Qwen/Qwen3-0.6B")
-    assert sizes.adapters(32) == pytest.approx(20.2e6, rel=0.01)  # all linear layers
+    lora = {
+        "class_path": "CausalDrafter",
+        "init_args": {"pretrained": "Qwen/Qwen3-0.6B", "lora": {"rank": 32}},
+    }
+    sizes = drafter_sizes(lora, "Qwen/Qwen3-8B")
+    assert sizes.trained == pytest.approx(20.2e6, rel=0.01)  # all linear layers
+    assert sizes.parameters - sizes.trained == sizes_of("Qwen/Qwen3-0.6B").parameters
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_has_a_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(run=str(path))
+    sizes = found.drafter
+    assert sizes.layers >= 1
+    assert 2e5 < sizes.trained <= sizes.parameters
+    assert sizes.parameters < found.target.parameters * 1.05, "a drafter is the smaller one, adapters aside"
+    beside = (load_config(path)["model"].get("target") or {}).get("name")
+    assert ("target beside the drafter" in found.train_memory_gb) is (beside is not None)
+    assert found.train_hours > 0
+
+
+def test_sizes_of_published_shapes() -> None:
+    """An EAGLE-3 head counted by hand: fusion, one layer that reads 2 H, four norms, 32,000 draft tokens."""
+    recipe = load_config(CONFIGS / "recipes" / "qwen3-8b-eagle3.yaml")
+    found = drafter_sizes(recipe["model"]["drafter"], "Qwen/Qwen3-8B")
+    h = 4096
+    layer = 2 * h * (32 + 8 + 8) * 128 + 32 * 128 * h + 3 * h * 12288
+    assert found.parameters == 3 * h * h + layer + 4 * h + 32_000 * h
+    assert (found.trained, found.embedding, found.vocabulary) == (found.parameters, 32_000 * h, 32_000)
+
+
+@pytest.mark.parametrize("name", ["demo", "eagle3-embedded", "dflash-embedded"])
+def test_sizes_are_those_of_the_network_that_fit_builds(name: str) -> None:
+    """The embedded target's drafters, built with its weights."""
+    drafter = load_config(CONFIGS / f"{name}.yaml")["model"]["drafter"]
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Drafter, "drafter")
+    built = parser.instantiate(parser.parse_object({"drafter": drafter})).drafter
+    target = load_target("embedded")
+    fit_to_target(built, Online(TargetSettings("embedded")), None)
+    planned = drafter_sizes(drafter, "embedded")
+    assert planned.parameters == sum(p.numel() for p in built.parameters())
+    assert planned.trained == sum(p.numel() for p in built.parameters() if p.requires_grad)
+    assert planned.parameters < sum(p.numel() for p in target.parameters())
+
+
+def test_a_class_that_is_no_drafter() -> None:
+    for path in ("Eagle", "torch.nn.Linear"):
+        with pytest.raises(ValueError, match=f"{path} is not a drafter class; give CausalDrafter, "):
+            drafter_sizes({"class_path": path}, "embedded")
