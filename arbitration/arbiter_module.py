@@ -24,13 +24,13 @@ from torch import Tensor
 
 from certdraft.arbitration import (
     ArbiterPolicy,
+    ArbitrationEnv,
     ArbitrationSettings,
-    Court,
-    Judged,
     Lockstep,
     Policy,
     ProblemBatch,
     Sandbox,
+    VerifiedTexts,
     always,
     branch_labels,
     never,
@@ -95,25 +95,25 @@ class ArbiterModule(pl.LightningModule):
         self.export_dir = export_dir
         # Frozen models are no submodules: they are in no checkpoint, no wrapper and no optimiser.
         self._frozen = _Frozen(Online(TargetSettings(target, dtype=target_dtype)), drafter)
-        self._court: Court | None = None
+        self._env: ArbitrationEnv | None = None
         self._sums: dict[str, Tensor] = {}
 
     # ---- steps
 
     def training_step(self, batch: ProblemBatch, batch_idx: int) -> Tensor:
-        court = self._ready()
+        env = self._ready()
         if not bool(self.policy.measured):
-            strict = court.write(batch.problems, never)
+            strict = env.write(batch.problems, never)
             self.policy.standardise(strict.rollouts.features.to(self.device))
         if self.global_step < self.label_steps:
-            loss = self._label_loss(court, batch)
+            loss = self._label_loss(env, batch)
         else:
-            loss = self._reinforce_loss(court, batch)
+            loss = self._reinforce_loss(env, batch)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
 
-    def _label_loss(self, court: Court, batch: ProblemBatch) -> Tensor:
-        features, labels = branch_labels(court, batch.problems, self.policy, self.copies)
+    def _label_loss(self, env: ArbitrationEnv, batch: ProblemBatch) -> Tensor:
+        features, labels = branch_labels(env, batch.problems, self.policy, self.copies)
         odds = self.policy(features.to(self.device))
         wanted = labels.to(self.device, odds.dtype)
         if not len(wanted):
@@ -126,8 +126,8 @@ class ArbiterModule(pl.LightningModule):
         )
         return loss
 
-    def _reinforce_loss(self, court: Court, batch: ProblemBatch) -> Tensor:
-        drawn = court.write(batch.problems, self.policy, copies=self.copies, threshold=None)
+    def _reinforce_loss(self, env: ArbitrationEnv, batch: ProblemBatch) -> Tensor:
+        drawn = env.write(batch.problems, self.policy, copies=self.copies, threshold=None)
         rewards = text_rewards(drawn, self.reward, self.texts.depth)
         advantages = group_advantages(rewards.view(-1, self.copies)).flatten()
         rollouts = drawn.rollouts
@@ -155,15 +155,15 @@ class ArbiterModule(pl.LightningModule):
         self._sums = {}
 
     def validation_step(self, batch: ProblemBatch, batch_idx: int) -> None:
-        court = self._ready()
+        env = self._ready()
         arms: dict[str, Policy] = {"": self.policy, "target_": never, "drafter_": always}
         for name, policy in arms.items():
-            judged = court.write(batch.problems, policy)
+            verified = env.write(batch.problems, policy)
             counts: dict[str, int | Tensor] = {
-                "texts": len(judged.right), "right": judged.right.sum(),
-                "tokens": judged.num_tokens.sum(), "passes": judged.rollouts.passes.sum(),
-                "overrides": judged.rollouts.overrides.sum(),
-                "mismatches": judged.rollouts.mismatches.sum(),
+                "texts": len(verified.right), "right": verified.right.sum(),
+                "tokens": verified.num_tokens.sum(), "passes": verified.rollouts.passes.sum(),
+                "overrides": verified.rollouts.overrides.sum(),
+                "mismatches": verified.rollouts.mismatches.sum(),
             }  # fmt: skip
             for key, count in counts.items():
                 value = torch.as_tensor(float(count), device=self.device)
@@ -220,14 +220,14 @@ class ArbiterModule(pl.LightningModule):
             if folder is not None:
                 self.policy.save(folder, facts)
 
-    def _ready(self) -> Court:
-        if self._court is None:
+    def _ready(self) -> ArbitrationEnv:
+        if self._env is None:
             frozen = self._frozen
             tokenizer = load_tokenizer(frozen.target.settings.name)
             models = Lockstep(frozen.target.model), Lockstep(frozen.drafter.model)
             eos = sorted(eos_ids_of(frozen.target.model, tokenizer))
-            self._court = Court(*models, tokenizer, self.texts, self.sandbox, eos)
-        return self._court
+            self._env = ArbitrationEnv(*models, tokenizer, self.texts, self.sandbox, eos)
+        return self._env
 
 
 class _Frozen:
@@ -237,20 +237,20 @@ class _Frozen:
         self.target, self.drafter = target, drafter
 
 
-def text_rewards(judged: Judged, reward: RewardSettings, depth: int) -> Float[Tensor, " R"]:
+def text_rewards(verified: VerifiedTexts, reward: RewardSettings, depth: int) -> Float[Tensor, " R"]:
     """What each text is worth.
 
     R = [right] + speed · (tokens / passes) / (depth + 1) − override_cost · overrides / mismatches
 
     Args:
-        judged: texts with verdicts.
+        verified: texts with verdicts.
         reward: the weights.
         depth: draft tokens per round.
     """
-    rollouts = judged.rollouts
-    per_pass = judged.num_tokens / rollouts.passes.cpu()
+    rollouts = verified.rollouts
+    per_pass = verified.num_tokens / rollouts.passes.cpu()
     rate = rollouts.overrides.cpu() / rollouts.mismatches.cpu().clamp_min(1)
-    return judged.right.float() + reward.speed * per_pass / (depth + 1) - reward.override_cost * rate
+    return verified.right.float() + reward.speed * per_pass / (depth + 1) - reward.override_cost * rate
 
 
 def group_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:

@@ -1,7 +1,7 @@
 """The table of collaborative arbitration: a policy beside both models, its baselines and its ceiling.
 
 Every arm answers the same problems in the same window. Baselines get the override rate of the policy, matched
-on problems that are not measured, so that what differs is *where* they override and not how often.
+on problems that are not measured, so that what differs is where they override and not how often.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from certdraft.arbitration import LogRatio, Policy, Problem, RandomArbitration, TypicalAcceptance
-from certdraft.arbitration.environment import Court, Judged, always, never
+from certdraft.arbitration.environment import ArbitrationEnv, VerifiedTexts, always, never
 from certdraft.evaluation import Interval, compare_ratios, pooled_ratio
 
 
@@ -68,7 +68,7 @@ class ArbitrationResult:
 
 
 def measure_arbitration(
-    court: Court,
+    env: ArbitrationEnv,
     policy: Policy,
     test: Sequence[Problem],
     matching: Sequence[Problem],
@@ -80,7 +80,7 @@ def measure_arbitration(
     """All arms on the test problems.
 
     Args:
-        court: writes and judges.
+        env: writes and verifies texts.
         policy: the trained one.
         test: problems that are measured.
         matching: other problems, on which the baselines' numbers are chosen.
@@ -93,32 +93,32 @@ def measure_arbitration(
     """
     if not test or not matching:
         raise ValueError(f"{len(test)} test and {len(matching)} matching problems; both must be given")
-    judged = court.write(test, policy, threshold=threshold)
-    effects, agreement, labels = _counterfactuals(court, policy, test, judged)
+    verified = env.write(test, policy, threshold=threshold)
+    effects, agreement, labels = _counterfactuals(env, policy, test, verified)
     arms = {
-        "target": _arm(court.write(test, never)),
-        "drafter": _arm(court.write(test, always)),
-        "policy": _arm(judged, effects),
+        "target": _arm(env.write(test, never)),
+        "drafter": _arm(env.write(test, always)),
+        "policy": _arm(verified, effects),
     }
-    rate = override_rate(court.write(matching, policy, threshold=threshold))
-    for name, baseline in matched_baselines(court, matching, rate, seed).items():
-        arms[name] = _arm(court.write(test, baseline))
-    right, cut = court.any_path(test, max_paths)
+    rate = override_rate(env.write(matching, policy, threshold=threshold))
+    for name, baseline in matched_baselines(env, matching, rate, seed).items():
+        arms[name] = _arm(env.write(test, baseline))
+    right, cut = env.any_path(test, max_paths)
     return ArbitrationResult(arms, right, cut, agreement, labels, [problem.family for problem in test])
 
 
-def override_rate(judged: Judged) -> float:
+def override_rate(verified: VerifiedTexts) -> float:
     """Overrides ÷ mismatches, pooled; 0 where there is no mismatch."""
-    return float(judged.rollouts.overrides.sum()) / max(1, int(judged.rollouts.mismatches.sum()))
+    return float(verified.rollouts.overrides.sum()) / max(1, int(verified.rollouts.mismatches.sum()))
 
 
 def matched_baselines(
-    court: Court, problems: Sequence[Problem], rate: float, seed: int = 0
+    env: ArbitrationEnv, problems: Sequence[Problem], rate: float, seed: int = 0
 ) -> dict[str, Policy]:
     """Log-ratio threshold, typical acceptance and a coin whose override rate on these problems is `rate`.
 
     Args:
-        court: writes texts.
+        env: writes texts.
         problems: not the ones that will be measured.
         rate: overrides ÷ mismatches to be met.
         seed: of the coin.
@@ -132,7 +132,7 @@ def matched_baselines(
     for name, (make, low, high) in makers.items():
         for _ in range(10):  # the rate grows with the number
             middle = (low + high) / 2
-            if override_rate(court.write(problems, make(middle))) < rate:
+            if override_rate(env.write(problems, make(middle))) < rate:
                 low = middle
             else:
                 high = middle
@@ -267,13 +267,13 @@ def arbitration_rows(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def _counterfactuals(
-    court: Court, policy: Policy, problems: Sequence[Problem], judged: Judged
+    env: ArbitrationEnv, policy: Policy, problems: Sequence[Problem], verified: VerifiedTexts
 ) -> tuple[tuple[int, int, int], float | None, int]:
     """Effects of the overrides made, and how often a decision took the right branch where one is."""
-    rollouts = judged.rollouts
+    rollouts = verified.rollouts
     which = list(zip(rollouts.row.tolist(), rollouts.index.tolist(), strict=True))
-    flipped = court.flips(problems, judged, policy, which)
-    made = judged.right[rollouts.row.cpu()]
+    flipped = env.flips(problems, verified, policy, which)
+    made = verified.right[rollouts.row.cpu()]
     taken = rollouts.taken.cpu()
     beneficial, harmful = int((taken & made & ~flipped).sum()), int((taken & ~made & flipped).sum())
     told = made != flipped
@@ -281,10 +281,10 @@ def _counterfactuals(
     return (beneficial, harmful, int(taken.sum()) - beneficial - harmful), agreement, int(told.sum())
 
 
-def _arm(judged: Judged, effects: tuple[int, int, int] | None = None) -> Arm:
-    rollouts = judged.rollouts
+def _arm(verified: VerifiedTexts, effects: tuple[int, int, int] | None = None) -> Arm:
+    rollouts = verified.rollouts
     counts = (rollouts.passes.cpu(), rollouts.overrides.cpu(), rollouts.mismatches.cpu())
-    return Arm(judged.right, judged.num_tokens, *counts, *(effects or ()))
+    return Arm(verified.right, verified.num_tokens, *counts, *(effects or ()))
 
 
 def _interval(interval: Interval) -> dict[str, float]:

@@ -30,7 +30,7 @@ class Problem:
         answer: reference. "exact": the response, spaces around it aside. "number": the last number of the
             response. "expression": a value that the response, a Python expression, must have. "tests": a
             Python program that ends without an error when it is run behind the response.
-        check: how the response is judged.
+        check: how the response is verified.
         prefix: "tests" only: code that stands in front of the response (HumanEval's signature and docstring).
         family: group for reports.
         where: file and line.
