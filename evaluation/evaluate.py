@@ -41,11 +41,7 @@ def default_builders() -> dict[str, TreeBuilder]:
 
 
 def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
-    """Return builders by their printed form.
-
-    Raises:
-        ValueError: none, or two that print alike.
-    """
+    """Return builders by their printed form; raise ValueError for none, or two that print alike."""
     found = {repr(b): b for b in builders}
     if not builders or len(found) != len(builders):
         raise ValueError(f"evaluate needs tree builders that differ; got {[repr(b) for b in builders]}")
@@ -55,11 +51,7 @@ def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
 def refuse_builders(
     builders: Sequence[TreeBuilder], target: PreTrainedModel, drafters: Mapping[str, Any]
 ) -> None:
-    """Raise if a builder cannot decode with this target and these drafters, before anything is run.
-
-    Raises:
-        ValueError: a cost model of another device, target or drafter.
-    """
+    """Raise ValueError if a builder's cost model is of another device, target or drafter."""
     for drafter in drafters.values():
         for builder in builders:
             if prepare := getattr(builder, "prepare", None):

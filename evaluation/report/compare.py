@@ -1,8 +1,8 @@
 """`certdraft compare`: training runs and evaluation reports side by side on one page.
 
-A folder with metrics.csv is a training run: its validation curves, its best values and its settings are
-shown. A folder with report.json is an evaluation: every drafter in it is shown with its intervals. When
-numbers are not about the same text, the page says so first.
+A folder with metrics.csv is a training run: the page shows its validation curves, best values and settings.
+A folder with report.json is an evaluation: the page shows every drafter with its intervals. A warning on top
+names numbers that are not about the same text.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Run:
     settings: Mapping[str, Any]
 
     def best(self, metric: str) -> tuple[float, int]:
-        """The metric's best value and its step; losses and divergences are best when small."""
+        """Return the metric's best value and its step; losses and divergences are best when small."""
         steps, values = self.curves[metric]
         pick = min if metric.endswith("_nats") else max
         value = pick(values)
@@ -154,11 +154,7 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
 
 
 def read_run(folder: Path, label: str) -> Run:
-    """Curves and settings of a training run.
-
-    Raises:
-        ValueError: metrics.csv holds no validation metric yet.
-    """
+    """Read curves and settings of a training run; raise ValueError without validation metrics."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
@@ -177,11 +173,7 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """A report.json.
-
-    Raises:
-        ValueError: not one of this schema.
-    """
+    """Read a report.json; raise ValueError for another schema."""
     data = json.loads(file.read_text(encoding="utf-8"))
     if data.get("schema") != _SCHEMA:
         raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {_SCHEMA!r}")
@@ -270,7 +262,7 @@ def drafter_section(drafters: Mapping[str, Mapping[str, Any]], folder: Path) -> 
 
 
 def warnings(trained: Sequence[Run], reports: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Why some of these numbers may not be compared."""
+    """Return why some of these numbers may not be compared."""
     found = []
     if len({report["provenance"].get("sha-256 of trace.json") for _, report in reports}) > 1:
         found.append("The evaluations used different traces: their differences are not the drafters' alone.")
