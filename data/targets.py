@@ -129,7 +129,9 @@ def _source(name_or_path: str) -> str:
 
 def _is_gguf(source: str) -> bool:
     path = Path(source)
-    return path.suffix == ".gguf" or (path.is_dir() and model_source(path).gguf is not None)
+    if path.is_dir():  # a folder may also hold a tokenizer alone
+        return any(path.glob("*.gguf")) and model_source(path).gguf is not None
+    return path.suffix == ".gguf"
 
 
 def _unreachable(what: str, name: str, error: Exception) -> str:
