@@ -2,11 +2,9 @@
 
 Two phases under one optimiser. *Branch labels*: both branches of a mismatch are finished, and the policy
 learns which one leads to a right answer. *Group-relative REINFORCE*: several texts of a problem are drawn,
-and each decision is made more or less likely by how its text fared against the others. Target and drafter
-are frozen; only the policy's few hundred weights are trained and saved.
-
-Source: SYSTEMS §7.2; the reward is verifiable, the group baseline is that of GRPO (arXiv 2402.03300) without
-clipping, since every text is used once.
+and each decision is made more or less likely by its text's reward relative to the others. Target and drafter
+are frozen; only the policy's few hundred weights are trained and saved. The reward is verifiable; the group
+baseline is that of GRPO (arXiv 2402.03300) without clipping, since every text is used once.
 
 Letters: P problems · G texts a problem · R = P·G texts · N decisions · F features.
 """
@@ -42,7 +40,7 @@ from certdraft.train import Online, OptimizerSettings, TargetSettings, fit_to_ta
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What a text is worth: 1 if it is right, and what speed and intervention add to that.
+    """Reward of a text: 1 if it is right, plus terms for speed and intervention.
 
     Args:
         speed: weight of (tokens per target pass) / (depth + 1); small, so that being right leads.
@@ -198,7 +196,7 @@ class ArbiterModule(pl.LightningModule):
         return self.optimizer_settings.build(self, self.trainer.max_steps)
 
     def setup(self, stage: str) -> None:
-        """Refuses a drafter that does not speak the target's language, and moves both to the device."""
+        """Raise if the drafter has another vocabulary than the target; move both to the device."""
         frozen = self._frozen
         fit_to_target(frozen.drafter, frozen.target, None)
         frozen.drafter.eval().requires_grad_(False)
@@ -207,7 +205,7 @@ class ArbiterModule(pl.LightningModule):
         frozen.drafter.to(device)
 
     def on_fit_end(self) -> None:
-        """Writes the policy as `Arbiter` loads it."""
+        """Write the policy as `load_policy` reads it."""
         if not self.trainer.is_global_zero:
             return
         facts = {
@@ -231,22 +229,14 @@ class ArbiterModule(pl.LightningModule):
 
 
 class _Frozen:
-    """The pair, hidden from `nn.Module`."""
+    """Target and drafter, not registered as submodules."""
 
     def __init__(self, target: Online, drafter: CausalDrafter) -> None:
         self.target, self.drafter = target, drafter
 
 
 def text_rewards(verified: VerifiedTexts, reward: RewardSettings, depth: int) -> Float[Tensor, " R"]:
-    """What each text is worth.
-
-    R = [right] + speed · (tokens / passes) / (depth + 1) − override_cost · overrides / mismatches
-
-    Args:
-        verified: texts with verdicts.
-        reward: the weights.
-        depth: draft tokens per round.
-    """
+    """Return [right] + speed · (tokens / passes) / (depth + 1) − override_cost · overrides / mismatches."""
     rollouts = verified.rollouts
     per_pass = verified.num_tokens / rollouts.passes.cpu()
     rate = rollouts.overrides.cpu() / rollouts.mismatches.cpu().clamp_min(1)
@@ -254,7 +244,7 @@ def text_rewards(verified: VerifiedTexts, reward: RewardSettings, depth: int) ->
 
 
 def group_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """(R − mean) / (std + 1e-4) within each group; 0 throughout a group of equal rewards.
+    """Return (R − mean) / (std + 1e-4) within each group; 0 in a group of equal rewards.
 
     Examples:
         >>> group_advantages(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).round(decimals=2).tolist()
@@ -272,7 +262,7 @@ def reinforce_loss(
     advantages: Float[Tensor, " R"],
     entropy: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """−Σ A log π(a) over the texts with an advantage, per such text, minus the entropy bonus per decision.
+    """Return −Σ A log π(a) per text with an advantage, minus the entropy bonus per decision.
 
     Its gradient is an unbiased estimate of −∂E[A]/∂θ for advantages that do not depend on the text's own
     decisions except through its reward.

@@ -18,7 +18,7 @@ from certdraft.arbitration import (
 )
 from certdraft.arbitration.arbitration_report import (
     ArbitrationResult,
-    arbitration_rows,
+    arbitration_table,
     measure_arbitration,
     summarise,
 )
@@ -98,19 +98,11 @@ def open_env(
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
 ) -> ArbitrationEnv:
-    """Load two models by name into an environment.
-
-    Args:
-        target: folder or hub name.
-        drafter: folder or hub name of a causal drafter.
-        texts: how texts are written.
-        sandbox: limits on programs that the verifier runs.
-        dtype: of both models.
-        device: where they run.
+    """Load a target and a causal drafter by folder or hub name into an environment.
 
     Raises:
         ValueError: the two have different tokenizers.
-        FileNotFoundError: one is not there.
+        FileNotFoundError: one does not exist.
     """
     import torch
 
@@ -130,28 +122,15 @@ def open_env(
 def write_arbitration(
     results: list[ArbitrationResult], out: str | Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The summary of some runs as json, with its provenance.
-
-    Args:
-        results: one per seed.
-        out: the file.
-        facts: what was measured.
-
-    Returns:
-        The summary.
-    """
+    """Write the summary of runs (one per seed) as json, with facts and provenance; return the summary."""
     summary = summarise(results)
     write_json(Path(out), {**facts, **summary, "provenance": provenance()})
     return summary
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The table for a terminal."""
-    rows = arbitration_rows(summary)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    """Return the table of a summary for a terminal."""
+    return arbitration_table(summary).text()
 
 
 def _changed(trained: dict[str, Any], texts: ArbitrationSettings) -> str:
