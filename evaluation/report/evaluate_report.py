@@ -143,8 +143,8 @@ def differences(data: Data) -> tuple[str, str]:
     faults, ties = ([case for case in cases if case[1]["tie"] is tie] for tie in (False, True))
     found = []
     for chosen, text in (
-        (faults, "Decoding is not lossless here: {} differ from the target's greedy text. First: {}."),
-        (ties, "{} differ from the target's greedy text at numerical ties. First: {}."),
+        (faults, "Decoding is not lossless here: {} differ from the target's greedy text. Largest lead: {}."),
+        (ties, "{} differ from the target's greedy text at numerical ties. Largest lead: {}."),
     ):
         if not chosen:
             found.append("")
