@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from certdraft.evaluation.evaluate import SCHEMA, EvaluationReport
 from certdraft.evaluation.report.page import (
     Figure,
     Page,
@@ -34,7 +35,6 @@ from certdraft.evaluation.report.page import (
 from certdraft.evaluation.report.plots import canvas, marks
 from certdraft.evaluation.report.provenance import provenance
 
-_SCHEMA = "certdraft.evaluate/1"
 _KINDS = _RUN, _REPORT = "metrics.csv", "report.json"
 _TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 # Settings that say where a run lies, not what it is.
@@ -175,24 +175,23 @@ def read_run(folder: Path, label: str) -> Run:
 def read_report(file: Path) -> dict[str, Any]:
     """Read a report.json; raise ValueError for another schema."""
     data = json.loads(file.read_text(encoding="utf-8"))
-    if data.get("schema") != _SCHEMA:
-        raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {_SCHEMA!r}")
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {SCHEMA!r}")
     return data
 
 
 def entries(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Drafter label → quantity → interval, over all reports."""
+    """Return drafter label → quantity → interval, over all reports."""
+    words = {"low_margin_": "low-margin ", "tau/": "τ ", "speedup/": "speed-up "}
     found = {}
     for label, report in reports:
-        for name, entry in report["drafters"].items():
-            row = {f"coverage@{c['m']}": c["all"] for c in entry["acceptance"]["coverage"]}
-            for c in entry["acceptance"]["coverage"]:
-                if c["low_margin"] is not None:
-                    row[f"low-margin coverage@{c['m']}"] = c["low_margin"]
-            row |= {f"τ {builder}": length["tau"] for builder, length in entry["lengths"].items()}
-            for method in (report["bench"] or {"methods": []})["methods"]:
-                if method["drafter"] == name:
-                    row[f"speed-up {method['builder']}"] = method["speedup"]
+        for name in report["drafters"]:
+            row = {}
+            for quantity, value in EvaluationReport(dict(report)).intervals(name).items():
+                if not quantity.startswith("certified/"):
+                    for key, word in words.items():
+                        quantity = quantity.replace(key, word)
+                    row[quantity] = value
             found[name if len(reports) == 1 else f"{label}: {name}"] = row
     return found
 
