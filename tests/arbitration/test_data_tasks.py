@@ -74,7 +74,7 @@ def test_the_usual_shapes_load(write) -> None:
         ({"prompt": "1+1="}, "'answer' must be a text"),
         ({"prompt": "1+1=", "anser": "2"}, "did you mean 'answer'"),
         ({"prompt": "1+1=", "answer": "2", "check": "eval"}, "none of"),
-        ({**HUMANEVAL, "entry_point": "a); import os"}, "no Python name"),
+        ({**HUMANEVAL, "entry_point": "a); import os"}, "not a Python name"),
         ({**MBPP, "test_list": []}, "list of Python assertions"),
         ("", "no problem in it"),
     ],
