@@ -2,7 +2,7 @@ from .arbiter import Arbiter as Arbiter
 from .arbiter import Decision as Decision
 from .arbiter_module import ArbiterModule as ArbiterModule
 from .arbitrate_command import as_text as as_text
-from .arbitrate_command import open_court as open_court
+from .arbitrate_command import open_env as open_env
 from .arbitrate_command import run_arbitrate as run_arbitrate
 from .arbitrate_command import write_arbitration as write_arbitration
 from .arbitration_report import ArbitrationResult as ArbitrationResult
@@ -10,9 +10,9 @@ from .arbitration_report import measure_arbitration as measure_arbitration
 from .arbitration_report import summarise as summarise
 from .branches import Branches as Branches
 from .branches import TooManyBranches as TooManyBranches
+from .environment import ArbitrationEnv as ArbitrationEnv
 from .environment import ArbitrationSettings as ArbitrationSettings
-from .environment import Court as Court
-from .environment import Judged as Judged
+from .environment import VerifiedTexts as VerifiedTexts
 from .environment import always as always
 from .environment import branch_labels as branch_labels
 from .environment import never as never

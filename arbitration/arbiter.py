@@ -1,10 +1,9 @@
-"""Collaborative arbitration: at a mismatch a policy decides whether target or drafter speaks.
+"""Collaborative arbitration: at a mismatch a policy chooses between the target's token and the drafter's.
 
 Strict decoding ends a round at the first draft token that is not the target's greedy token. Here a policy
-looks at both distributions and may take the draft token instead; the target's logits behind it are valid all
-the same, because the pass has read that token. No model is called for a decision, and an override can only
-lengthen a round: a text of given tokens never takes more target passes than strict decoding would need for
-it.
+reads both distributions and may take the draft token instead; the target's logits after it are valid, because
+the pass has read that token. A decision needs no model pass, and an override can only lengthen a round: a
+text of given tokens never takes more target passes than under strict decoding.
 
 The problem and its name (CoSpec) are from arXiv 2605.24793; its method section was not available, so policy,
 features and look-ahead are this project's own. See docs/cospec.md.
@@ -28,15 +27,15 @@ from certdraft.decoding import Propose, Tree, TreeBuilder, Verdict, greedy_ids, 
 
 @dataclass(frozen=True)
 class Decision:
-    """One mismatch and what became of it.
+    """One mismatch and its decision.
 
     Attributes:
-        position: new tokens of the text in front of it.
+        position: new tokens of the text before it.
         draft: the drafter's token.
         target: the target's greedy token.
-        log_odds: of taking the draft token, as the policy said.
-        overridden: the draft token was taken.
-        features: what the policy saw, in the order of `FEATURES`.
+        log_odds: the policy's, of taking the draft token.
+        overridden: whether the draft token was taken.
+        features: the policy's input, in the order of `FEATURES`.
     """
 
     position: int
@@ -60,8 +59,8 @@ class Arbiter:
             the target's greedy text. 0 always takes it.
         override_budget: most draft tokens taken at mismatches of one text; None is no limit.
         look_ahead: also arbitrate the bonus token. The drafter then reads the last token of its chain, one
-            pass more a round, and may name its successor. With threshold 0 and a chain, the text is the
-            drafter's own greedy text.
+            more pass per round. With threshold 0 and a chain, the text is the drafter's own greedy text.
+            None: as the policy was trained (`ArbiterPolicy.texts`), false for other policies.
 
     Raises:
         ValueError: threshold outside [0, 1], or a negative budget.
@@ -74,13 +73,14 @@ class Arbiter:
         policy: Policy,
         threshold: float = 0.5,
         override_budget: int | None = None,
-        look_ahead: bool = False,
+        look_ahead: bool | None = None,
     ) -> None:
         self.log_odds_bound = log_odds(threshold)
         if override_budget is not None and override_budget < 0:
             raise ValueError(f"Arbiter.override_budget is {override_budget}; it counts tokens of one text")
         self.policy, self.threshold, self.override_budget = policy, threshold, override_budget
-        self.look_ahead = look_ahead
+        trained_with = getattr(policy, "texts", None) or {}
+        self.look_ahead = bool(trained_with.get("look_ahead")) if look_ahead is None else look_ahead
         self.start()
 
     def __repr__(self) -> str:
@@ -88,41 +88,41 @@ class Arbiter:
         return f"arbiter({name}, threshold={self.threshold}, look_ahead={self.look_ahead})"
 
     def start(self) -> None:
-        """Forgets the text; `decode` calls it through `listen`."""
+        """Start a new text; `decode` calls it through `listen`."""
         self.decisions: list[Decision] = []  # of the text, in order
         self._committed = 0
-        self._heard: _Heard | None = None
+        self._observed: _Observed | None = None
 
     @property
     def overrides(self) -> int:
-        """Draft tokens taken at mismatches of the text so far."""
+        """Number of draft tokens taken at mismatches of the text so far."""
         return sum(decision.overridden for decision in self.decisions)
 
     def listen(self, builder: TreeBuilder) -> TreeBuilder:
-        """The same builder, with the drafter's logits of each round kept for the policy; starts a text."""
+        """Return the builder wrapped to keep the drafter's logits of each round; start a new text."""
         self.start()
-        self._heard = _Heard(builder, self.look_ahead)
-        return self._heard
+        self._observed = _Observed(builder, self.look_ahead)
+        return self._observed
 
     @torch.no_grad()
     def walk(self, tree: Tree, logits: Float[Tensor, "S V"]) -> Verdict:
         """See `Acceptor.walk`.
 
         Raises:
-            ValueError: the drafter's logits were not heard: the builder did not come from `listen`.
+            ValueError: the drafter's logits are not known: the builder did not come from `listen`.
         """
-        if self._heard is None:
+        if self._observed is None:
             raise ValueError(
                 "an arbiter reads the drafter's logits too: give `decode` the builder arbiter.listen(builder)"
             )
         greedy = greedy_ids(logits)
-        drafts, seen = self._mismatches(tree, greedy, logits)
+        drafts, features = self._mismatches(tree, greedy, logits)
         slot, path = 0, [0]
         while True:
             child = tree.children[slot].get(greedy[slot])
             if child is None:
                 token = drafts.get(slot)
-                if token is None or not self._take(len(path) - 1, token, greedy[slot], seen[slot]):
+                if token is None or not self._take(len(path) - 1, token, greedy[slot], features[slot]):
                     return self._end(path, greedy[slot])
                 child = tree.children[slot].get(token)
                 if child is None:  # look-ahead: the draft token is the bonus
@@ -137,15 +137,15 @@ class Arbiter:
     def _mismatches(
         self, tree: Tree, greedy: Sequence[int], logits: Float[Tensor, "S V"]
     ) -> tuple[dict[int, int], dict[int, Tensor]]:
-        """Per slot where the policy may be asked: the draft token, and the static features (on the CPU)."""
-        assert self._heard is not None
+        """Draft token and static features (on the CPU) of each slot where the policy may have to decide."""
+        assert self._observed is not None
         drafts: dict[int, int] = {}
         rows: list[Tensor] = []
         for slot, token in enumerate(greedy):
             children = tree.children[slot]
             if token in children or not (children or self.look_ahead):
                 continue
-            row = self._heard.row(tree, slot)
+            row = self._observed.row(tree, slot)
             if row is None:
                 continue  # no draft there, or a leaf that the drafter has not read
             if children:
@@ -159,8 +159,9 @@ class Arbiter:
             return {}, {}
         slots = torch.tensor(list(drafts), device=logits.device)
         tokens = torch.tensor(list(drafts.values()), device=logits.device)
-        ours = torch.tensor([greedy[slot] for slot in drafts], device=logits.device)
-        features = static_features(logits[slots], torch.stack(rows).to(logits.device), tokens, ours).cpu()
+        targets = torch.tensor([greedy[slot] for slot in drafts], device=logits.device)
+        drafter_logits = torch.stack(rows).to(logits.device)
+        features = static_features(logits[slots], drafter_logits, tokens, targets).cpu()
         return drafts, dict(zip(drafts, features, strict=True))
 
     def _take(self, depth: int, draft: int, target: int, static: Float[Tensor, " S"]) -> bool:
@@ -174,15 +175,15 @@ class Arbiter:
         return taken
 
 
-class _Heard:
-    """A builder whose drafter is listened to; with `look_ahead` the drafter also reads a chain's leaf."""
+class _Observed:
+    """A builder that keeps the drafter's logits; with `look_ahead` the drafter also reads a chain's leaf."""
 
     def __init__(self, builder: TreeBuilder, look_ahead: bool) -> None:
         self.builder, self.look_ahead = builder, look_ahead
         self.kind: Literal["conditional", "marginal"] = "conditional"
         self._rows: list[Tensor] = []  # of each node read, or of each depth
         self._tree: Tree | None = None  # the one they belong to
-        # The loop asks for these by name; a builder that lacks one must not seem to have it.
+        # The loop looks these up by name, so they exist only where the builder has them.
         for name in ("prepare", "observe"):
             if hasattr(builder, name):
                 setattr(self, name, getattr(builder, name))
@@ -193,26 +194,26 @@ class _Heard:
     def build(self, propose: Propose, root: int, *, max_depth: int, context: int = 0) -> Tree:
         """See `TreeBuilder.build`."""
         self._rows, self._tree, self.kind = [], None, propose.kind
-        tapped = _Tapped(propose, self._rows)
-        tree = self.builder.build(tapped, root, max_depth=max_depth, context=context)
+        recorded = _RecordingPropose(propose, self._rows)
+        tree = self.builder.build(recorded, root, max_depth=max_depth, context=context)
         if self.look_ahead and propose.kind == "conditional" and tree.is_chain and tree.drafter_ids[-1] < 0:
             parent = tree.drafter_ids[tree.parents[-1]] if tree.num_nodes else -1
-            top_rows(tapped([tree.tokens[-1]], [parent]), 1)  # refuses logits that are not finite
+            top_rows(recorded([tree.tokens[-1]], [parent]), 1)  # refuses logits that are not finite
             ids = (*tree.drafter_ids[:-1], len(self._rows) - 1)
             tree = Tree(tree.tokens, tree.parents, tree.logmass, ids)
         self._tree = tree
         return tree
 
     def row(self, tree: Tree, slot: int) -> Float[Tensor, " V"] | None:
-        """The drafter's logits after a slot, None where it gave none."""
+        """Return the drafter's logits after a slot, None where there are none."""
         if tree is not self._tree:  # a round without a draft, which no builder made
             return None
         index = tree.drafter_ids[slot] if self.kind == "conditional" else tree.depths[slot]
         return self._rows[index] if 0 <= index < len(self._rows) else None
 
 
-class _Tapped:
-    """A drafter's `Propose` that keeps the rows it answers."""
+class _RecordingPropose:
+    """A drafter's `Propose` that keeps the logits it returns."""
 
     def __init__(self, propose: Propose, rows: list[Tensor]) -> None:
         self.kind = propose.kind

@@ -2,11 +2,9 @@
 
 Two phases under one optimiser. *Branch labels*: both branches of a mismatch are finished, and the policy
 learns which one leads to a right answer. *Group-relative REINFORCE*: several texts of a problem are drawn,
-and each decision is made more or less likely by how its text fared against the others. Target and drafter
-are frozen; only the policy's few hundred weights are trained and saved.
-
-Source: SYSTEMS §7.2; the reward is verifiable, the group baseline is that of GRPO (arXiv 2402.03300) without
-clipping, since every text is used once.
+and each decision is made more or less likely by its text's reward relative to the others. Target and drafter
+are frozen; only the policy's few hundred weights are trained and saved. The reward is verifiable; the group
+baseline is that of GRPO (arXiv 2402.03300) without clipping, since every text is used once.
 
 Letters: P problems · G texts a problem · R = P·G texts · N decisions · F features.
 """
@@ -24,13 +22,13 @@ from torch import Tensor
 
 from certdraft.arbitration import (
     ArbiterPolicy,
+    ArbitrationEnv,
     ArbitrationSettings,
-    Court,
-    Judged,
     Lockstep,
     Policy,
     ProblemBatch,
     Sandbox,
+    VerifiedTexts,
     always,
     branch_labels,
     never,
@@ -42,7 +40,7 @@ from certdraft.train import Online, OptimizerSettings, TargetSettings, fit_to_ta
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What a text is worth: 1 if it is right, and what speed and intervention add to that.
+    """Reward of a text: 1 if it is right, plus terms for speed and intervention.
 
     Args:
         speed: weight of (tokens per target pass) / (depth + 1); small, so that being right leads.
@@ -95,25 +93,25 @@ class ArbiterModule(pl.LightningModule):
         self.export_dir = export_dir
         # Frozen models are no submodules: they are in no checkpoint, no wrapper and no optimiser.
         self._frozen = _Frozen(Online(TargetSettings(target, dtype=target_dtype)), drafter)
-        self._court: Court | None = None
+        self._env: ArbitrationEnv | None = None
         self._sums: dict[str, Tensor] = {}
 
     # ---- steps
 
     def training_step(self, batch: ProblemBatch, batch_idx: int) -> Tensor:
-        court = self._ready()
+        env = self._ready()
         if not bool(self.policy.measured):
-            strict = court.write(batch.problems, never)
+            strict = env.write(batch.problems, never)
             self.policy.standardise(strict.rollouts.features.to(self.device))
         if self.global_step < self.label_steps:
-            loss = self._label_loss(court, batch)
+            loss = self._label_loss(env, batch)
         else:
-            loss = self._reinforce_loss(court, batch)
+            loss = self._reinforce_loss(env, batch)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
 
-    def _label_loss(self, court: Court, batch: ProblemBatch) -> Tensor:
-        features, labels = branch_labels(court, batch.problems, self.policy, self.copies)
+    def _label_loss(self, env: ArbitrationEnv, batch: ProblemBatch) -> Tensor:
+        features, labels = branch_labels(env, batch.problems, self.policy, self.copies)
         odds = self.policy(features.to(self.device))
         wanted = labels.to(self.device, odds.dtype)
         if not len(wanted):
@@ -126,8 +124,8 @@ class ArbiterModule(pl.LightningModule):
         )
         return loss
 
-    def _reinforce_loss(self, court: Court, batch: ProblemBatch) -> Tensor:
-        drawn = court.write(batch.problems, self.policy, copies=self.copies, threshold=None)
+    def _reinforce_loss(self, env: ArbitrationEnv, batch: ProblemBatch) -> Tensor:
+        drawn = env.write(batch.problems, self.policy, copies=self.copies, threshold=None)
         rewards = text_rewards(drawn, self.reward, self.texts.depth)
         advantages = group_advantages(rewards.view(-1, self.copies)).flatten()
         rollouts = drawn.rollouts
@@ -155,15 +153,15 @@ class ArbiterModule(pl.LightningModule):
         self._sums = {}
 
     def validation_step(self, batch: ProblemBatch, batch_idx: int) -> None:
-        court = self._ready()
+        env = self._ready()
         arms: dict[str, Policy] = {"": self.policy, "target_": never, "drafter_": always}
         for name, policy in arms.items():
-            judged = court.write(batch.problems, policy)
+            verified = env.write(batch.problems, policy)
             counts: dict[str, int | Tensor] = {
-                "texts": len(judged.right), "right": judged.right.sum(),
-                "tokens": judged.num_tokens.sum(), "passes": judged.rollouts.passes.sum(),
-                "overrides": judged.rollouts.overrides.sum(),
-                "mismatches": judged.rollouts.mismatches.sum(),
+                "texts": len(verified.right), "right": verified.right.sum(),
+                "tokens": verified.num_tokens.sum(), "passes": verified.rollouts.passes.sum(),
+                "overrides": verified.rollouts.overrides.sum(),
+                "mismatches": verified.rollouts.mismatches.sum(),
             }  # fmt: skip
             for key, count in counts.items():
                 value = torch.as_tensor(float(count), device=self.device)
@@ -198,7 +196,7 @@ class ArbiterModule(pl.LightningModule):
         return self.optimizer_settings.build(self, self.trainer.max_steps)
 
     def setup(self, stage: str) -> None:
-        """Refuses a drafter that does not speak the target's language, and moves both to the device."""
+        """Raise if the drafter has another vocabulary than the target; move both to the device."""
         frozen = self._frozen
         fit_to_target(frozen.drafter, frozen.target, None)
         frozen.drafter.eval().requires_grad_(False)
@@ -207,7 +205,7 @@ class ArbiterModule(pl.LightningModule):
         frozen.drafter.to(device)
 
     def on_fit_end(self) -> None:
-        """Writes the policy as `Arbiter` loads it."""
+        """Write the policy as `load_policy` reads it."""
         if not self.trainer.is_global_zero:
             return
         facts = {
@@ -220,41 +218,33 @@ class ArbiterModule(pl.LightningModule):
             if folder is not None:
                 self.policy.save(folder, facts)
 
-    def _ready(self) -> Court:
-        if self._court is None:
+    def _ready(self) -> ArbitrationEnv:
+        if self._env is None:
             frozen = self._frozen
             tokenizer = load_tokenizer(frozen.target.settings.name)
             models = Lockstep(frozen.target.model), Lockstep(frozen.drafter.model)
             eos = sorted(eos_ids_of(frozen.target.model, tokenizer))
-            self._court = Court(*models, tokenizer, self.texts, self.sandbox, eos)
-        return self._court
+            self._env = ArbitrationEnv(*models, tokenizer, self.texts, self.sandbox, eos)
+        return self._env
 
 
 class _Frozen:
-    """The pair, hidden from `nn.Module`."""
+    """Target and drafter, not registered as submodules."""
 
     def __init__(self, target: Online, drafter: CausalDrafter) -> None:
         self.target, self.drafter = target, drafter
 
 
-def text_rewards(judged: Judged, reward: RewardSettings, depth: int) -> Float[Tensor, " R"]:
-    """What each text is worth.
-
-    R = [right] + speed · (tokens / passes) / (depth + 1) − override_cost · overrides / mismatches
-
-    Args:
-        judged: texts with verdicts.
-        reward: the weights.
-        depth: draft tokens per round.
-    """
-    rollouts = judged.rollouts
-    per_pass = judged.num_tokens / rollouts.passes.cpu()
+def text_rewards(verified: VerifiedTexts, reward: RewardSettings, depth: int) -> Float[Tensor, " R"]:
+    """Return [right] + speed · (tokens / passes) / (depth + 1) − override_cost · overrides / mismatches."""
+    rollouts = verified.rollouts
+    per_pass = verified.num_tokens / rollouts.passes.cpu()
     rate = rollouts.overrides.cpu() / rollouts.mismatches.cpu().clamp_min(1)
-    return judged.right.float() + reward.speed * per_pass / (depth + 1) - reward.override_cost * rate
+    return verified.right.float() + reward.speed * per_pass / (depth + 1) - reward.override_cost * rate
 
 
 def group_advantages(rewards: Float[Tensor, "P G"]) -> Float[Tensor, "P G"]:
-    """(R − mean) / (std + 1e-4) within each group; 0 throughout a group of equal rewards.
+    """Return (R − mean) / (std + 1e-4) within each group; 0 in a group of equal rewards.
 
     Examples:
         >>> group_advantages(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).round(decimals=2).tolist()
@@ -272,7 +262,7 @@ def reinforce_loss(
     advantages: Float[Tensor, " R"],
     entropy: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """−Σ A log π(a) over the texts with an advantage, per such text, minus the entropy bonus per decision.
+    """Return −Σ A log π(a) per text with an advantage, minus the entropy bonus per decision.
 
     Its gradient is an unbiased estimate of −∂E[A]/∂θ for advantages that do not depend on the text's own
     decisions except through its reward.

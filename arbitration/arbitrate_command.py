@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from certdraft.arbitration import (
     Lockstep,
-    Policy,
     Problem,
     Sandbox,
     arithmetic,
@@ -19,53 +18,68 @@ from certdraft.arbitration import (
 )
 from certdraft.arbitration.arbitration_report import (
     ArbitrationResult,
-    arbitration_rows,
+    arbitration_table,
     measure_arbitration,
     summarise,
 )
-from certdraft.arbitration.environment import ArbitrationSettings, Court
+from certdraft.arbitration.environment import ArbitrationEnv, ArbitrationSettings
 from certdraft.data import eos_ids_of, load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.drafters import load_causal_lm
 from certdraft.evaluation import provenance, write_json
 
 
 def run_arbitrate(
-    target: str,
-    drafter: str,
     policy: str,
     out: str,
+    target: str | None = None,
+    drafter: str | None = None,
     problems: str = "arithmetic",
     max_problems: int = 1000,
     threshold: float = 0.5,
-    texts: ArbitrationSettings = ArbitrationSettings(),  # noqa: B008, frozen
+    texts: ArbitrationSettings | None = None,
     sandbox: Sandbox = Sandbox(),  # noqa: B008, frozen
     max_paths: int = 256,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
-    """Accuracy and speed of a policy beside target, drafter, baselines and ceiling.
+    """Measure accuracy and speed of an arbitration policy beside target, drafter, baselines and ceiling.
 
     Args:
-        target: folder or hub name.
-        drafter: folder or hub name of a causal drafter with the target's tokenizer.
         policy: folder that `fit` wrote.
         out: file of the result, json.
+        target: folder or hub name; the one the policy was trained with if not given.
+        drafter: folder or hub name of a causal drafter with the target's tokenizer; the one the policy was
+            trained with if not given.
         problems: "arithmetic", or a jsonl file in the shape of GSM8K, HumanEval, MBPP, or our own.
         max_problems: most problems that are measured.
         threshold: probability above which the draft token is taken.
-        texts: how texts are written; use what the policy was trained with.
+        texts: how texts are written; as in the policy's training if not given.
         sandbox: limits on programs that the verifier runs.
         max_paths: per problem, for the ceiling.
         dtype: of both models.
         device: where they run.
         seed: of arithmetic problems and of the coin.
+
+    Raises:
+        ValueError: the policy does not name its target or drafter and they are not given, or tokenizers
+            differ.
+        FileNotFoundError: no such policy, model or problems file.
     """
+    loaded = load_policy(policy).to(device)
+    target, drafter = target or loaded.facts.get("target"), drafter or loaded.facts.get("drafter")
+    if not target or not drafter:
+        raise ValueError(
+            f"{policy} does not say which models it was trained with: give --target and --drafter"
+        )
+    if texts is None:
+        texts = ArbitrationSettings(**loaded.texts)
+    elif loaded.texts and (changed := _changed(loaded.texts, texts)):
+        print(f"note: the policy was trained with other settings of texts: {changed}", file=sys.stderr)
     measured, matching = _problems(problems, max_problems, seed)
-    court = open_court(target, drafter, texts, sandbox, dtype=dtype, device=device)
-    ours: Policy = load_policy(policy).to(device)
+    env = open_env(target, drafter, texts, sandbox, dtype=dtype, device=device)
     result = measure_arbitration(
-        court, ours, measured, matching, threshold=threshold, max_paths=max_paths, seed=seed
+        env, loaded, measured, matching, threshold=threshold, max_paths=max_paths, seed=seed
     )
     summary = write_arbitration(
         [result],
@@ -75,7 +89,7 @@ def run_arbitrate(
     print(as_text(summary), file=sys.stdout)
 
 
-def open_court(
+def open_env(
     target: str,
     drafter: str,
     texts: ArbitrationSettings,
@@ -83,20 +97,12 @@ def open_court(
     *,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
-) -> Court:
-    """A court of two models by name.
-
-    Args:
-        target: folder or hub name.
-        drafter: folder or hub name of a causal drafter.
-        texts: how texts are written.
-        sandbox: limits on programs that the verifier runs.
-        dtype: of both models.
-        device: where they run.
+) -> ArbitrationEnv:
+    """Load a target and a causal drafter by folder or hub name into an environment.
 
     Raises:
         ValueError: the two have different tokenizers.
-        FileNotFoundError: one is not there.
+        FileNotFoundError: one does not exist.
     """
     import torch
 
@@ -104,39 +110,35 @@ def open_court(
     if tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(load_tokenizer(drafter)):
         raise ValueError(
             f"the drafter {drafter} has another tokenizer than the target {target}: their token ids mean "
-            "different text, so neither can speak for the other"
+            "different text; use a drafter with the target's tokenizer"
         )
     kind = getattr(torch, dtype)
     models = load_target(target, dtype=kind, device=device), load_causal_lm(drafter, dtype=kind)
     models[1].to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
     eos = sorted(eos_ids_of(models[0], tokenizer))
-    return Court(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
+    return ArbitrationEnv(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
 
 
 def write_arbitration(
     results: list[ArbitrationResult], out: str | Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The summary of some runs as json, with its provenance.
-
-    Args:
-        results: one per seed.
-        out: the file.
-        facts: what was measured.
-
-    Returns:
-        The summary.
-    """
+    """Write the summary of runs (one per seed) as json, with facts and provenance; return the summary."""
     summary = summarise(results)
     write_json(Path(out), {**facts, **summary, "provenance": provenance()})
     return summary
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The table for a terminal."""
-    rows = arbitration_rows(summary)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    """Return the table of a summary for a terminal."""
+    return arbitration_table(summary).text()
+
+
+def _changed(trained: dict[str, Any], texts: ArbitrationSettings) -> str:
+    """The settings that decide which text is written and differ from the policy's training."""
+    return ", ".join(
+        f"{name} {trained[name]} there, {value} here"
+        for name, value in dataclasses.asdict(texts).items()
+        if name not in ("texts_at_once", "branches") and name in trained and trained[name] != value
     )
 
 

@@ -1,7 +1,7 @@
 """The table of collaborative arbitration: a policy beside both models, its baselines and its ceiling.
 
 Every arm answers the same problems in the same window. Baselines get the override rate of the policy, matched
-on problems that are not measured, so that what differs is *where* they override and not how often.
+on problems that are not measured, so that what differs is where they override and not how often.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from certdraft.arbitration import LogRatio, Policy, Problem, RandomArbitration, TypicalAcceptance
-from certdraft.arbitration.environment import Court, Judged, always, never
-from certdraft.evaluation import Interval, compare_ratios, pooled_ratio
+from certdraft.arbitration.environment import ArbitrationEnv, VerifiedTexts, always, never
+from certdraft.evaluation import Interval, Table, compare_ratios, pooled_ratio
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ArbitrationResult:
 
 
 def measure_arbitration(
-    court: Court,
+    env: ArbitrationEnv,
     policy: Policy,
     test: Sequence[Problem],
     matching: Sequence[Problem],
@@ -80,7 +80,7 @@ def measure_arbitration(
     """All arms on the test problems.
 
     Args:
-        court: writes and judges.
+        env: writes and verifies texts.
         policy: the trained one.
         test: problems that are measured.
         matching: other problems, on which the baselines' numbers are chosen.
@@ -93,32 +93,32 @@ def measure_arbitration(
     """
     if not test or not matching:
         raise ValueError(f"{len(test)} test and {len(matching)} matching problems; both must be given")
-    judged = court.write(test, policy, threshold=threshold)
-    effects, agreement, labels = _counterfactuals(court, policy, test, judged)
+    verified = env.write(test, policy, threshold=threshold)
+    effects, agreement, labels = _counterfactuals(env, policy, test, verified)
     arms = {
-        "target": _arm(court.write(test, never)),
-        "drafter": _arm(court.write(test, always)),
-        "policy": _arm(judged, effects),
+        "target": _arm(env.write(test, never)),
+        "drafter": _arm(env.write(test, always)),
+        "policy": _arm(verified, effects),
     }
-    rate = override_rate(court.write(matching, policy, threshold=threshold))
-    for name, baseline in matched_baselines(court, matching, rate, seed).items():
-        arms[name] = _arm(court.write(test, baseline))
-    right, cut = court.any_path(test, max_paths)
+    rate = override_rate(env.write(matching, policy, threshold=threshold))
+    for name, baseline in matched_baselines(env, matching, rate, seed).items():
+        arms[name] = _arm(env.write(test, baseline))
+    right, cut = env.any_path(test, max_paths)
     return ArbitrationResult(arms, right, cut, agreement, labels, [problem.family for problem in test])
 
 
-def override_rate(judged: Judged) -> float:
+def override_rate(verified: VerifiedTexts) -> float:
     """Overrides ÷ mismatches, pooled; 0 where there is no mismatch."""
-    return float(judged.rollouts.overrides.sum()) / max(1, int(judged.rollouts.mismatches.sum()))
+    return float(verified.rollouts.overrides.sum()) / max(1, int(verified.rollouts.mismatches.sum()))
 
 
 def matched_baselines(
-    court: Court, problems: Sequence[Problem], rate: float, seed: int = 0
+    env: ArbitrationEnv, problems: Sequence[Problem], rate: float, seed: int = 0
 ) -> dict[str, Policy]:
     """Log-ratio threshold, typical acceptance and a coin whose override rate on these problems is `rate`.
 
     Args:
-        court: writes texts.
+        env: writes texts.
         problems: not the ones that will be measured.
         rate: overrides ÷ mismatches to be met.
         seed: of the coin.
@@ -132,7 +132,7 @@ def matched_baselines(
     for name, (make, low, high) in makers.items():
         for _ in range(10):  # the rate grows with the number
             middle = (low + high) / 2
-            if override_rate(court.write(problems, make(middle))) < rate:
+            if override_rate(env.write(problems, make(middle))) < rate:
                 low = middle
             else:
                 high = middle
@@ -165,14 +165,14 @@ def summarise(results: Sequence[ArbitrationResult], confidence: float = 0.95) ->
         def column(field: str, name: str = name) -> Float[np.ndarray, "S P"]:
             return stack(lambda r: getattr(r.arms[name], field))
 
-        right = column("right")
+        verdicts = column("right")
         tau = column("tokens"), column("passes")
         target_tau = (
             stack(lambda r: r.arms["target"].tokens), stack(lambda r: r.arms["target"].passes)
         )  # fmt: skip
         row: dict[str, Any] = {
-            "accuracy": _interval(pooled_ratio(right, ones, confidence=confidence)),
-            "accuracy per seed": right.mean(-1).round(4).tolist(),
+            "accuracy": _interval(pooled_ratio(verdicts, ones, confidence=confidence)),
+            "accuracy per seed": verdicts.mean(-1).round(4).tolist(),
             "tau": _interval(pooled_ratio(*tau, confidence=confidence)),
             "passes per answer": round(float(column("passes").mean()), 3),
             "override rate": round(
@@ -182,20 +182,20 @@ def summarise(results: Sequence[ArbitrationResult], confidence: float = 0.95) ->
         }
         if name != "target":
             row["gain over target"] = _interval(
-                compare_ratios((right, ones), (target_right, ones), confidence=confidence)
+                compare_ratios((verdicts, ones), (target_right, ones), confidence=confidence)
             )
             row["McNemar p against target, per seed"] = [
-                mcnemar(a, b) for a, b in zip(right, target_right, strict=True)
+                mcnemar(a, b) for a, b in zip(verdicts, target_right, strict=True)
             ]
             row["tau against target"] = _interval(
                 compare_ratios(tau, target_tau, "ratio", confidence=confidence)
             )
         if name not in ("target", "drafter"):
             row["gain over drafter"] = _interval(
-                compare_ratios((right, ones), (drafter_right, ones), confidence=confidence)
+                compare_ratios((verdicts, ones), (drafter_right, ones), confidence=confidence)
             )
             room = ceiling.mean(-1) - target_right.mean(-1)
-            closed = (right.mean(-1) - target_right.mean(-1)) / np.where(room > 0, room, np.nan)
+            closed = (verdicts.mean(-1) - target_right.mean(-1)) / np.where(room > 0, room, np.nan)
             row["share of the gap to any path"] = _round(float(np.mean(closed)))
             row["share of the gap per seed"] = [_round(float(share)) for share in closed]
         if results[0].arms[name].beneficial is not None:
@@ -203,7 +203,10 @@ def summarise(results: Sequence[ArbitrationResult], confidence: float = 0.95) ->
                 row[f"{effect} overrides"] = sum(getattr(result.arms[name], effect) for result in results)
         table[name] = row
     either = np.maximum(target_right, drafter_right)
-    families = sorted(set(results[0].families))
+    families = np.array([result.families for result in results])  # [S, P]
+    right = {
+        "target": target_right, "drafter": drafter_right, "policy": stack(lambda r: r.arms["policy"].right)
+    }  # fmt: skip
     return {
         "seeds": len(results),
         "problems per seed": ones.shape[1],
@@ -214,25 +217,10 @@ def summarise(results: Sequence[ArbitrationResult], confidence: float = 0.95) ->
         "agreement with the right branch": [_round(result.agreement) for result in results],
         "branch labels": [result.labels for result in results],
         "accuracy by family": {
-            family: {
-                name: round(
-                    float(
-                        np.mean([
-                            value
-                            for result in results
-                            for value, mine in zip(
-                                result.arms[name].right.tolist(), result.families, strict=True
-                            )
-                            if mine == family
-                        ])
-                    ),
-                    4,
-                )
-                for name in ("target", "drafter", "policy")
-            }
-            for family in families
+            family: {name: round(float(right[name][families == family].mean()), 4) for name in right}
+            for family in sorted(set(families.flat))
         },
-    }  # fmt: skip
+    }
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
@@ -247,33 +235,35 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
-def arbitration_rows(summary: dict[str, Any]) -> list[list[str]]:
-    """The table as text, header first."""
-    header = ["arm", "accuracy", "gain over target", "override rate", "τ", "passes/answer"]
-    rows = [header]
+def arbitration_table(summary: dict[str, Any]) -> Table:
+    """Return the arms of a summary as a table, one row each, and the ceilings."""
+    rows = []
     for name, row in summary["arms"].items():
         gain = row.get("gain over target")
-        rows.append([
-            name,
-            f"{row['accuracy']['value']:.3f}",
-            "" if gain is None else f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]",
+        shown = f"{gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}]" if gain else ""
+        numbers = (
             f"{row['override rate']:.3f}",
             f"{row['tau']['value']:.2f}",
             f"{row['passes per answer']:.2f}",
-        ])  # fmt: skip
-    rows.append(["either model", f"{summary['either model right']:.3f}", "", "", "", ""])
-    rows.append(["any path", f"{summary['any path right']['value']:.3f}", "", "", "", ""])
-    return rows
+        )
+        rows.append([name, f"{row['accuracy']['value']:.3f}", shown, *numbers])
+    for name, share in (
+        ("either model", summary["either model right"]),
+        ("any path", summary["any path right"]["value"]),
+    ):
+        rows.append([name, f"{share:.3f}", "", "", "", ""])
+    columns = ["arm", "accuracy", "gain over target", "override rate", "τ", "passes/answer"]
+    return Table("Accuracy and speed of each arm", columns, rows)
 
 
 def _counterfactuals(
-    court: Court, policy: Policy, problems: Sequence[Problem], judged: Judged
+    env: ArbitrationEnv, policy: Policy, problems: Sequence[Problem], verified: VerifiedTexts
 ) -> tuple[tuple[int, int, int], float | None, int]:
     """Effects of the overrides made, and how often a decision took the right branch where one is."""
-    rollouts = judged.rollouts
+    rollouts = verified.rollouts
     which = list(zip(rollouts.row.tolist(), rollouts.index.tolist(), strict=True))
-    flipped = court.flips(problems, judged, policy, which)
-    made = judged.right[rollouts.row.cpu()]
+    flipped = env.flips(problems, verified, policy, which)
+    made = verified.right[rollouts.row.cpu()]
     taken = rollouts.taken.cpu()
     beneficial, harmful = int((taken & made & ~flipped).sum()), int((taken & ~made & flipped).sum())
     told = made != flipped
@@ -281,10 +271,10 @@ def _counterfactuals(
     return (beneficial, harmful, int(taken.sum()) - beneficial - harmful), agreement, int(told.sum())
 
 
-def _arm(judged: Judged, effects: tuple[int, int, int] | None = None) -> Arm:
-    rollouts = judged.rollouts
+def _arm(verified: VerifiedTexts, effects: tuple[int, int, int] | None = None) -> Arm:
+    rollouts = verified.rollouts
     counts = (rollouts.passes.cpu(), rollouts.overrides.cpu(), rollouts.mismatches.cpu())
-    return Arm(judged.right, judged.num_tokens, *counts, *(effects or ()))
+    return Arm(verified.right, verified.num_tokens, *counts, *(effects or ()))
 
 
 def _interval(interval: Interval) -> dict[str, float]:

@@ -1,9 +1,9 @@
-"""Every text that arbitration can write for a prompt, found once: rollouts become table look-ups.
+"""All texts that arbitration can write for a prompt, explored once: rollouts become table look-ups.
 
-Greedy models are deterministic, so a prefix settles both models' next tokens and all features of a mismatch.
-For short answers all prefixes that some path of decisions reaches fit in a table: one pass of both models per
-prefix, after which thousands of rollouts cost no model pass at all. Long answers with many mismatches have
-too many paths; `simulate` then runs the models instead.
+Greedy models are deterministic, so a prefix determines both models' next tokens and all features of a
+mismatch. For short answers all prefixes that some path of decisions reaches fit in a table: one pass of both
+models per prefix, after which rollouts cost no model pass. Long answers with many mismatches have too many
+paths; `simulate` then runs the models.
 
 Letters: P prompts · M prefixes · S static features · R texts · V vocabulary.
 """

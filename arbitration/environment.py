@@ -1,7 +1,7 @@
-"""Arbitrated texts with their verdicts: the ground that a policy is trained on and measured against.
+"""The environment that a policy is trained and measured in: arbitrated texts with verified answers.
 
-A `Court` holds a frozen target, a frozen drafter and a verifier. It writes texts under any policy, under
-decisions given in advance, or along every possible path of decisions.
+An `ArbitrationEnv` holds a frozen target, a frozen drafter and a verifier. It writes texts under any policy,
+under decisions given in advance, or along every possible path of decisions.
 
 Letters: P problems · R texts, the copies of a problem side by side · N decisions · F features.
 """
@@ -55,8 +55,8 @@ class ArbitrationSettings:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Texts and whether they are right.
+class VerifiedTexts:
+    """Texts and whether their answers are right.
 
     Attributes:
         rollouts: the texts and their decisions.
@@ -73,17 +73,17 @@ class Judged:
 
 
 def never(features: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
-    """The policy of strict decoding."""
+    """Log-odds of strict decoding: never take the draft token."""
     return torch.full(features.shape[:1], -torch.inf, device=features.device)
 
 
 def always(features: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
-    """The policy that follows the drafter wherever it may."""
+    """Log-odds of following the drafter at every mismatch."""
     return torch.full(features.shape[:1], torch.inf, device=features.device)
 
 
-class Court:
-    """A target, a drafter and a verifier.
+class ArbitrationEnv:
+    """A frozen target, a frozen drafter and a verifier.
 
     Args:
         target: frozen; `Lockstep(model)`.
@@ -121,8 +121,8 @@ class Court:
         copies: int = 1,
         threshold: float | None = 0.5,
         forced: Sequence[Sequence[int]] | None = None,
-    ) -> Judged:
-        """Texts for problems.
+    ) -> VerifiedTexts:
+        """Write texts for problems and verify their answers.
 
         Args:
             problems: what is asked.
@@ -140,12 +140,16 @@ class Court:
         rollouts = _joined(parts)
         texts = self.tokenizer.batch_decode(rollouts.tokens, skip_special_tokens=True)
         asked = [problem for problem in problems for _ in range(copies)]
-        return Judged(rollouts, torch.tensor(verify_all(asked, texts, self.sandbox)))
+        return VerifiedTexts(rollouts, torch.tensor(verify_all(asked, texts, self.sandbox)))
 
     def flips(
-        self, problems: Sequence[Problem], base: Judged, policy: Policy, which: Sequence[tuple[int, int]]
+        self,
+        problems: Sequence[Problem],
+        base: VerifiedTexts,
+        policy: Policy,
+        which: Sequence[tuple[int, int]],
     ) -> Bool[Tensor, " M"]:
-        """Verdicts when one decision of a text is turned round and the policy makes all later ones.
+        """Return verdicts with one decision of a text flipped and all later ones made by the policy.
 
         Args:
             problems: one per text of `base`.
@@ -160,7 +164,7 @@ class Court:
         )  # fmt: skip
 
     def any_path(self, problems: Sequence[Problem], max_paths: int = 256) -> tuple[Bool[Tensor, " P"], int]:
-        """Whether some path of decisions gives a right answer: the ceiling of every policy.
+        """Return whether some path of decisions gives a right answer: an upper bound of every policy.
 
         Every path is written once: paths are told apart by their decisions, each new one turns the last
         forced decision of its parent to the draft token and goes on strictly.
@@ -177,13 +181,13 @@ class Court:
         cut: set[int] = set()
         frontier: list[tuple[int, list[int]]] = [(row, []) for row in range(len(problems))]
         while frontier:
-            judged = self.write(
+            verified = self.write(
                 [problems[row] for row, _ in frontier], never, forced=[f for _, f in frontier]
             )
             following: list[tuple[int, list[int]]] = []
-            for (row, _), verdict in zip(frontier, judged.right.tolist(), strict=True):
+            for (row, _), verdict in zip(frontier, verified.right.tolist(), strict=True):
                 right[row] |= verdict
-            for (row, forced), actions in zip(frontier, judged.rollouts.actions(), strict=True):
+            for (row, forced), actions in zip(frontier, verified.rollouts.actions(), strict=True):
                 if right[row]:
                     continue
                 for index in range(len(forced), len(actions)):
@@ -224,7 +228,7 @@ class Court:
 
 
 def branch_labels(
-    court: Court, problems: Sequence[Problem], policy: Policy, copies: int = 1
+    env: ArbitrationEnv, problems: Sequence[Problem], policy: Policy, copies: int = 1
 ) -> tuple[Float[Tensor, "M F"], Bool[Tensor, " M"]]:
     """Decisions with the one of the two branches that leads to a right answer, where just one does.
 
@@ -232,7 +236,7 @@ def branch_labels(
     with the policy's most probable decisions.
 
     Args:
-        court: writes and judges.
+        env: writes and verifies texts.
         problems: what is asked.
         policy: draws the decisions in front, and finishes the branches.
         copies: texts per problem.
@@ -240,7 +244,7 @@ def branch_labels(
     Returns:
         Features of the decisions, and whether the draft token is the right one. Ties are left out.
     """
-    drawn = court.write(problems, policy, copies=copies, threshold=None).rollouts
+    drawn = env.write(problems, policy, copies=copies, threshold=None).rollouts
     counts = drawn.mismatches.cpu()
     rows = counts.nonzero()[:, 0]
     if not len(rows):
@@ -250,14 +254,14 @@ def branch_labels(
     fronts = [actions[row][:index] for row, index in zip(rows.tolist(), picked.tolist(), strict=True)]
     asked = [problems[row // copies] for row in rows.tolist()]
     forced = [[*front, branch] for branch in (1, 0) for front in fronts]
-    with_draft, without = court.write([*asked, *asked], policy, forced=forced).right.chunk(2)
+    with_draft, without = env.write([*asked, *asked], policy, forced=forced).right.chunk(2)
     place = (counts.cumsum(0) - counts)[rows] + picked  # decisions are ordered by text, then by number
     told = with_draft != without
     return drawn.features[place.to(drawn.features.device)][told.to(drawn.features.device)], with_draft[told]
 
 
 def _joined(parts: Sequence[Rollouts]) -> Rollouts:
-    """Several runs as one, texts numbered through."""
+    """Concatenate rollouts; texts are numbered through."""
     if len(parts) == 1:
         return parts[0]
     starts, start = [], 0

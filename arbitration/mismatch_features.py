@@ -1,8 +1,7 @@
-"""What an arbitration policy sees of a mismatch: scalars of tensors that verification has computed anyway.
+"""Features of a mismatch for an arbitration policy: scalars of logits that verification has computed anyway.
 
-At a mismatch the drafter's token x differs from the target's greedy token y. Both distributions at that place
-are known: the target's from its verifying pass, the drafter's from when it proposed x. No model is run for a
-feature.
+At a mismatch the drafter's token x differs from the target's greedy token y. Both distributions there are
+known: the target's from its verifying pass, the drafter's from its proposal of x.
 
 Letters: N mismatches · V vocabulary · F features.
 """
@@ -33,7 +32,7 @@ FEATURES = (
 )
 NUM_STATIC = 10  # the first ones; the others depend on the decisions before
 _HEAD = 64
-_FLOOR = -20.0  # nats; a log-probability below it says no more
+_FLOOR = -20.0  # nats; log-probabilities are clamped here
 
 
 def static_features(
@@ -42,7 +41,7 @@ def static_features(
     draft: Int[Tensor, " N"],
     target: Int[Tensor, " N"],
 ) -> Float[Tensor, "N S"]:
-    """The features of a mismatch that depend on its two distributions alone.
+    """Return the features of a mismatch that depend on its two distributions alone.
 
     Args:
         target_logits: the target's, fp32.
@@ -80,7 +79,7 @@ def with_history(
     overrides: Int[Tensor, " N"],
     committed: Int[Tensor, " N"],
 ) -> Float[Tensor, "N F"]:
-    """All features: the static ones, and where in the round and the text the mismatch is.
+    """Return all features: the static ones, and the position of the mismatch in round and text.
 
     Args:
         static: from `static_features`.

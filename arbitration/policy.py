@@ -32,6 +32,9 @@ _COLUMN = {name: index for index, name in enumerate(FEATURES)}
 class ArbiterPolicy(nn.Module):
     """Standardised features → log-odds: linear, or with one hidden layer.
 
+    `facts` are the further entries of policy.json: how the policy was trained. `texts` among them are the
+    `ArbitrationSettings` (depth, look-ahead, override budget, ...) that it has to be used with.
+
     Args:
         hidden: units of the hidden layer, 0 for a linear policy.
         initial_log_odds: bias of the output; negative, so that training starts near strict decoding. −2 is
@@ -52,9 +55,15 @@ class ArbiterPolicy(nn.Module):
         nn.init.zeros_(last.weight)  # the first policy is the same everywhere
         nn.init.constant_(last.bias, initial_log_odds)
         self.network = nn.Sequential(nn.Linear(num, hidden), nn.ReLU(), last) if hidden else last
+        self.facts: dict[str, Any] = {}
         self.register_buffer("mean", torch.zeros(num))
         self.register_buffer("scale", torch.ones(num))
         self.register_buffer("measured", torch.tensor(False))
+
+    @property
+    def texts(self) -> dict[str, Any]:
+        """Settings of the texts that the policy was trained on; empty for an untrained one."""
+        return self.facts.get("texts") or {}
 
     def forward(self, features: Float[Tensor, "*step F"]) -> Float[Tensor, "*step"]:
         """Log-odds that the drafter's token is taken."""
@@ -62,24 +71,29 @@ class ArbiterPolicy(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features: Float[Tensor, "N F"]) -> None:
-        """Takes centre and scale of each feature from a sample; for the first batch of a training."""
+        """Set centre and scale of each feature from a sample, the first batch of a training."""
         if len(features) < 2:
             return
         self.mean.copy_(features.mean(0))
-        spread = features.std(0)
-        self.scale.copy_(torch.where(spread > 1e-3, spread, 1.0))
+        deviation = features.std(0)
+        self.scale.copy_(torch.where(deviation > 1e-3, deviation, 1.0))
         self.measured.fill_(True)
 
     def save(self, folder: str | Path, facts: dict[str, Any] | None = None) -> None:
-        """Writes policy.safetensors and policy.json.
+        """Write policy.safetensors and policy.json.
 
         Args:
             folder: made if missing.
-            facts: further entries of the json, such as how the policy was trained.
+            facts: further entries of the json, such as how the policy was trained; `self.facts` if None.
         """
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        settings = {"format": _FORMAT, "features": list(FEATURES), "hidden": self.hidden, **(facts or {})}
+        settings = {
+            "format": _FORMAT,
+            "features": list(FEATURES),
+            "hidden": self.hidden,
+            **(self.facts if facts is None else facts),
+        }
         save_file(
             {name: value.contiguous() for name, value in self.state_dict().items()}, path / WEIGHTS_FILE
         )
@@ -87,7 +101,7 @@ class ArbiterPolicy(nn.Module):
 
 
 def load_policy(folder: str | Path) -> ArbiterPolicy:
-    """A policy that `ArbiterPolicy.save` wrote, in eval mode.
+    """Load a policy that `ArbiterPolicy.save` wrote, in eval mode.
 
     Raises:
         FileNotFoundError: no policy in the folder.
@@ -108,6 +122,7 @@ def load_policy(folder: str | Path) -> ArbiterPolicy:
             f"{list(FEATURES)} (format {_FORMAT}); train it again"
         )
     policy = ArbiterPolicy(hidden)
+    policy.facts = {k: v for k, v in settings.items() if k not in ("format", "features", "hidden")}
     try:
         policy.load_state_dict(load_file(path / WEIGHTS_FILE))
     except (RuntimeError, SafetensorError) as error:

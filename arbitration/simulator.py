@@ -1,12 +1,12 @@
-"""Many arbitrated texts at once, token by token: what training and counterfactuals are made of.
+"""Many arbitrated texts at once, token by token, for training and counterfactuals.
 
-A windowed round verifies a chain in one pass; here both models go through all texts in step, one token a
-time, and each text carries where in its round it is. Same policy, same prompts, same window: same tokens and
-same number of target passes as `decode` with `Chain(depth)` and an `Arbiter`, at a fraction of the time,
-because hundreds of texts share a pass. (Equal up to rounding: a pass of another width may flip exact ties.)
+A windowed round verifies a chain in one pass; here both models advance all texts by one token at a time, and
+each text keeps its position in its round. Tokens and number of target passes equal those of `decode` with
+`Chain(depth)` and an `Arbiter` (up to rounding: a pass of another width may flip exact ties), at a fraction
+of the time, because hundreds of texts share a pass.
 
-It serves causal drafters. A drafter that reads target features or drafts in parallel says other things at
-another place of the window, so its texts cannot be advanced in step; `decode` still arbitrates them.
+Only causal drafters can be simulated: the predictions of a drafter that reads target features or drafts in
+parallel depend on the position in the window. `decode` still arbitrates them.
 
 Letters: P prompts · R texts, the copies of a prompt side by side · N decisions · F features · V vocabulary.
 """
@@ -31,7 +31,7 @@ ASK = -1  # in `forced`: let the policy decide
 
 
 class Stepper(Protocol):
-    """A model that reads many texts in step."""
+    """A model that advances many texts together."""
 
     def start(self, prompts: Sequence[Sequence[int]], copies: int) -> Float[Tensor, "R V"]:
         """fp32 next-token logits behind each prompt, each prompt `copies` times."""
@@ -42,7 +42,7 @@ class Stepper(Protocol):
         ...
 
     def keep(self, rows: Int[Tensor, " R"]) -> None:
-        """Goes on with these texts only, in this order."""
+        """Keep only these texts, in this order."""
         ...
 
 
@@ -97,7 +97,7 @@ class Lockstep:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What became of R texts.
+    """R texts and their decisions.
 
     Attributes:
         tokens: new tokens of each text, an end-of-sequence token included.
@@ -106,7 +106,7 @@ class Rollouts:
         mismatches: decisions of each text.
         row: text of each decision; decisions of a text are in its order.
         index: number of each decision in its text, from 0.
-        features: what the policy saw.
+        features: the policy's input.
         taken: the draft token was taken.
     """
 
@@ -120,7 +120,7 @@ class Rollouts:
     taken: Bool[Tensor, " N"]
 
     def actions(self) -> list[list[int]]:
-        """Decisions of each text, 1 where the draft token was taken."""
+        """Return the decisions of each text, 1 where the draft token was taken."""
         lists: list[list[int]] = [[] for _ in self.tokens]
         for row, taken in zip(self.row.tolist(), self.taken.tolist(), strict=True):
             lists[row].append(int(taken))
@@ -144,11 +144,11 @@ def simulate(
     forced: Int[Tensor, "R K"] | None = None,
     branches: Branches | None = None,
 ) -> Rollouts:
-    """Arbitrated texts, as `decode(…, Chain(depth), Arbiter(policy, …))` would write them.
+    """Return arbitrated texts, as `decode(…, Chain(depth), Arbiter(policy, …))` would write them.
 
     Args:
-        target: reads every text.
-        drafter: reads every text.
+        target: predicts the target's tokens.
+        drafter: predicts the draft tokens.
         prompts: token ids, each at least one.
         policy: features → log-odds that the draft token is taken; asked for all texts at once.
         depth: draft tokens per round, ≥ 1.

@@ -26,7 +26,7 @@ from certdraft.arbitration import (
     as_text,
     load_policy,
     measure_arbitration,
-    open_court,
+    open_env,
     write_arbitration,
 )
 from certdraft.data import load_target, load_tokenizer
@@ -130,10 +130,10 @@ def noisy_copy(folder: Path, seed: int) -> None:
 
 def measure(folder: Path, seed: int, drafter: str, problems: int) -> ArbitrationResult:
     """All arms of a seed, on problems that nothing was trained or matched on."""
-    court = open_court(str(folder / "target"), str(folder / drafter), TEXTS)
+    env = open_env(str(folder / "target"), str(folder / drafter), TEXTS)
     test, matching = arithmetic("test", problems, seed, PARTS), arithmetic("validation", 150, seed, PARTS)
     trained = load_policy(folder / f"{drafter}-policy-{seed}")
-    result = measure_arbitration(court, trained, test, matching, seed=seed)
+    result = measure_arbitration(env, trained, test, matching, seed=seed)
     print(f"seed {seed}, {drafter}: measured", file=sys.stderr)
     return result
 

@@ -30,7 +30,7 @@ from certdraft.evaluation.generate_answers import WrittenMeta, write_texts
 from certdraft.evaluation.loading import StageProgress, TargetVocabulary, load_checked, pick_device
 from certdraft.evaluation.measure.trace_reading import select_documents
 from certdraft.evaluation.prompts import read_questions
-from certdraft.evaluation.report.evaluate_report import differences, headline_table, write_evaluation
+from certdraft.evaluation.report.evaluate_report import differences, write_evaluation
 from certdraft.evaluation.report.page import refuse_folder_in_use, report_folder, write_json
 from certdraft.evaluation.report.provenance import provenance, read_parts, sha256
 from certdraft.evaluation.report.publish import headline_metrics, publish
@@ -167,7 +167,7 @@ def run_evaluate(
         source = {"trace": trace} if trace is not None else {"prompts files": ", ".join(prompts_files or [])}
         name = write_evaluation(report, folder, {**source, **provenance(files)}, title).name
         write_json(folder / "metrics.json", headline_metrics(report.data))
-    print(headline_table(report.data).text())
+    print(report)
     print(f"report: {path / name}", file=sys.stderr)
     if wandb_project is not None:
         publish(str(path), wandb_project)

@@ -41,11 +41,7 @@ def default_builders() -> dict[str, TreeBuilder]:
 
 
 def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
-    """Return builders by their printed form.
-
-    Raises:
-        ValueError: none, or two that print alike.
-    """
+    """Return builders by their printed form; raise ValueError for none, or two that print alike."""
     found = {repr(b): b for b in builders}
     if not builders or len(found) != len(builders):
         raise ValueError(f"evaluate needs tree builders that differ; got {[repr(b) for b in builders]}")
@@ -55,11 +51,7 @@ def labelled(builders: Sequence[TreeBuilder]) -> dict[str, TreeBuilder]:
 def refuse_builders(
     builders: Sequence[TreeBuilder], target: PreTrainedModel, drafters: Mapping[str, Any]
 ) -> None:
-    """Raise if a builder cannot decode with this target and these drafters, before anything is run.
-
-    Raises:
-        ValueError: a cost model of another device, target or drafter.
-    """
+    """Raise ValueError if a builder's cost model is of another device, target or drafter."""
     for drafter in drafters.values():
         for builder in builders:
             if prepare := getattr(builder, "prepare", None):
@@ -80,8 +72,8 @@ class EvaluationReport:
         """The headline table as aligned text: coverage, certified share and τ of every drafter."""
         return headline_table(self.data).text()
 
-    def metrics(self, drafter: str) -> dict[str, float]:
-        """Return one drafter's numbers by metric name, for model cards and W&B: τ, coverage@m, speed-up.
+    def intervals(self, drafter: str) -> dict[str, dict[str, Any]]:
+        """Return one drafter's intervals by quantity: coverage@m, certified/RULE, tau/TREE, speedup/TREE.
 
         Raises:
             ValueError: no such drafter in the report.
@@ -91,20 +83,22 @@ class EvaluationReport:
                 f"no drafter {drafter!r} in the report; it has {', '.join(self.data['drafters'])}"
             )
         entry = self.data["drafters"][drafter]
-        found: dict[str, float] = {}
+        found = {}
         for row in entry["acceptance"]["coverage"]:
-            found[f"coverage@{row['m']}"] = row["all"]["value"]
+            found[f"coverage@{row['m']}"] = row["all"]
             if row["low_margin"] is not None:
-                found[f"low_margin_coverage@{row['m']}"] = row["low_margin"]["value"]
-        for row in entry["acceptance"]["rules"]:
-            found[f"certified/{row['rule']}"] = row["certified"]["value"]
-        found["ece"] = entry["acceptance"]["calibration"]["ece"]
-        for label, row in entry["lengths"].items():
-            found[f"tau/{label}"] = row["tau"]["value"]
+                found[f"low_margin_coverage@{row['m']}"] = row["low_margin"]
+        found |= {f"certified/{row['rule']}": row["certified"] for row in entry["acceptance"]["rules"]}
+        found |= {f"tau/{label}": row["tau"] for label, row in entry["lengths"].items()}
         for row in (self.data["bench"] or {"methods": []})["methods"]:
             if row["drafter"] == drafter:
-                found[f"speedup/{row['builder']}"] = row["speedup"]["value"]
+                found[f"speedup/{row['builder']}"] = row["speedup"]
         return found
+
+    def metrics(self, drafter: str) -> dict[str, float]:
+        """Return the values of `intervals` and the calibration error, for model cards and W&B."""
+        found = {name: row["value"] for name, row in self.intervals(drafter).items()}
+        return {**found, "ece": self.data["drafters"][drafter]["acceptance"]["calibration"]["ece"]}
 
 
 def evaluate(

@@ -1,6 +1,6 @@
-"""The target answers prompts files: its greedy text and its heads, as rows that are read like a trace.
+"""Greedy answers of the target to prompts files, as rows in memory that are read like a trace.
 
-One pass over each token, batched (`certdraft.data.record_batch`). A later turn of a question is asked after
+Answers are generated in batches (`certdraft.data.record_batch`). A later turn of a question is asked after
 the target's own answer to the earlier one.
 """
 
@@ -33,12 +33,10 @@ from certdraft.evaluation.prompts import Question
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_KEPT = 32  # head entries
-
 
 @dataclass(frozen=True)
 class WrittenMeta:
-    """What a report says about a trace, of texts that were written for it."""
+    """Metadata of generated texts, with the names of a trace's."""
 
     target: str
     tokenizer_fingerprint: str
@@ -60,7 +58,7 @@ class WrittenRow:
 
 @dataclass(frozen=True)
 class WrittenTrace:
-    """Texts the target has just written, in memory; read like a trace.
+    """Generated texts in memory; read like a trace.
 
     Attributes:
         rows: in the order of the files.
@@ -76,7 +74,7 @@ class WrittenTrace:
         return len(self.rows)
 
     def row(self, index: int) -> WrittenRow:
-        """The document at `index`."""
+        """Return the document at `index`."""
         return self.rows[index]
 
 
@@ -91,7 +89,7 @@ def write_texts(
     batch_size: int = 16,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> WrittenTrace:
-    """The target's greedy answers to questions.
+    """Generate the target's greedy answers to questions.
 
     Args:
         target: causal LM in eval mode.
@@ -139,7 +137,7 @@ def write_texts(
 
 @dataclass
 class _Talk:
-    """A question on its way through its turns; not open once a turn went unanswered."""
+    """A question and its messages so far; not open once a turn cannot be asked."""
 
     question: Question
     messages: list[dict[str, str]]
@@ -159,7 +157,7 @@ def _prompts(
     rendering: Prompts,
     accounting: Accounting,
 ) -> Iterator[tuple[int, Prompt]]:
-    """(question, prompt) of one turn; a question that cannot be asked is closed and counted."""
+    """Yield (question, prompt) of one turn; close and count questions that cannot be asked."""
     for index in going:
         talk = talks[index]
         where = f"{talk.question.where}, turn {turn + 1}" if turn else talk.question.where

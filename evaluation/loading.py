@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,17 +13,6 @@ from certdraft.support import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Vocabulary(Protocol):
-    """The target's token ids: a `certdraft.data.Trace` (its `meta.vocab_size`), or a `TargetVocabulary`."""
-
-    @property
-    def meta(self) -> Any: ...
-
-    def check_tokenizer(self, fingerprint: str, whose: str) -> None:
-        """Raise ValueError if the tokenizer is another one."""
-        ...
 
 
 class TargetVocabulary:
@@ -66,7 +55,7 @@ def pick_device(name: str) -> torch.device:
 
 def load_checked(
     path: str,
-    vocabulary: Vocabulary,
+    vocabulary: Any,
     device: torch.device,
     dtype: str,
     target: PreTrainedModel | None = None,
@@ -75,7 +64,7 @@ def load_checked(
 
     Args:
         path: exported folder, or a folder or hub name that transformers loads as a causal LM.
-        vocabulary: the target's.
+        vocabulary: the target's: a `certdraft.data.Trace` or a `TargetVocabulary`.
         device: of the weights.
         dtype: of the weights.
         target: the target on that device; needed by drafters that read its layers and embeddings.

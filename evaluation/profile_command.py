@@ -1,4 +1,4 @@
-"""`certdraft profile`: what drafting and verifying cost on this machine, as a file for `CostAware`."""
+"""`certdraft profile`: measure the cost of drafting and verifying here, as a file for `CostAware`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One row: what is asked, turn by turn.
+    """One row of a prompts file, turn by turn.
 
     Attributes:
         where: file and row, as in "question.jsonl:12".
@@ -41,13 +41,13 @@ class Question:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """What numbers are also shown for: the file, and the category in it."""
+        """Groups that numbers are also pooled by: the file, and the category in it."""
         return (self.file, f"{self.file}: {self.category}") if self.category else (self.file,)
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """A published shape of rows: the keys that tell it, and the (turns, bare text) of a row."""
+    """A published shape of rows: the keys it is recognised by, and the (turns, bare text) of a row."""
 
     name: str
     keys: tuple[str, ...]
@@ -70,7 +70,7 @@ def _program(record: Record) -> tuple[tuple[str, ...], str]:
 
 
 def _asked(messages: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """A conversation up to the user's last turn; what follows is an answer."""
+    """The conversation up to the user's last turn."""
     last = max(index for index, message in enumerate(messages) if message["role"] == "user")
     return tuple(messages[: last + 1])
 
@@ -87,7 +87,7 @@ _TEXTS, _LISTS = ("prompt", "question", "answer", "text", "entry_point"), ("turn
 
 
 def read_questions(path: str, limit: int | None = None) -> list[Question]:
-    """The questions of a prompts file.
+    """Read the questions of a prompts file.
 
     Args:
         path: jsonl or json file, also with .gz, in one of `FORMATS`.

@@ -1,4 +1,4 @@
-"""Problems with a checkable answer: what collaborative arbitration is trained and measured on.
+"""Problems with a checkable answer, on which collaborative arbitration is trained and measured.
 
 Files are jsonl, one problem a line, in the shape that the usual sets have: GSM8K (`question`, `answer` with
 the number behind `####`), HumanEval (`prompt`, `test`, `entry_point`), MBPP (`text`, `test_list`), or our own
@@ -23,14 +23,14 @@ _OWN_KEYS = {"prompt", "answer", "check", "family"}
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, and what tells a right response from a wrong one.
+    """A prompt, and how a right response is told from a wrong one.
 
     Attributes:
         prompt: text in front of the response.
         answer: reference. "exact": the response, spaces around it aside. "number": the last number of the
             response. "expression": a value that the response, a Python expression, must have. "tests": a
             Python program that ends without an error when it is run behind the response.
-        check: how the response is judged.
+        check: how the response is verified.
         prefix: "tests" only: code that stands in front of the response (HumanEval's signature and docstring).
         family: group for reports.
         where: file and line.
@@ -121,7 +121,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
     if "entry_point" in row:  # HumanEval
         prompt, entry = _text(row, "prompt", where), _text(row, "entry_point", where)
         if not entry.isidentifier():
-            raise CorpusError(f"{where}: entry_point {entry!r} is no Python name")
+            raise CorpusError(f"{where}: entry_point {entry!r} is not a Python name")
         tests = f"{_text(row, 'test', where)}\n\ncheck({entry})\n"
         return Problem(prompt, tests, "tests", prefix=prompt, where=where)
     if "test_list" in row:  # MBPP

@@ -1,13 +1,20 @@
-"""Python that a model wrote, run in a process of its own with limits.
+"""Run Python that a model wrote in a separate process with limits.
 
-The child is started isolated (`-I -S -B`: no environment, no site packages, no bytecode), in an empty
-folder that is removed afterwards, with an empty environment, in its own session. It limits itself before it
-reads the program: CPU seconds, address space, file size, open files, no core dumps, and (except for root,
-whom Linux does not count) no further processes. Wall time is kept by the parent, which kills the session.
+The child is started isolated (`-I -S -B`: no environment, no site packages, no bytecode), in an empty folder
+that is removed afterwards, with an empty environment, in its own session. It limits itself before it reads
+the program: CPU seconds, address space, file size, open files, no core dumps, and (except for root, whom
+Linux does not count) no further processes. Wall time is kept by the parent, which kills the session and then
+every process that still works in the folder.
 
-What this is not: a security boundary. The child has the file permissions and the network of its user. It
-stops endless loops, memory hogs and stray files of an honest model's mistakes; run hostile models in a
-container or virtual machine without network.
+This is not a security boundary. It stops endless loops, memory hogs and stray files of an honest model's
+mistakes. Known limits:
+
+* The child has the file permissions and the network of its user.
+* The program shares its interpreter with the tests. A hostile one can read the end mark from the open pipe,
+  return objects that equal everything, or replace what the tests call, and so pass.
+* As root, or where processes are not limited, a child that leaves both the session and the folder survives.
+
+Run hostile models in a container or virtual machine without network, with its own process namespace.
 """
 
 from __future__ import annotations
@@ -22,13 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-# Runs in the child. The program arrives behind the nonce on stdin; the nonce is written only after the
-# program has ended by itself, so `exit()` in the middle of it is no success.
+# Runs in the child. The nonce waits in a pipe and is read, and written to stdout, only after the program has
+# ended by itself: `exit()` in the middle is not a success, and no stack frame holds the nonce meanwhile.
 _CHILD = """
 import sys
 try:
     import resource
-    cpu, memory, file = map(int, sys.argv[1:4])
+    cpu, memory, file = map(int, sys.argv[2:5])
     limits = [("CPU", cpu), ("AS", memory), ("FSIZE", file), ("NOFILE", 32), ("CORE", 0), ("NPROC", 0)]
     for name, value in limits:
         try:
@@ -39,14 +46,16 @@ try:
 except ImportError:
     pass
 def main():
-    nonce, program = sys.stdin.readline().strip(), sys.stdin.read()
+    pipe, program = int(sys.argv[1]), sys.stdin.read()
     sys.argv[:] = ["program"]
-    out, write = sys.__stdout__.fileno(), __import__("os").write
+    os = __import__("os")
+    out, read, write = sys.__stdout__.fileno(), os.read, os.write
+    del os
     try:
         exec(compile(program, "program", "exec"), {"__name__": "__main__"})
     finally:
         sys.stdout.flush()
-    write(out, ("\\n" + nonce).encode())
+    write(out, b"\\n" + read(pipe, 64))
 main()
 """
 
@@ -70,7 +79,7 @@ class Outcome:
 def run_python(
     program: str, *, timeout_s: float = 3.0, memory_bytes: int = 512 << 20, output_bytes: int = 1 << 16
 ) -> Outcome:
-    """Runs a Python program in a limited process of its own.
+    """Run a Python program in a separate, limited process.
 
     Args:
         program: source text.
@@ -92,22 +101,29 @@ def run_python(
         raise ValueError(f"limits must be positive: {timeout_s=}, {memory_bytes=}, {output_bytes=}")
     nonce = secrets.token_hex(16)
     limits = (str(int(timeout_s) + 1), str(memory_bytes), str(output_bytes))
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _CHILD, *limits]
     with tempfile.TemporaryDirectory(prefix="certdraft-sandbox-") as folder:
         # Output goes to files, not pipes: the file-size limit then holds for it, and no reader can stall.
         outside = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         with outside[0] as out, outside[1] as err:
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=folder, env={},
-                start_new_session=True, close_fds=True,
-            )  # fmt: skip
+            pipe, end = os.pipe()
+            try:
+                os.write(end, nonce.encode())
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _CHILD, str(pipe), *limits],
+                    stdin=subprocess.PIPE, stdout=out, stderr=err, cwd=folder, env={},
+                    start_new_session=True, pass_fds=(pipe,),
+                )  # fmt: skip
+            finally:
+                os.close(pipe)
+                os.close(end)
             timed_out = False
             try:
-                process.communicate(f"{nonce}\n{program}".encode("utf-8", "replace"), timeout=timeout_s)
+                process.communicate(program.encode("utf-8", "replace"), timeout=timeout_s)
             except subprocess.TimeoutExpired:
                 timed_out = True
             finally:
                 _kill_session(process)
+                _kill_processes_in(folder)
             texts = []
             for stream in (out, err):
                 stream.seek(0)
@@ -124,7 +140,7 @@ def run_python(
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    """Ends the child and whatever it started in its session, then collects it."""
+    """Kill the child and everything in its session, then wait for it."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -132,6 +148,17 @@ def _kill_session(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def _kill_processes_in(folder: str) -> None:
+    """Kill processes whose working directory is in `folder`: those that left the session. Linux only."""
+    inside = os.path.realpath(folder)
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            if os.readlink(link).startswith(inside):
+                os.kill(int(link.parent.name), signal.SIGKILL)
+        except OSError:  # another user's process, or one that has just ended
+            continue
+
+
 def sandbox_folders() -> list[Path]:
-    """Folders of children that are running, or were left behind by a parent that was killed."""
+    """Return folders of running children, and those left behind by a parent that was killed."""
     return sorted(Path(tempfile.gettempdir()).glob("certdraft-sandbox-*"))

@@ -24,7 +24,7 @@ _SMALLEST_VOCAB = 261  # bytes and markers: one token a character
 
 
 class ProblemBatch:
-    """Some problems; a class of its own, so that nothing tries to move their texts to a device."""
+    """Some problems; a class that Lightning does not try to move to a device."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = list(problems)
@@ -158,7 +158,7 @@ class ArithmeticDataModule(pl.LightningDataModule):
             train_tokenizer([], _SMALLEST_VOCAB).save_pretrained(self.tokenizer_dir)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """One token a byte."""
+        """Return the tokenizer, one token a byte."""
         return load_tokenizer(str(self.tokenizer_dir))
 
     def train_dataloader(self) -> DataLoader:

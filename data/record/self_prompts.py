@@ -16,7 +16,7 @@ import torch
 
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.record.generation import eos_ids_of
-from certdraft.data.record.loops import loop_onset
+from certdraft.data.record.learned_positions import loop_onset
 from certdraft.data.targets import load_target, load_tokenizer
 from certdraft.support import Progress, quiet, write_json, write_text
 

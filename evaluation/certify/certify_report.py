@@ -6,7 +6,7 @@ Tables and figures are numbered as in arXiv 2606.30265; those that the paper doe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,79 +232,54 @@ def _figures(data: Mapping[str, Any], out: Path) -> dict[str, Figure]:
             wide=True,
         )
     }
-    single = 1.08 * math.log(2)
-    curve = _curve(data, single)
     strict = [r for r in data["certificates"] if r["rule"] == "strict"]
 
-    def add(
-        key: str, file: str, rows: Sequence[Row], label: Callable[[Row], str], title: str, **kw: Any
-    ) -> None:
-        if rows:
-            path = plots.survival(
-                out / file,
-                [(label(r), *kw.get("curve", curve)(r["rule"])) for r in rows],
-                title=title,
-                ordered=kw.get("ordered", True),
-                ceilings=kw.get("ceilings", ((math.log(2), "log 2"),)),
-            )
-            figures[key] = Figure(path, kw["caption"], f"Survival curves: {title}")
-
     by = _families(data)
-    add(
-        "strict",
-        "figure2-strict.png",
-        strict,
-        lambda r: "strict greedy",
-        "Strict greedy",
-        caption="Share of steps at which a drafter within ε nats must name the greedy token.",
-    )
-    add(
-        "additive",
-        "figure3-additive.png",
-        by["additive"],
-        lambda r: f"t = {r['t']:g}",
-        "Additive slack t",
-        caption="Accept when p(y) > p(x₀) − t. Slack lifts the hard steps; the easy ones are at the ceiling "
-        "anyway. What is left beyond log 2 are steps where nothing can be rejected.",
-    )
-    add(
-        "multiplicative",
-        "figure4-multiplicative.png",
-        by["multiplicative"],
-        lambda r: f"α = {r['alpha']:g}",
-        "Multiplicative slack α",
-        caption="Accept when p(y) > α p(x₀).",
-    )
-    widest = max((r["m"] for r in by["coverage"]), default=1)
-    add(
-        "coverage",
-        "figure5-tree.png",
-        [*strict, *by["coverage"]],
-        lambda r: f"m = {r.get('m', 1)}",
-        "Tree of width m",
-        curve=_curve(data, 1.02 * math.log(1 + widest)),
-        ceilings=[(math.log(1 + m), f"log {1 + m}") for m in [1, *(r["m"] for r in by["coverage"])]],
-        caption="Greedy token among the drafter's m best. Each width has its own ceiling, log(m+1).",
-    )
+    log2, one = ((math.log(2), "log 2"),), _curve(data, 1.08 * math.log(2))
+    widths = [r["m"] for r in by["coverage"]]
+    logs = [(math.log(1 + m), f"log {1 + m}") for m in [1, *widths]]
+    wide = _curve(data, 1.02 * math.log(1 + max(widths, default=1)))
     slack = max((r["t"] for r in by["topm"] if r["t"] <= 0.1), default=None)
-    add(
-        "topm",
-        "figure6-topm.png",
-        [r for r in by["topm"] if r["t"] == slack],
-        lambda r: f"m = {r['m']}",
-        f"Top-m with additive slack t = {slack}",
-        caption="Additive slack, but only for the target's best m − 1 tokens; m = 2 is strict greedy.",
-    )
-    add(
-        "typical",
-        "figure7-typical.png",
-        by["typical"],
-        lambda r: f"ε₀ = {r['epsilon']:g}, δ₀ = {r['delta']:g}",
-        "Typical acceptance",
-        ordered=False,
-        caption="Accept when p(y) > min(ε₀, δ₀ exp(−H(p))): the paper's "
-        "constants, then the published decoder's.",
-    )
+    top_m = [r for r in by["topm"] if r["t"] == slack]
+    drawn: list[tuple[str, str, list[Row], Callable[[Row], str], str, str]] = [
+        (
+            "strict", "figure2-strict.png", strict, lambda r: "strict greedy", "Strict greedy",
+            "Share of steps at which a drafter within ε nats must name the greedy token.",
+        ),
+        (
+            "additive", "figure3-additive.png", by["additive"], lambda r: f"t = {r['t']:g}",
+            "Additive slack t",
+            "Accept when p(y) > p(x₀) − t. Slack lifts the hard steps; the easy ones are at the ceiling "
+            "anyway. What is left beyond log 2 are steps where nothing can be rejected.",
+        ),
+        (
+            "multiplicative", "figure4-multiplicative.png", by["multiplicative"],
+            lambda r: f"α = {r['alpha']:g}", "Multiplicative slack α", "Accept when p(y) > α p(x₀).",
+        ),
+        (
+            "coverage", "figure5-tree.png", [*strict, *by["coverage"]], lambda r: f"m = {r.get('m', 1)}",
+            "Tree of width m",
+            "Greedy token among the drafter's m best. Each width has its own ceiling, log(m+1).",
+        ),
+        (
+            "topm", "figure6-topm.png", top_m, lambda r: f"m = {r['m']}",
+            f"Top-m with additive slack t = {slack}",
+            "Additive slack, but only for the target's best m − 1 tokens; m = 2 is strict greedy.",
+        ),
+        (
+            "typical", "figure7-typical.png", by["typical"],
+            lambda r: f"ε₀ = {r['epsilon']:g}, δ₀ = {r['delta']:g}", "Typical acceptance",
+            "Accept when p(y) > min(ε₀, δ₀ exp(−H(p))): the paper's constants, then the published decoder's.",
+        ),
+    ]  # fmt: skip
+    for key, file, rows, label, title, caption in drawn:
+        if rows:
+            ceilings, curve = (logs, wide) if key == "coverage" else (log2, one)
+            curves = [(label(r), *curve(r["rule"])) for r in rows]
+            path = plots.survival(
+                out / file, curves, title=title, ordered=key != "typical", ceilings=ceilings
+            )
+            figures[key] = Figure(path, caption, f"Survival curves: {title}")
     return figures
 
 

@@ -13,8 +13,8 @@ Axis letters: N steps · R documents · T tokens · H hidden · V vocabulary · 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,27 +63,6 @@ _KL_CAP = 64.0  # nats
 _ENTRIES_PER_CHUNK = 1 << 23  # float64 log-probabilities held at once: 64 MiB a model
 
 
-class DrafterLike(Protocol):
-    """A drafter that reads whole documents: a `CausalDrafter`, or anything with these two."""
-
-    def hidden(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-    ) -> Float[Tensor, "R T H"]:
-        """Return last hidden states; tokens attend within equal document ids, -1 is padding.
-
-        Only drafters that read the target's layers are given `features`.
-        """
-        ...
-
-    def head(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        """Return next-token logits."""
-        ...
-
-
 class CertificateViolation(ValueError):
     """A certified step was rejected: the certificate, or what was fed to it, is wrong."""
 
@@ -92,33 +71,84 @@ class CertificateViolation(ValueError):
 class Acceptance:
     """Counts per document, from which all rates and intervals are computed.
 
-    Attributes:
+    Args:
+        documents: R, how many are read.
         kl_source: "exact" (target recomputed) or "head" (a lower bound of KL, from the trace).
         rules: the C rules.
         widths: the W widths of coverage@m.
+        top_m: width that separates "not in top-m" from "in top-m" among the rejections.
+        tie_gap: nats within which a rejection is a numerical tie.
+
+    Attributes:
         steps: [R, B] counted steps by margin bucket.
         certified: [R, B, C].
         realised: [R, B, C].
-        unknown: [C] steps that the recorded head cannot decide (counted as rejected).
         covered: [R, B, W] greedy token in the drafter's top-m.
+        unknown: [C] steps that the recorded head cannot decide (counted as rejected).
         kl: distribution of KL(target‖drafter), nats, capped at 64.
         calibration: of the drafter's confidence in its first choice.
         rejections: strict-greedy rejections by cause.
         greedy_changed: steps at which the recomputed greedy token differs from the recorded one.
     """
 
+    documents: InitVar[int]
     kl_source: str
     rules: tuple[Rule, ...]
     widths: tuple[int, ...]
-    steps: ndarray
-    certified: ndarray
-    realised: ndarray
-    unknown: ndarray
-    covered: ndarray
-    kl: StepDistribution
-    calibration: Calibration
-    rejections: dict[str, int]
-    greedy_changed: int = 0
+    top_m: InitVar[int] = 4
+    tie_gap: float = 1e-3
+
+    def __post_init__(self, documents: int, top_m: int) -> None:
+        shape, counted = (
+            (documents, len(MARGIN_EDGES) - 1),
+            (len(self.rules), len(self.rules), len(self.widths)),
+        )
+        self.steps = np.zeros(shape, dtype=np.int64)
+        self.certified, self.realised, self.covered = (np.zeros((*shape, n), dtype=np.int64) for n in counted)
+        self.unknown = np.zeros(len(self.rules), dtype=np.int64)
+        self.kl, self.calibration, self.greedy_changed = StepDistribution(_KL_CAP), Calibration(), 0
+        causes = ("steps", "rejected", "numerical_tie", "in_top_m", "not_in_top_m")
+        self.rejections = {"top_m": top_m, **dict.fromkeys(causes, 0)}
+
+    def add(self, joined: JoinedSteps, document: ndarray, position: ndarray) -> None:
+        """Count N steps, given the document and the position of each.
+
+        Raises:
+            CertificateViolation: a certified step is rejected.
+        """
+        margin = joined.margin.cpu().numpy()
+        bucket = np.searchsorted(MARGIN_EDGES, margin, "right") - 1
+        key = (document, bucket.clip(0, len(MARGIN_EDGES) - 2))
+        np.add.at(self.steps, key, 1)
+        for c, rule in enumerate(self.rules):
+            guaranteed, bound = joined.certified(rule)
+            accepted, unknown = joined.accepted(rule)
+            if bool((wrong := guaranteed & ~accepted & ~unknown).any()):
+                at = int(wrong.nonzero()[0])
+                raise CertificateViolation(
+                    f"certified but rejected: document {document[at]}, step {position[at]}, rule {rule}: KL "
+                    f"{float(joined.kl[at]):.6g} nats is below the certificate {float(bound[at]):.6g}, yet "
+                    f"the drafter's token {int(joined.token[at])} is rejected (greedy token "
+                    f"{int(joined.head.greedy[at])}, margin {float(joined.margin[at]):.6g}); "
+                    f"{int(wrong.sum())} such steps in this batch. No report is written. The recorded head "
+                    "and the drafter's vocabulary are the first things to check."
+                )
+            self.unknown[c] += int(unknown.sum())
+            np.add.at(self.certified[..., c], key, guaranteed.cpu().numpy())
+            np.add.at(self.realised[..., c], key, accepted.cpu().numpy())
+        rank = joined.rank.cpu().numpy()
+        for w, m in enumerate(self.widths):
+            np.add.at(self.covered[..., w], key, rank <= m)
+        self.kl.add(joined.kl.clamp_max(_KL_CAP).cpu().numpy())
+        self.calibration.add(joined.confidence.cpu().numpy(), rank == 1)
+        rejected = rank > 1
+        tie = rejected & (joined.target_gap <= self.tie_gap).cpu().numpy()
+        near = rejected & ~tie & (rank <= self.rejections["top_m"])
+        self.rejections["steps"] += len(rejected)
+        self.rejections["rejected"] += int(rejected.sum())
+        self.rejections["numerical_tie"] += int(tie.sum())
+        self.rejections["in_top_m"] += int(near.sum())
+        self.rejections["not_in_top_m"] += int((rejected & ~tie & ~near).sum())
 
     def coverage_counts(self, m: int, low_margin: bool = False) -> tuple[ndarray, ndarray]:
         """Covered steps and steps per document, [R] each; `low_margin`: margins below 0.1."""
@@ -178,7 +208,7 @@ def _rate(numerator: ndarray, denominator: ndarray, seed: int) -> dict[str, Any]
 
 @torch.inference_mode()
 def measure_acceptance(
-    drafter: DrafterLike,
+    drafter: Any,
     trace: TraceLike,
     *,
     target: PreTrainedModel | None = None,
@@ -194,15 +224,13 @@ def measure_acceptance(
     """Measure a drafter along a trace, teacher-forced.
 
     Args:
-        drafter: reads whole documents.
+        drafter: reads whole documents: a `CausalDrafter`, or anything with its `hidden` and `head`.
         trace: held out from the drafter's training; only steps in its loss mask are counted.
-        target: a causal LM whose distributions replace the recorded heads (exact KL, twice the cost); None
-            uses the heads.
-        rules: rules to certify and to apply.
+        target: a causal LM whose distributions replace the recorded heads (exact KL, twice the cost).
+        rules: see `Acceptance`, as for widths, top_m and tie_gap.
         widths: m of coverage@m.
-        top_m: width that separates "not in top-m" from "in top-m" among the rejections.
-        tie_gap: nats between the target's greedy token and the drafter's choice below which a rejection
-            counts as a numerical tie: other kernels or dtypes may resolve it otherwise.
+        top_m: of the rejections.
+        tie_gap: nats; other kernels or dtypes may order tokens this close otherwise.
         max_documents: read only the first so many documents.
         tokens_per_batch: tokens per drafter pass.
         features: for a drafter that reads the target's layers; see `features_for`.
@@ -215,28 +243,18 @@ def measure_acceptance(
         CertificateViolation: a certified step was rejected; names document, step, rule, KL and certificate.
         ValueError: no counted step, vocabularies differ, or NaN logits.
     """
-    counts = _Counts(tuple(rules), tuple(widths), top_m, tie_gap)
-    recomputed = None if target is None else _RecomputedTarget(target)
     documents = len(trace) if max_documents is None else min(max_documents, len(trace))
+    source = "head" if target is None else "exact"
+    found = Acceptance(documents, source, tuple(rules), tuple(widths), top_m, tie_gap)
+    recomputed = None if target is None else _RecomputedTarget(target)
     for first, rows in batches(trace, documents, tokens_per_batch):
-        counts.add(_joined_steps(drafter, recomputed, rows, first, features), first, len(rows))
+        for joined, where, changed in _joined_steps(drafter, recomputed, rows, first, features):
+            found.greedy_changed += changed
+            found.add(joined, first + where[:, 0].numpy(), where[:, 1].numpy())
         progress(len(rows))
-    if not counts.steps or not (steps := np.stack(counts.steps)).sum():
+    if not found.steps.sum():
         raise ValueError("the trace counts no step in its loss mask; there is nothing to evaluate on")
-    return Acceptance(
-        "head" if target is None else "exact",
-        counts.rules,
-        counts.widths,
-        steps,
-        np.stack(counts.certified),
-        np.stack(counts.realised),
-        counts.unknown,
-        np.stack(counts.covered),
-        counts.kl,
-        counts.calibration,
-        counts.rejections,
-        counts.greedy_changed,
-    )
+    return found
 
 
 class _RecomputedTarget:
@@ -250,7 +268,7 @@ class _RecomputedTarget:
 
 
 def _joined_steps(
-    drafter: DrafterLike,
+    drafter: Any,
     target: _RecomputedTarget | None,
     rows: list[TraceRowLike],
     first: int,
@@ -289,79 +307,3 @@ def _device_of(drafter: object) -> torch.device:
     parameters = getattr(drafter, "parameters", None)
     found = next(iter(parameters()), None) if callable(parameters) else None
     return torch.device("cpu") if found is None else found.device
-
-
-class _Counts:
-    """Accumulates over documents; see `Acceptance` for the shapes."""
-
-    def __init__(self, rules: tuple[Rule, ...], widths: tuple[int, ...], top_m: int, tie_gap: float) -> None:
-        self.rules, self.widths, self.top_m, self.tie_gap = rules, widths, top_m, tie_gap
-        self.steps: list[ndarray] = []
-        self.certified: list[ndarray] = []
-        self.realised: list[ndarray] = []
-        self.covered: list[ndarray] = []
-        self.unknown = np.zeros(len(rules), dtype=np.int64)
-        self.kl = StepDistribution(_KL_CAP)
-        self.calibration = Calibration()
-        causes = ("steps", "rejected", "numerical_tie", "in_top_m", "not_in_top_m")
-        self.rejections = {"top_m": top_m, **dict.fromkeys(causes, 0)}
-        self.greedy_changed = 0
-
-    def add(
-        self, chunks: Iterator[tuple[JoinedSteps, Int[Tensor, "N 2"], int]], first: int, documents: int
-    ) -> None:
-        """Count some documents, the first of which has index `first`."""
-        shape = (documents, len(MARGIN_EDGES) - 1)
-        steps = np.zeros(shape, dtype=np.int64)
-        certified, realised = (np.zeros((*shape, len(self.rules)), dtype=np.int64) for _ in range(2))
-        covered = np.zeros((*shape, len(self.widths)), dtype=np.int64)
-        for joined, where, changed in chunks:
-            self.greedy_changed += changed
-            margin = joined.margin.cpu().numpy()
-            bucket = np.clip(np.searchsorted(MARGIN_EDGES, margin, "right") - 1, 0, shape[1] - 1)
-            key = (where[:, 0].numpy(), bucket)
-            np.add.at(steps, key, 1)
-            for c, rule in enumerate(self.rules):
-                guaranteed, accepted = self._decide(joined, rule, c, where, first)
-                np.add.at(certified[..., c], key, guaranteed)
-                np.add.at(realised[..., c], key, accepted)
-            rank = joined.rank.cpu().numpy()
-            for w, m in enumerate(self.widths):
-                np.add.at(covered[..., w], key, rank <= m)
-            self._count_rejections(joined)
-            self.kl.add(joined.kl.clamp_max(_KL_CAP).cpu().numpy())
-            self.calibration.add(joined.confidence.cpu().numpy(), rank == 1)
-        self.steps.extend(steps)
-        self.certified.extend(certified)
-        self.realised.extend(realised)
-        self.covered.extend(covered)
-
-    def _decide(
-        self, joined: JoinedSteps, rule: Rule, index: int, where: Int[Tensor, "N 2"], first: int
-    ) -> tuple[ndarray, ndarray]:
-        guaranteed, bound = joined.certified(rule)
-        accepted, unknown = joined.accepted(rule)
-        wrong = guaranteed & ~accepted & ~unknown
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            raise CertificateViolation(
-                f"certified but rejected: document {first + int(where[at, 0])}, step {int(where[at, 1])}, "
-                f"rule {rule}: KL {float(joined.kl[at]):.6g} nats is below the certificate "
-                f"{float(bound[at]):.6g}, yet the drafter's token {int(joined.token[at])} is rejected "
-                f"(greedy token {int(joined.head.greedy[at])}, margin {float(joined.margin[at]):.6g}); "
-                f"{int(wrong.sum())} such steps in this batch. No report is written. The recorded head and "
-                "the drafter's vocabulary are the first things to check."
-            )
-        self.unknown[index] += int(unknown.sum())
-        return guaranteed.cpu().numpy(), accepted.cpu().numpy()
-
-    def _count_rejections(self, joined: JoinedSteps) -> None:
-        rejected = joined.rank > 1
-        tie = rejected & (joined.target_gap <= self.tie_gap)
-        near = rejected & ~tie & (joined.rank <= self.top_m)
-        counts = {
-            "steps": len(rejected), "rejected": rejected.sum(), "numerical_tie": tie.sum(),
-            "in_top_m": near.sum(), "not_in_top_m": (rejected & ~tie & ~near).sum(),
-        }  # fmt: skip
-        for name, count in counts.items():
-            self.rejections[name] += int(count)

@@ -37,14 +37,7 @@ class StepDistribution:
         self._sums = np.zeros(_BINS, dtype=np.float64)
 
     def add(self, values: NDArray[np.floating]) -> None:
-        """Count some steps.
-
-        Args:
-            values: [N], each in [0, upper] or +inf.
-
-        Raises:
-            ValueError: NaN, a negative number, or a finite one above `upper`.
-        """
+        """Count N steps; raise ValueError for NaN, a negative number, or a finite one above `upper`."""
         x = np.asarray(values, dtype=np.float64)
         finite = x[np.isfinite(x)]
         slack = 1e-5 * max(self.upper, 1.0)  # fp32 rounding of a value at the ceiling
@@ -101,8 +94,6 @@ class Calibration:
     Best-first trees spend their node budget by these probabilities; where they are wrong the budget goes to
     the wrong branch even if the ranking of tokens is right.
 
-    Args:
-        bins: how many bins [0, 1] is cut into.
     """
 
     def __init__(self, bins: int = 10) -> None:
@@ -112,20 +103,14 @@ class Calibration:
         self.hits = np.zeros(bins, dtype=np.int64)
 
     def add(self, confidence: Float[ndarray, " N"], hit: Bool[ndarray, " N"]) -> None:
-        """Count some steps.
-
-        Args:
-            confidence: probability the drafter gave its token, in [0, 1].
-            hit: whether that token was the target's greedy one.
-        """
+        """Count N steps: the drafter's probability of its token, and whether that was the greedy token."""
         place = np.clip((confidence * self.bins).astype(np.int64), 0, self.bins - 1)
         self.steps += np.bincount(place, minlength=self.bins)
         self.confidence += np.bincount(place, weights=confidence, minlength=self.bins)
         self.hits += np.bincount(place[hit], minlength=self.bins)
 
     def expected_error(self) -> float:
-        """Expected calibration error: mean |frequency − confidence| over bins, weighted by their steps, in
-        [0, 1].
+        """Expected calibration error: mean |frequency − confidence| over bins, weighted by their steps.
 
         Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, eq. 3.
         """
@@ -137,12 +122,10 @@ class Calibration:
         return {
             "edges": [i / self.bins for i in range(self.bins + 1)],
             "steps": self.steps.tolist(),
-            "confidence": [
-                c / n if n else None
-                for c, n in zip(self.confidence.tolist(), self.steps.tolist(), strict=True)
-            ],
-            "frequency": [
-                h / n if n else None for h, n in zip(self.hits.tolist(), self.steps.tolist(), strict=True)
-            ],
+            "confidence": self._per_step(self.confidence),
+            "frequency": self._per_step(self.hits),
             "ece": self.expected_error(),
         }
+
+    def _per_step(self, sums: ndarray) -> list[float | None]:
+        return [s / n if n else None for s, n in zip(sums.tolist(), self.steps.tolist(), strict=True)]

@@ -1,9 +1,8 @@
-"""What target and drafter say at the same steps: the joined view every acceptance number is read from.
+"""Target and drafter distributions at the same steps, from which all acceptance numbers are computed.
 
-Two sources of the target. *Online*: its full distribution is computed again, KL is exact. *From the head*:
-only the K tokens of the trace are known; the divergence of the coarsened distributions (K tokens and the
-rest) is a lower bound of KL, and together with the drafter's own tail, which is known, it certifies soundly,
-sometimes more than the full KL does.
+The target is either recomputed (full distribution, exact KL) or known by the K recorded tokens of the trace.
+Then the divergence of the coarsened distributions (K tokens and the rest) is a lower bound of KL; together
+with the drafter's tail, which is known, it certifies soundly, sometimes more than the full KL does.
 
 Axis letters: N steps · V vocabulary · K head entries. All divergences are KL(target‖drafter), nats, float64.
 """
@@ -18,15 +17,13 @@ from torch import Tensor
 
 from certdraft.certificates import Coverage, Head, Rule, coarse_kl, kl_divergence_logp, margin, radius
 
-_ROUNDING = (
-    1 - 1e-9
-)  # float64 cannot tell closer divergences from the radius; at the radius nothing is claimed
-_HEAD_ONLINE = 64  # tokens of an online head: certificates are exact for every step but the flattest
+_ROUNDING = 1 - 1e-9  # float64 does not resolve divergences closer to the radius; these are not certified
+_HEAD_ONLINE = 64  # tokens of a recomputed head: certificates are exact for all steps but the flattest
 
 
 @dataclass(frozen=True)
 class JoinedSteps:
-    """N steps seen by both models.
+    """Both models at N steps.
 
     Attributes:
         head: the target's most probable tokens.
@@ -34,8 +31,7 @@ class JoinedSteps:
         logp: the target's log-probabilities, [N, V], float64; None when only the head is known.
         kl: exact KL when `logp` is given, else the coarsened divergence, ≤ KL.
         token: the drafter's first choice (lowest id at a tie).
-        rank: how many tokens the drafter puts at or above the target's greedy token; 1 = it is the first
-            choice.
+        rank: of the target's greedy token under the drafter, 1 = first choice; ties count against it.
     """
 
     head: Head
@@ -100,20 +96,18 @@ class JoinedSteps:
 
     @property
     def target_gap(self) -> Float[Tensor, " N"]:
-        """How far below its greedy token the target puts the drafter's choice, nats; +inf when not known."""
+        """Nats by which the target prefers its greedy token to the drafter's choice; +inf when not known."""
         if self.logp is not None:
             return self.logp.amax(-1) - self.logp.gather(-1, self.token.unsqueeze(-1)).squeeze(-1)
         held = self.head.ids == self.token.unsqueeze(-1)
         return torch.where(held, self.head.gap, torch.inf).amin(-1)
 
     def certified(self, rule: Rule) -> tuple[Bool[Tensor, " N"], Float[Tensor, " N"]]:
-        """Steps at which acceptance is guaranteed by divergence alone, and the certificate it was held
-        against.
+        """Return where the divergence alone guarantees acceptance, and the radius it is compared with.
 
-        Online: KL < radius. From the head: a drafter that fails must put a rejected token first. The
-            drafter's
-        first choice is known; if it is in the head, only failures through the head remain, and the coarsened
-        divergence is held against their radius. For coverage the number n of unseen tokens at or above the
+        Recomputed target: KL < radius. Recorded head: a drafter that fails must rank a rejected token first.
+        If its first choice is in the head, only failures within the head remain, and the coarsened divergence
+        is compared with their radius. For coverage the number n of tokens outside the head at or above the
         greedy one is known, and the radius is that of failures with exactly those.
 
         Source: THEORY "Truncated target caches", with the tail maximum observed.
@@ -129,11 +123,8 @@ class JoinedSteps:
         return seen & (self.kl < bound * _ROUNDING), bound
 
     def accepted(self, rule: Rule) -> tuple[Bool[Tensor, " N"], Bool[Tensor, " N"]]:
-        """What really happens: the rule's verdict on the drafter's choice, and where the head cannot tell.
-
-        Returns:
-            accepted (False where unknown) and unknown.
-        """
+        """Return where the rule accepts the drafter's choice (False where unknown), and where the recorded
+        head is too short to tell."""
         unknown = torch.zeros_like(self.token, dtype=torch.bool)
         if isinstance(rule, Coverage):
             return self.rank <= rule.m, unknown

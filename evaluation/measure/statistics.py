@@ -1,15 +1,14 @@
-"""Intervals for pooled ratios, resampled by prompt.
+"""Bootstrap intervals for pooled ratios, resampled by prompt.
 
-Every headline number of a report is a ratio of two sums over prompts: tokens ÷ target passes (τ), covered
-steps ÷ steps, seconds ÷ seconds. Steps of one text are dependent, prompts are not, so the *prompt* is the
-unit that is resampled: numerator and denominator of a prompt stay together, and the ratio is taken after
-summing. The mean of per-prompt ratios is another quantity (it weighs a short prompt like a long one); where
-it is reported it is named.
+The numbers of a report are ratios of two sums over prompts: tokens ÷ target passes (τ), covered steps ÷
+steps, seconds ÷ seconds. Steps of one text are dependent, prompts are not, so prompts are resampled:
+numerator and denominator of a prompt stay together, and the ratio is taken after summing. Comparisons are
+paired: the same resampled prompts enter both methods. With several training seeds the arrays are `[S, N]`,
+and seeds and prompts are resampled independently (crossed bootstrap; Owen, "The pigeonhole bootstrap",
+Annals of Applied Statistics 2007), which if anything overstates the spread.
 
-Comparisons are paired: the same resampled prompts enter both methods. With several training seeds the arrays
-are `[S, N]` and seeds and prompts are resampled independently of each other (crossed bootstrap; Owen, "The
-pigeonhole bootstrap", Annals of Applied Statistics 2007), which counts both sources of spread and, if
-anything, overstates them.
+The BCa levels are computed here and not by `scipy.stats.bootstrap`, which a test compares them with: the
+jackknife of a ratio of sums takes O(N), scipy's generic one O(N²), and equal resamples are drawn once.
 
 Axis letters: N prompts · S seeds.
 """
@@ -64,7 +63,7 @@ def pooled_ratio(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Ratio of sums Σ numerator / Σ denominator with an interval over prompts.
+    """Return Σ numerator / Σ denominator with an interval over prompts.
 
     Args:
         numerator: one number per prompt, [N], or [S, N] with one row per seed.
@@ -101,7 +100,7 @@ def compare_ratios(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Paired comparison of two pooled ratios on the same prompts.
+    """Compare two pooled ratios on the same prompts, paired.
 
     Args:
         first: (numerator, denominator) of the method under test, [N] or [S, N] each.
@@ -162,7 +161,7 @@ def _interval(
         if n == 1:
             return Interval(value, value, value, confidence, "none", n)
         draws = np.concatenate([statistic(*(w @ x for x in data)) for w in _weights(n, n_resamples, seed)])
-        # A resample without a step of a rare bucket (0 ÷ 0) says nothing about the ratio; it is left out.
+        # a resample without a step of a rare bucket (0 ÷ 0) is left out
         draws = draws[np.isfinite(draws)]
         left_out = statistic(*(x.sum() - x for x in data))  # [N], each without one prompt
     levels = _bca_levels(value, draws, left_out, confidence)
@@ -172,7 +171,7 @@ def _interval(
 
 
 def _weights(n: int, n_resamples: int, seed: int) -> Iterable[Array]:
-    """How often each of n prompts occurs in each resample, in blocks of [B, N]."""
+    """Counts of each of n prompts in each resample, in blocks of [B, N]."""
     if n_resamples * n <= _CELLS:
         return (_cached_weights(n, n_resamples, seed),)
     size = max(1, _CELLS // n)
@@ -198,12 +197,12 @@ def _bca_levels(value: float, draws: Array, left_out: Array, confidence: float) 
     below = (np.mean(draws < value) + np.mean(draws <= value)) / 2
     if not 0 < below < 1 or not np.isfinite(left_out).all():
         return None
-    spread = left_out.mean() - left_out
-    scale = float((spread**2).sum()) ** 1.5
+    influence = left_out.mean() - left_out
+    scale = float((influence**2).sum()) ** 1.5
     if scale == 0:
         return None
     normal = NormalDist()
-    bias, acceleration = normal.inv_cdf(float(below)), float((spread**3).sum()) / (6 * scale)
+    bias, acceleration = normal.inv_cdf(float(below)), float((influence**3).sum()) / (6 * scale)
     ends = (bias + normal.inv_cdf((1 - confidence) / 2), bias + normal.inv_cdf((1 + confidence) / 2))
     low, high = (normal.cdf(bias + z / (1 - acceleration * z)) for z in ends)
     return low, high

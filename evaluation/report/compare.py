@@ -1,8 +1,8 @@
 """`certdraft compare`: training runs and evaluation reports side by side on one page.
 
-A folder with metrics.csv is a training run: its validation curves, its best values and its settings are
-shown. A folder with report.json is an evaluation: every drafter in it is shown with its intervals. When
-numbers are not about the same text, the page says so first.
+A folder with metrics.csv is a training run: the page shows its validation curves, best values and settings.
+A folder with report.json is an evaluation: the page shows every drafter with its intervals. A warning on top
+names numbers that are not about the same text.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from certdraft.evaluation.evaluate import SCHEMA, EvaluationReport
 from certdraft.evaluation.report.page import (
     Figure,
     Page,
@@ -34,7 +35,6 @@ from certdraft.evaluation.report.page import (
 from certdraft.evaluation.report.plots import canvas, marks
 from certdraft.evaluation.report.provenance import provenance
 
-_SCHEMA = "certdraft.evaluate/1"
 _KINDS = _RUN, _REPORT = "metrics.csv", "report.json"
 _TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 # Settings that say where a run lies, not what it is.
@@ -59,7 +59,7 @@ class Run:
     settings: Mapping[str, Any]
 
     def best(self, metric: str) -> tuple[float, int]:
-        """The metric's best value and its step; losses and divergences are best when small."""
+        """Return the metric's best value and its step; losses and divergences are best when small."""
         steps, values = self.curves[metric]
         pick = min if metric.endswith("_nats") else max
         value = pick(values)
@@ -154,11 +154,7 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
 
 
 def read_run(folder: Path, label: str) -> Run:
-    """Curves and settings of a training run.
-
-    Raises:
-        ValueError: metrics.csv holds no validation metric yet.
-    """
+    """Read curves and settings of a training run; raise ValueError without validation metrics."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
@@ -177,30 +173,25 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def read_report(file: Path) -> dict[str, Any]:
-    """A report.json.
-
-    Raises:
-        ValueError: not one of this schema.
-    """
+    """Read a report.json; raise ValueError for another schema."""
     data = json.loads(file.read_text(encoding="utf-8"))
-    if data.get("schema") != _SCHEMA:
-        raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {_SCHEMA!r}")
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {SCHEMA!r}")
     return data
 
 
 def entries(reports: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Drafter label → quantity → interval, over all reports."""
+    """Return drafter label → quantity → interval, over all reports."""
+    words = {"low_margin_": "low-margin ", "tau/": "τ ", "speedup/": "speed-up "}
     found = {}
     for label, report in reports:
-        for name, entry in report["drafters"].items():
-            row = {f"coverage@{c['m']}": c["all"] for c in entry["acceptance"]["coverage"]}
-            for c in entry["acceptance"]["coverage"]:
-                if c["low_margin"] is not None:
-                    row[f"low-margin coverage@{c['m']}"] = c["low_margin"]
-            row |= {f"τ {builder}": length["tau"] for builder, length in entry["lengths"].items()}
-            for method in (report["bench"] or {"methods": []})["methods"]:
-                if method["drafter"] == name:
-                    row[f"speed-up {method['builder']}"] = method["speedup"]
+        for name in report["drafters"]:
+            row = {}
+            for quantity, value in EvaluationReport(dict(report)).intervals(name).items():
+                if not quantity.startswith("certified/"):
+                    for key, word in words.items():
+                        quantity = quantity.replace(key, word)
+                    row[quantity] = value
             found[name if len(reports) == 1 else f"{label}: {name}"] = row
     return found
 
@@ -270,7 +261,7 @@ def drafter_section(drafters: Mapping[str, Mapping[str, Any]], folder: Path) -> 
 
 
 def warnings(trained: Sequence[Run], reports: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-    """Why some of these numbers may not be compared."""
+    """Return why some of these numbers may not be compared."""
     found = []
     if len({report["provenance"].get("sha-256 of trace.json") for _, report in reports}) > 1:
         found.append("The evaluations used different traces: their differences are not the drafters' alone.")

@@ -69,7 +69,7 @@ def _page(data: Data, figures: dict[str, Figure], provenance: Mapping[str, str],
             "Depth and rejections",
             "Acceptance along the draft, and why rounds end: train when the token is not in the top-m, "
             "change the tree when it is but has no node, change precision when the target itself is tied.",
-            [tables.depth_table(data), tables.rejection_table(data)],
+            [tables.depth_table(data), tables.rejection_table(data["drafters"])],
             [figures["depths"], figures["calibration"]],
         ),
     ]
@@ -143,8 +143,8 @@ def differences(data: Data) -> tuple[str, str]:
     faults, ties = ([case for case in cases if case[1]["tie"] is tie] for tie in (False, True))
     found = []
     for chosen, text in (
-        (faults, "Decoding is not lossless here: {} differ from the target's greedy text. First: {}."),
-        (ties, "{} differ from the target's greedy text at numerical ties. First: {}."),
+        (faults, "Decoding is not lossless here: {} differ from the target's greedy text. Largest lead: {}."),
+        (ties, "{} differ from the target's greedy text at numerical ties. Largest lead: {}."),
     ):
         if not chosen:
             found.append("")
@@ -190,70 +190,64 @@ def target_name(data: Data) -> str:
 
 def _figures(data: Data, out: Path) -> dict[str, Figure]:
     """Draw every figure the numbers allow into `out`; return them by name."""
-    drafters = data["drafters"]
-    panels = [
-        panel
-        for name, entry in drafters.items()
-        for row in entry["acceptance"]["rules"]
-        if row["rule"] in _PANEL_RULES
-        for panel in [bucket_panel(f"{name}: {row['rule']}", row)]
-    ]
-    lengths = [
-        {"drafter": n, "builder": short(b), "tau": row["tau"]}
-        for n, e in drafters.items()
-        for b, row in e["lengths"].items()
-    ]
-    first = next(iter(next(iter(drafters.values()))["lengths"]))
+    acceptance = {name: entry["acceptance"] for name, entry in data["drafters"].items()}
+    lengths = {name: entry["lengths"] for name, entry in data["drafters"].items()}
+    first = next(iter(next(iter(lengths.values()))))
     found: dict[str, Figure] = {}
+
+    def add(key: str, file: str, draw: Any, rows: Any, caption: str, alt: str, wide: bool = True) -> None:
+        found[key] = Figure(draw(out / file, rows), caption, alt, wide)
+
     if rows := expected_rows(data):
-        found["expected"] = Figure(
-            plots.expected_accepted(out / "promises.png", rows),
+        add(
+            "expected", "promises.png", plots.expected_accepted, rows,
             "Rounds in groups of equal size by what their tree expected; bars: 95 % of the mean. On the "
             "diagonal a tree's expected length can be trusted.",
-            "Accepted against expected draft tokens",
-        )
+            "Accepted against expected draft tokens", wide=False,
+        )  # fmt: skip
     if data["bench"]:
-        found["time"] = Figure(
-            plots.time_split(out / "time.png", _times(data["bench"])),
+        add(
+            "time", "time.png", plots.time_split, _times(data["bench"]),
             "Where a token's time goes. Plain decoding: its prefill is part of the bar.",
             "Stacked bars of milliseconds per token",
-            wide=True,
-        )
-    depths = [{"label": n, "depths": e["lengths"][first]["depths"]} for n, e in drafters.items()]
-    return found | {
-        "lengths": Figure(
-            plots.acceptance_lengths(out / "acceptance-length.png", lengths),
-            "Acceptance length by drafter and tree, with 95 % intervals over texts.",
-            "Bars of acceptance length",
-            wide=True,
-        ),
-        "certified": Figure(
-            plots.certified_realised(out / "certified-realised.png", panels),
-            "By the target's margin. Bars of rare buckets have wide intervals.",
-            "Bars of certified and realised acceptance by margin",
-            wide=True,
-        ),
-        "coverage": Figure(
-            plots.coverage(
-                out / "coverage.png", {n: e["acceptance"]["coverage"] for n, e in drafters.items()}
-            ),
-            "Coverage of the greedy token by width.",
-            "Lines of coverage by width",
-            wide=True,
-        ),
-        "depths": Figure(
-            plots.depths(out / "depth.png", depths),
-            f"Acceptance at each depth of {short(first)}, among the rounds that got there.",
-            "Lines of acceptance by depth",
-        ),
-        "calibration": Figure(
-            plots.calibration(
-                out / "calibration.png", {n: e["acceptance"]["calibration"] for n, e in drafters.items()}
-            ),
-            "On the diagonal a drafter's confidence can be trusted, which is what best-first trees do.",
-            "Reliability diagram",
-        ),
-    }
+        )  # fmt: skip
+    taus = [
+        {"drafter": name, "builder": short(label), "tau": row["tau"]}
+        for name, rows in lengths.items()
+        for label, row in rows.items()
+    ]
+    add(
+        "lengths", "acceptance-length.png", plots.acceptance_lengths, taus,
+        "Acceptance length by drafter and tree, with 95 % intervals over texts.", "Bars of acceptance length",
+    )  # fmt: skip
+    panels = [
+        bucket_panel(f"{name}: {row['rule']}", row)
+        for name, entry in acceptance.items()
+        for row in entry["rules"]
+        if row["rule"] in _PANEL_RULES
+    ]
+    add(
+        "certified", "certified-realised.png", plots.certified_realised, panels,
+        "By the target's margin. Bars of rare buckets have wide intervals.",
+        "Bars of certified and realised acceptance by margin",
+    )  # fmt: skip
+    add(
+        "coverage", "coverage.png", plots.coverage, {n: e["coverage"] for n, e in acceptance.items()},
+        "Coverage of the greedy token by width.", "Lines of coverage by width",
+    )  # fmt: skip
+    add(
+        "depths", "depth.png", plots.depths,
+        [{"label": name, "depths": rows[first]["depths"]} for name, rows in lengths.items()],
+        f"Acceptance at each depth of {short(first)}, among the rounds that reach it.",
+        "Lines of acceptance by depth", wide=False,
+    )  # fmt: skip
+    add(
+        "calibration", "calibration.png", plots.calibration,
+        {name: entry["calibration"] for name, entry in acceptance.items()},
+        "On the diagonal a drafter's confidence can be trusted, which is what best-first trees do.",
+        "Reliability diagram", wide=False,
+    )  # fmt: skip
+    return found
 
 
 def _times(bench: Data) -> list[dict[str, Any]]:

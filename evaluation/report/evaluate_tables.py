@@ -9,10 +9,6 @@ from certdraft.evaluation.report.page import Table, interval, number, percent
 
 Data = Mapping[str, Any]
 CAUSES = ("not_in_top_m", "not_in_tree", "numerical_tie")  # why rounds end, in columns and in bars
-UNDECIDED = (
-    " Undecided: the recorded head is too short to tell whether the rule accepts the drafter's token; such "
-    "steps count as rejected."
-)
 
 
 def headline_table(data: Data) -> Table:
@@ -101,24 +97,30 @@ def rule_table(acceptance: Data) -> Table:
     """Certified and accepted steps by rule."""
     names = [row["rule"] for row in next(iter(acceptance.values()))["rules"]]
     rows = []
-    undecided = 0.0
+    undecided = False
     for index, rule in enumerate(names):
         for name, found in acceptance.items():
             row = found["rules"][index]
-            share = row["unknown"] / found["steps"]
-            undecided = max(undecided, share)
+            undecided |= row["unknown"] > 0
+            certified, realised = value_of(row["certified"]), value_of(row["realised"])
+            part = certified / realised if certified is not None and realised else None
             rows.append(
                 [rule, name, interval(row["certified"], 1, 100), interval(row["realised"], 1, 100)]
-                + [number(100 * share, 1)]
+                + [percent(part, 0), percent(row["unknown"] / found["steps"])]
             )
-    shown = 5 if undecided else 4
+    shown = 6 if undecided else 5
     return Table(
         "Certified and accepted steps by rule (%)",
-        ["rule", "drafter", "certified", "accepted", "undecided"][:shown],
+        ["rule", "drafter", "certified", "accepted", "certified ÷ accepted", "undecided"][:shown],
         [row[:shown] for row in rows],
         "strict is lossless greedy verification; the slack rules accept other likely tokens too; coverage(m) "
-        "asks for the greedy token among the drafter's m best."
-        + (f"{UNDECIDED} A longer head, or exact_kl, decides them." if undecided else ""),
+        "asks for the greedy token among the drafter's m best. Intervals: 95 %, bootstrap over texts."
+        + (
+            " Undecided: the recorded head is too short to tell whether the rule accepts the drafter's "
+            "token; such steps count as rejected. A longer head, or exact_kl, decides them."
+            if undecided
+            else ""
+        ),
         "acceptance",
         text_columns=2,
     )
@@ -222,36 +224,43 @@ def _with_interval(found: Data | None, digits: int) -> str:
     return interval(found, digits) if found and found["prompts"] > 1 else number(value_of(found), digits)
 
 
-def rejection_table(data: Data) -> Table:
-    """Why rounds end before their tree does."""
+def rejection_table(drafters: Data) -> Table:
+    """Why first choices are rejected and rounds end before their tree does."""
     rows = []
-    unknown = any(
-        r["rejections"]["unknown"] for e in data["drafters"].values() for r in e["lengths"].values()
-    )
-    causes = (*CAUSES, "unknown")[: 4 if unknown else 3]
-    for name, entry in data["drafters"].items():
-        top_m = entry["acceptance"]["rejections"]["top_m"]
-        for label, row in entry["lengths"].items():
-            r = row["rejections"]
-            n = max(r["rejected"], 1)
-            rows.append(
-                [name, short(label), percent(r["rejected"] / max(r["rounds"], 1))]
-                + [percent(r[cause] / n) for cause in causes]
-            )
+    unknown = any(row["rejections"]["unknown"] for e in drafters.values() for row in e["lengths"].values())
+    for name, entry in drafters.items():
+        rows += [
+            [name, row["label"], f"{row['of']} {row['unit']}", percent(row["rejected"] / max(row["of"], 1))]
+            + [percent(row[cause] / max(row["rejected"], 1)) for cause in (*CAUSES, "unknown")]
+            for row in cause_rows(entry)
+        ]
+    first = next(iter(drafters.values()))
+    top_m, tie_gap = first["acceptance"]["rejections"]["top_m"], first.get("tie_gap", 1e-3)
+    columns = ["drafter", "tree", "of", "rejected", f"not in top-{top_m}", f"in top-{top_m}, not in the tree"]
+    shown = 8 if unknown else 7
     return Table(
-        "Why rounds end",
-        ["drafter", "tree", "rounds rejected", *cause_columns(top_m), "unknown"][: 3 + len(causes)],
-        rows,
-        "Of the rounds that end before the tree's full depth. Tie: the target itself leads by at most a "
-        "thousandth of a nat, so kernels and precision decide.",
+        "Why the drafter is rejected",
+        [*columns, "tie", "unknown"][:shown],
+        [row[:shown] for row in rows],
+        "The last columns share out the rejections. First choices: every step on its own, with the target's "
+        "text before it; a tree of one node. Trees: rounds that end before the tree's full depth. "
+        f"Not in top-{top_m}: train. In top-{top_m} but not in the tree: widen or reshape the tree. Tie: the "
+        f"target's own token leads by at most {tie_gap:g} nats, so kernels and precision decide.",
         "rejections",
-        text_columns=2,
+        text_columns=3,
     )
 
 
-def cause_columns(top_m: int) -> list[str]:
-    """Column heads of `CAUSES`."""
-    return [f"not in top-{top_m}", f"in top-{top_m}, not in the tree", "tie"]
+def cause_rows(entry: Data) -> list[dict[str, Any]]:
+    """Rejections by cause: of the first choices, then of each tree's rounds."""
+    first = entry["acceptance"]["rejections"]
+    steps = {"label": "first choices", "of": first["steps"], "unit": "steps", "unknown": 0}
+    rows = [{**first, **steps, "not_in_tree": first["in_top_m"]}]
+    for label, row in entry["lengths"].items():
+        rows.append(
+            {**row["rejections"], "label": short(label), "of": row["rejections"]["rounds"], "unit": "rounds"}
+        )
+    return rows
 
 
 def comparison_table(data: Data) -> Table:

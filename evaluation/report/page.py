@@ -130,7 +130,8 @@ class Page:
     def markdown(self) -> str:
         """Return all tables of the page as Markdown."""
         tables = [self.headline, *(t for s in self.sections for t in s.tables)]
-        return f"# {self.title}\n\n{self.lead}\n\n" + "\n".join(t.markdown() for t in tables)
+        text = f"# {self.title}\n\n{self.lead}\n\n" + "\n".join(t.markdown() for t in tables)
+        return re.sub(r"<(?=[A-Za-z/!])", "&lt;", text)  # names from outside cannot bring HTML along
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -173,11 +174,7 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 
 def refuse_folder_in_use(out: str | os.PathLike[str]) -> Path:
-    """Return `out` as a path, once it is known to be free.
-
-    Raises:
-        FileExistsError: it exists and holds something, or is a file.
-    """
+    """Return `out` as a path; raise FileExistsError if it holds something or is a file."""
     path = Path(out)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(
@@ -198,8 +195,7 @@ def claim_directory(out: str | os.PathLike[str]) -> Path:
 def report_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder that is renamed to `out` at the end of the block, or removed on an error.
 
-    Raises:
-        FileExistsError: `out` is in use.
+    Raises FileExistsError if `out` is in use.
     """
     path = refuse_folder_in_use(out)
     with appearing_folder(path, overwrite=path.is_dir()) as folder:
@@ -225,11 +221,7 @@ def _strict(value: Any) -> Any:
 
 
 def write_page(page: Page, out: Path, html_name: str = "report.html") -> Path:
-    """Write `tables.md` and the HTML page into `out`.
-
-    Returns:
-        Path of the HTML file.
-    """
+    """Write `tables.md` and the HTML page into `out`; return the path of the page."""
     write_text(out / "tables.md", page.markdown())
     path = out / html_name
     write_text(path, page.html())

@@ -72,7 +72,7 @@ def tables(report: Mapping[str, Any]) -> dict[str, Rows]:
             + [m["tokens_per_s"]["value"]]
             for m in report["bench"]["methods"]
         ]
-        columns = ("drafter", "decoder", "tau", "low", "high")
+        columns: tuple[str, ...] = ("drafter", "decoder", "tau", "low", "high")
         columns += ("speedup", "speedup_low", "speedup_high", "tokens_per_s")
         found["decoding"] = (columns, rows)
     return found

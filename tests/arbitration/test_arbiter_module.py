@@ -17,8 +17,9 @@ from torch import Tensor
 import certdraft
 from certdraft.arbitration import (
     FEATURES,
+    Arbiter,
+    ArbitrationEnv,
     ArbitrationSettings,
-    Court,
     Lockstep,
     Problem,
     branch_labels,
@@ -79,13 +80,13 @@ class Digits:
         return ["".join(str(token) for token in text if token) for text in texts]
 
 
-def two_mismatches(wanted: tuple[int, int], length: int = 3) -> tuple[Court, list[Problem]]:
+def two_mismatches(wanted: tuple[int, int], length: int = 3) -> tuple[ArbitrationEnv, list[Problem]]:
     """Target says 1 1 end, drafter 2 2 end; the right answer is one of the four combinations."""
     answer = "".join(str(1 + branch) for branch in wanted)
     target = Table(lambda text: 1 if len(text) < length else 0)
     drafter = Table(lambda text: 2 if len(text) < length else 0)
     settings = ArbitrationSettings(depth=4, max_new_tokens=4, look_ahead=True, texts_at_once=1 << 20)
-    return Court(target, drafter, Digits(), settings), [Problem("3", answer)]  # type: ignore[arg-type]
+    return ArbitrationEnv(target, drafter, Digits(), settings), [Problem("3", answer)]  # type: ignore[arg-type]
 
 
 # ---- reinforcement learning, by enumeration (F4)
@@ -105,7 +106,7 @@ class ByPlace(torch.nn.Module):
 
 @pytest.mark.parametrize("wanted", [(1, 1), (0, 1)])
 def test_policy_gradient_is_the_enumerated_one(wanted: tuple[int, int]) -> None:
-    court, problems = two_mismatches(wanted)
+    env, problems = two_mismatches(wanted)
     policy = ByPlace()
     paths = list(itertools.product((0, 1), repeat=2))
 
@@ -117,7 +118,7 @@ def test_policy_gradient_is_the_enumerated_one(wanted: tuple[int, int]) -> None:
     assert float(sum(mass(path).detach() for path in paths)) == pytest.approx(1.0)
     (exact,) = torch.autograd.grad(expected, policy.weight)
     copies = 40_000
-    drawn = court.write(problems, policy, copies=copies, threshold=None)
+    drawn = env.write(problems, policy, copies=copies, threshold=None)
     assert abs(float(drawn.right.float().mean()) - float(expected.detach())) < 5e-3
     rewards = text_rewards(drawn, RewardSettings(0.0, 0.0, 0.0), 4)
     advantages = group_advantages(rewards.view(1, -1)).flatten()
@@ -138,10 +139,10 @@ def test_groups_without_a_difference_teach_nothing() -> None:
 
 
 def test_rewards_are_what_they_say() -> None:
-    court, problems = two_mismatches((1, 1))
-    judged = court.write(problems, lambda f: torch.ones(len(f)))
-    assert judged.rollouts.tokens == [[2, 2, 0]]
-    reward = text_rewards(judged, RewardSettings(speed=0.1, override_cost=0.25), depth=4)
+    env, problems = two_mismatches((1, 1))
+    verified = env.write(problems, lambda f: torch.ones(len(f)))
+    assert verified.rollouts.tokens == [[2, 2, 0]]
+    reward = text_rewards(verified, RewardSettings(speed=0.1, override_cost=0.25), depth=4)
     assert float(reward) == pytest.approx(1 + 0.1 * 3 / 5 - 0.25)
 
 
@@ -159,9 +160,9 @@ def test_entropy_bonus_is_the_entropy_of_a_coin() -> None:
 
 def test_branch_labels_are_the_branch_that_is_right() -> None:
     """The right text is 1 2: the draft token is wrong at the first mismatch and right at the second."""
-    court, problems = two_mismatches((0, 1))
+    env, problems = two_mismatches((0, 1))
     torch.manual_seed(0)
-    features, labels = branch_labels(court, problems * 64, lambda f: torch.zeros(len(f)), copies=2)
+    features, labels = branch_labels(env, problems * 64, lambda f: torch.zeros(len(f)), copies=2)
     place = features[:, FEATURES.index("committed")] > 0
     # the first decision is only told apart when the second is then made rightly, which strict odds do not do
     assert labels[place].all()
@@ -170,28 +171,28 @@ def test_branch_labels_are_the_branch_that_is_right() -> None:
 
 def test_any_path_finds_what_one_path_finds() -> None:
     for wanted in itertools.product((0, 1), repeat=2):
-        court, problems = two_mismatches(wanted)
-        assert court.any_path(problems)[0].tolist() == [True]
-    court, _ = two_mismatches((0, 0))
+        env, problems = two_mismatches(wanted)
+        assert env.any_path(problems)[0].tolist() == [True]
+    env, _ = two_mismatches((0, 0))
     hopeless = [Problem("3", "33")]
-    assert court.any_path(hopeless) == (torch.tensor([False]), 0)
-    right, cut = court.any_path(hopeless, max_paths=3)
+    assert env.any_path(hopeless) == (torch.tensor([False]), 0)
+    right, cut = env.any_path(hopeless, max_paths=3)
     assert (right.tolist(), cut) == ([False], 1)
 
 
 def test_every_path_is_written_once() -> None:
-    court, _ = two_mismatches((0, 0), length=5)
+    env, _ = two_mismatches((0, 0), length=5)
     texts: list[tuple[int, ...]] = []
-    write = court.write
+    write = env.write
 
     def remember(*args: Any, **settings: Any) -> Any:
-        judged = write(*args, **settings)
-        texts.extend(map(tuple, judged.rollouts.tokens))
-        return judged
+        verified = write(*args, **settings)
+        texts.extend(map(tuple, verified.rollouts.tokens))
+        return verified
 
-    court.write = remember  # type: ignore[method-assign]
-    court.settings = ArbitrationSettings(depth=2, max_new_tokens=8, look_ahead=True)
-    court.any_path([Problem("3", "9")])
+    env.write = remember  # type: ignore[method-assign]
+    env.settings = ArbitrationSettings(depth=2, max_new_tokens=8, look_ahead=True)
+    env.any_path([Problem("3", "9")])
     assert len(texts) == len(set(texts)) == 2**4
 
 
@@ -199,8 +200,8 @@ def test_overrides_are_counted_by_what_they_did() -> None:
     """Right is 2 2: both overrides are needed; right is 1 1: turning one of two round is not enough."""
     always = lambda f: torch.ones(len(f))  # noqa: E731
     for wanted, effects in {(1, 1): (2, 0, 0), (0, 1): (0, 1, 1), (0, 0): (0, 0, 2)}.items():
-        court, problems = two_mismatches(wanted)
-        result = measure_arbitration(court, always, problems * 3, problems)
+        env, problems = two_mismatches(wanted)
+        result = measure_arbitration(env, always, problems * 3, problems)
         policy = result.arms["policy"]
         assert (policy.beneficial, policy.harmful, policy.neutral) == tuple(3 * e for e in effects)
         assert result.any_path.all()
@@ -286,6 +287,32 @@ def test_a_run_leaves_a_policy_and_resumes(
         assert torch.equal(value, resumed["state_dict"][name]), name
 
 
+def test_a_policy_carries_what_arbitrate_needs(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models, look-ahead, depth and length are those of the training unless they are given."""
+    main(arguments(pair, tmp_path, 2))
+    policy, out = tmp_path / "exported", tmp_path / "out.json"
+    assert load_policy(policy).texts["look_ahead"] is True
+    command = ["arbitrate", "--policy", str(policy), "--out", str(out), "--max_problems", "6"]
+    main([*command, "--max_paths", "2"])
+    found = json.loads(out.read_text())
+    assert found["texts"] == load_policy(policy).texts
+    assert (found["target"], found["drafter"]) == (str(pair / "target"), str(pair / "drafter"))
+    assert "policy" in capsys.readouterr().out
+    assert Arbiter(load_policy(policy)).look_ahead
+    assert not Arbiter(load_policy(policy), look_ahead=False).look_ahead
+    assert not Arbiter(never).look_ahead
+    main([*command, "--max_paths", "2", "--texts.look_ahead", "false", "--texts.max_new_tokens", "6"])
+    assert "look_ahead True there, False here" in capsys.readouterr().err
+    facts = json.loads((policy / "policy.json").read_text())
+    del facts["target"]
+    (policy / "policy.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "give --target and --drafter" in capsys.readouterr().err
+
+
 def test_a_pair_that_does_not_fit_is_refused(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +331,7 @@ def test_a_group_of_one_is_refused(pair: Path, tmp_path: Path, capsys: pytest.Ca
 # ---- what is learned (F2, F3), on models that take no training
 
 
-def planted(noisy: bool) -> tuple[Court, list[Problem]]:
+def planted(noisy: bool) -> tuple[ArbitrationEnv, list[Problem]]:
     """Answers of two digits. The target is sure of odd places' digits; the drafter is, where it can help.
 
     Complementary: the drafter is right, and sure, where the target is wrong and unsure. Null: the drafter is
@@ -335,22 +362,22 @@ def planted(noisy: bool) -> tuple[Court, list[Problem]]:
         for a in range(1, 8)
         for b in range(1, 8)
     ]
-    return Court(Mixed(False), Mixed(True), Digits(), settings), problems  # type: ignore[arg-type]
+    return ArbitrationEnv(Mixed(False), Mixed(True), Digits(), settings), problems  # type: ignore[arg-type]
 
 
-def learn(court: Court, problems: list[Problem], steps: int = 60) -> Any:
+def learn(env: ArbitrationEnv, problems: list[Problem], steps: int = 60) -> Any:
     from certdraft.arbitration import ArbiterPolicy
 
     torch.manual_seed(0)
     policy = ArbiterPolicy(8, -1.0)
-    policy.standardise(court.write(problems, never).rollouts.features)
+    policy.standardise(env.write(problems, never).rollouts.features)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.03)
     for step in range(steps):
         if step < steps // 3:
-            features, labels = branch_labels(court, problems, policy, copies=2)
+            features, labels = branch_labels(env, problems, policy, copies=2)
             loss = torch.nn.functional.binary_cross_entropy_with_logits(policy(features), labels.float())
         else:
-            drawn = court.write(problems, policy, copies=8, threshold=None)
+            drawn = env.write(problems, policy, copies=8, threshold=None)
             rewards = text_rewards(drawn, RewardSettings(), 2)
             advantages = group_advantages(rewards.view(-1, 8)).flatten()
             rollouts = drawn.rollouts
@@ -362,20 +389,20 @@ def learn(court: Court, problems: list[Problem], steps: int = 60) -> Any:
 
 
 def test_training_finds_complementary_skill() -> None:
-    court, problems = planted(noisy=False)
-    policy = learn(court, problems)
-    target, ours = (court.write(problems, each).right.float().mean() for each in (never, policy))
+    env, problems = planted(noisy=False)
+    policy = learn(env, problems)
+    target, ours = (env.write(problems, each).right.float().mean() for each in (never, policy))
     assert target < 0.5
     assert ours == 1.0
 
 
 def test_training_leaves_the_target_alone_where_there_is_nothing_to_gain() -> None:
-    court, problems = planted(noisy=True)
-    target = court.write(problems, never)
-    judged = court.write(problems, learn(court, problems))
-    assert judged.rollouts.mismatches.sum() >= 12
-    assert judged.rollouts.overrides.sum() == 0
-    assert judged.right.tolist() == target.right.tolist()
+    env, problems = planted(noisy=True)
+    target = env.write(problems, never)
+    verified = env.write(problems, learn(env, problems))
+    assert verified.rollouts.mismatches.sum() >= 12
+    assert verified.rollouts.overrides.sum() == 0
+    assert verified.right.tolist() == target.right.tolist()
 
 
 def test_lockstep_pads_on_the_left_without_a_trace() -> None:

@@ -74,7 +74,7 @@ def test_the_usual_shapes_load(write) -> None:
         ({"prompt": "1+1="}, "'answer' must be a text"),
         ({"prompt": "1+1=", "anser": "2"}, "did you mean 'answer'"),
         ({"prompt": "1+1=", "answer": "2", "check": "eval"}, "none of"),
-        ({**HUMANEVAL, "entry_point": "a); import os"}, "no Python name"),
+        ({**HUMANEVAL, "entry_point": "a); import os"}, "not a Python name"),
         ({**MBPP, "test_list": []}, "list of Python assertions"),
         ("", "no problem in it"),
     ],
@@ -139,6 +139,16 @@ def test_expressions(response: str, right: bool) -> None:
     assert verify(Problem("make 24:", "4 * 6", "expression"), response) is right
 
 
+@pytest.mark.parametrize("wanted", ["24", "[24]", "{'a': (24,)}"])
+def test_an_object_that_equals_everything_is_not_an_answer(wanted: str) -> None:
+    same = "type('Same', (), {'__eq__': lambda s, o: True, '__hash__': lambda s: 0})()"
+    subclass = "type('Int', (int,), {'__sub__': lambda s, o: 0, '__eq__': lambda s, o: True})(0)"
+    problem = Problem("make it:", wanted, "expression")
+    assert verify(problem, wanted)
+    for fake in (same, subclass):
+        assert not verify(problem, wanted.replace("24", fake))
+
+
 def test_programs_pass_their_tests_or_not(write) -> None:
     human, mbpp = load_problems(write(HUMANEVAL, MBPP))
     responses = {
@@ -201,6 +211,46 @@ def test_a_program_sees_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None
     assert "CERTDRAFT_SECRET" not in seen.output
     assert seen.output.startswith(("[]", "['LC_CTYPE']")), (seen, environment)
     assert "[] ['program']" in seen.output
+
+
+def test_no_frame_holds_the_end_mark() -> None:
+    """A program that prints every text of every frame around it, and then leaves, has not run to its end."""
+    program = """
+import os, sys
+frame = sys._getframe()
+while frame:
+    for value in frame.f_locals.values():
+        if isinstance(value, (str, bytes)) and len(value) == 32:
+            print(value, flush=True)
+    frame = frame.f_back
+os._exit(0)
+"""
+    outcome = run_python(program)
+    assert (outcome.status, outcome.output) == ("error", "")
+
+
+def test_a_process_that_left_the_session_is_killed() -> None:
+    program = """
+import os, time
+read, write = os.pipe()
+if not os.fork():
+    os.setsid()
+    if not os.fork():
+        os.write(write, str(os.getpid()).encode())
+        time.sleep(60)
+    os._exit(0)
+print(os.read(read, 20).decode())
+"""
+    outcome = run_python(program, timeout_s=20)
+    if outcome.status == "error":
+        assert "Resource temporarily unavailable" in outcome.detail  # forking is limited here
+        return
+    stat = Path(f"/proc/{outcome.output}/stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"process {outcome.output} still runs")
 
 
 def test_nothing_is_left_behind() -> None:

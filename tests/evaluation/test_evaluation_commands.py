@@ -13,7 +13,7 @@ import certdraft
 from certdraft.data import Corpus, Generation, Prompts, embedded_target_path, load_tokenizer, open_trace
 from certdraft.drafters import CardFacts, CausalDrafter, export
 from certdraft.evaluation import CertifyProtocol, commands, run_certify, run_evaluate
-from certdraft.evaluation.loading import load_checked
+from certdraft.evaluation.loading import StageProgress, load_checked
 from certdraft.evaluation.measure import bench
 from certdraft.support import sha256_of
 from certdraft.train.commands.cli import main
@@ -89,6 +89,24 @@ def test_evaluate_runs_an_exported_drafter(certified: Path, drafter: Path, tmp_p
     assert data["bench"]["changed_texts"] == 0
     assert data["drafters"]["fresh"]["lengths"]["chain(depth=4)"]["tau"]["value"] < 2
     assert {"sha-256 of drafter fresh", "sha-256 of trace.json", "command"} <= set(data["provenance"])
+
+
+def test_progress_shows_stage_after_stage_in_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Output to a file: a line at most every ten seconds, and none for what takes less."""
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr("certdraft.support.progress.time.monotonic", lambda: next(clock))
+    with StageProgress() as progress:
+        for done in range(5):
+            progress("acceptance", done, 8)
+        for done in (3, 6):
+            progress("replay", done, 6)
+        progress("decode", 0, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" steps")[0] for line in lines] == [
+        "acceptance: 2/8", "acceptance: 4/8", "replay: 6/6"
+    ]  # fmt: skip
 
 
 def test_a_drafters_own_training_trace_is_refused(certified: Path, drafter: Path, tmp_path: Path) -> None:

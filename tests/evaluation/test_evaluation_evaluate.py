@@ -285,6 +285,15 @@ def test_the_tile_counts_certified_positions(report: EvaluationReport, tmp_path:
     assert f"certified steps rejected, of {certified:,} certified" in page.replace("\u202f", ",")
 
 
+def test_names_bring_no_html_into_the_tables(report: EvaluationReport, tmp_path: Path) -> None:
+    data = {**report.data, "drafters": {"<script>x</script>": report.data["drafters"]["noisy"]}}
+    write_evaluation(EvaluationReport({**data, "comparisons": []}), tmp_path, {})
+    tables = (tmp_path / "tables.md").read_text()
+    assert "<script" not in tables
+    assert "&lt;script" in tables
+    assert "margin < 0.1" in tables
+
+
 def test_bad_requests_are_refused(trace: Rows, drafters: dict[str, CausalDrafter]) -> None:
     with pytest.raises(ValueError, match="at least one drafter"):
         evaluate({}, trace)
