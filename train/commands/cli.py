@@ -44,7 +44,6 @@ COMMANDS = {
     "fit": Command(TRAINER, "train a drafter (LightningCLI)"),
     "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)"),
     "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)"),
-    "predict": Command(TRAINER, "run a LightningModule over data (LightningCLI)"),
     "sweep": Command("certdraft.train.commands.sweep:sweep", "run a W&B sweep file here, without W&B"),
     "reproduce": Command(
         "certdraft.train.commands.reproduce:reproduce", "run a run again, and compare the weights"

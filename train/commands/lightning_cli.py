@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: LightningCLI with strict parsing, run folders and exact resuming."""
+"""fit, validate and test: LightningCLI with strict parsing, run folders and exact resuming."""
 
 from __future__ import annotations
 
