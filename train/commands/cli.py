@@ -75,7 +75,12 @@ _ENVIRONMENT = {
     # What Lightning's command line does in a way that jsonargparse would like to see changed.
     "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
 }  # fmt: skip
-_LIBRARY_ERRORS = {"MisconfigurationException", "SafetensorError"}  # by name: importing them costs seconds
+_LIBRARY_ERRORS = {
+    "MisconfigurationException",
+    "SafetensorError",
+    "UsageError",
+    "AuthenticationError",
+}  # by name: importing them costs seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -199,6 +204,8 @@ def _paragraph(error: Exception) -> str:
         return f"no space left on the disk{where}; free some and run the same command again"
     if isinstance(error, FileNotFoundError) and error.filename and error.errno is not None:
         return f"no such file or folder: {error.filename}"
+    if type(error).__module__.startswith("wandb") and "key" in str(error).lower():
+        return "W&B has no API key: `wandb login`, or keep the run on this machine with WANDB_MODE=offline"
     if str(error).startswith("Does not validate against any"):  # an error of a constructor, wrapped
         from certdraft.train.commands.parser import explain
 
