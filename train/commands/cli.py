@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from certdraft import __version__
+from certdraft.train.commands.help_cache import show_help
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args[0]
     if name not in COMMANDS:
         raise SystemExit(_unknown(prog, name))
-    guard(lambda: _load(COMMANDS[name])(name, args[1:], f"{prog} {name}"), f"{prog} {name}")
+    label = f"{prog} {name}"
+
+    def act() -> None:
+        _load(COMMANDS[name])(name, args[1:], label)
+
+    if args[1:] in (["-h"], ["--help"]):
+        show_help(label, lambda: guard(act, label))
+        raise SystemExit(0)
+    guard(act, label)
 
 
 def captured(args: Sequence[str]) -> tuple[int, str, str]:

@@ -160,6 +160,11 @@ class CertdraftCLI(LightningCLI):
 
 def run(name: str, args: list[str], prog: str) -> None:
     """Runs one of the Trainer's commands with arguments as typed."""
+    if not args:
+        raise ValueError(
+            f"no settings; give a config, as in `{prog} --config configs/demo.yaml` (all options: "
+            f"{prog} --help)"
+        )
     _quieten()
     check_syntax(args)
     skipped = CertdraftCLI.subcommands()[name]

@@ -71,7 +71,7 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def check_syntax(args: Sequence[str]) -> None:
-    """Reads every `--config` file once, because the parser's own message does not name the file.
+    """Read every YAML file named on the command line once: the parser's own message does not name the file.
 
     Raises:
         ValueError: a file is no YAML; names file, line and column.
@@ -79,7 +79,8 @@ def check_syntax(args: Sequence[str]) -> None:
     for flag, value in zip(args, [*args[1:], ""], strict=False):
         name, _, attached = flag.partition("=")
         path = Path(attached or value)
-        if name not in ("-c", "--config") or not path.is_file():
+        named = name in ("-c", "--config") or path.suffix in (".yaml", ".yml")
+        if not name.startswith("-") or not named or not path.is_file():
             continue
         try:
             yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -135,6 +136,7 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     several = " or ".join(
         dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
     )
+    several = several.replace("<class 'dict'>", "a mapping, as in '{name: value}'")
     return where + (f"expected {several}" if complaint.startswith("Expected a ") else several)
 
 
