@@ -96,7 +96,7 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     """The deepest complaint in a jsonargparse message, on one line, with the nearest legal name.
 
     Args:
-        message: what jsonargparse said.
+        message: of jsonargparse.
         keys: dotted names that are legal at the top level.
 
     Examples:
@@ -142,7 +142,7 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
 
 def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
     if owner is None:
-        names, said, option = [f"--{key}" for key in keys], f"unrecognized option '--{option}'", f"--{option}"
+        names, text, option = [f"--{key}" for key in keys], f"unrecognized option '--{option}'", f"--{option}"
     else:
         module, _, name = owner.rpartition(".")
         taker: Any = getattr(import_module(module), name)
@@ -152,11 +152,11 @@ def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
                 option = parent
                 break
             taker = _annotation(taker, parent)
-        names, said = _arguments(taker), f"{getattr(taker, '__name__', name)} has no option {option!r}"
+        names, text = _arguments(taker), f"{getattr(taker, '__name__', name)} has no option {option!r}"
     near = get_close_matches(option, names, n=1, cutoff=0.6)
     if near:
-        return f"{said}; did you mean {near[0]!r}?"
-    return f"{said}; it has {', '.join(names)}" if owner and names else said
+        return f"{text}; did you mean {near[0]!r}?"
+    return f"{text}; it has {', '.join(names)}" if owner and names else text
 
 
 def _annotation(taker: Any, argument: str) -> Any:
@@ -174,7 +174,7 @@ def _arguments(taker: Any) -> list[str]:
 
 
 def _no_class(name: str) -> str:
-    """`name` is no class that can be imported: suggest one of ours."""
+    """Complaint about a class that cannot be imported, with the nearest of this package's."""
     classes = {
         value.__name__
         for path, module in list(sys.modules.items())
