@@ -42,8 +42,8 @@ class CertdraftCLI(LightningCLI):
     """LightningCLI with run folders and exact resuming.
 
     `--name` and `--runs_dir` decide the run's folder; `--ckpt_path last` (or best) finds the newest
-    checkpoint of that name and goes on in its folder; settings that differ from the checkpoint's are refused unless
-    `--allow_change` names them. Reseeding, checkpoints, metrics.csv and a progress bar are always on.
+    checkpoint of that name and goes on in its folder; settings that differ from the checkpoint's are refused
+    unless `--allow_change` names them. Reseeding, checkpoints, metrics.csv and a progress bar are always on.
     """
 
     locks: contextlib.ExitStack  # on the run's folder, until the command ends
