@@ -1,6 +1,6 @@
 # certdraft: every target does its own set-up in .venv, once. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow interop types docs format check clean
+.PHONY: help demo test faults test-slow interop types docs format check clean
 
 FOLDERS := arbitration certificates configs data decoding drafters evaluation losses support train
 VENV := .venv
@@ -23,6 +23,10 @@ demo: $(READY)  ## the whole promise on the embedded target: traces, two drafter
 
 test: $(READY)  ## every test that takes seconds (about 6 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -q -m "not slow and not gpu and not interop" $(PYTEST_FLAGS)
+
+faults: $(READY)  ## kills, full disks and damaged files: nothing is lost (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not interop" tests/train/runs \
+		tests/data/trace/test_data_faults.py $(PYTEST_FLAGS)
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_FLAGS)

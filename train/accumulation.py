@@ -1,8 +1,8 @@
-"""Every step of an optimiser step weighs alike, over ranks and over accumulated batches.
+"""Normalise the loss by the global count of token positions, over ranks and accumulated batches.
 
-Lightning averages the gradients of accumulated batches, so a step of a batch with few counted steps would
-weigh more than one of a full batch. Here each batch's mean is scaled to its sum, and before the optimiser
-steps the gradient is divided by the weight of all of them.
+Lightning averages the gradients of accumulated batches, so a token position of a batch with few of them in
+the loss mask would weigh more than one of a full batch. Here each batch's mean is scaled to its sum, and
+before the optimiser step the gradient is divided by the total weight.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Accumulation:
         self._counts: list[Tensor] = []
 
     def scaled(self, loss: Tensor, count: Tensor, size: int) -> Tensor:
-        """What to run backward.
+        """The loss to run backward.
 
         Args:
-            loss: mean of a batch over ranks and steps.
-            count: weight of its steps, the mean over ranks.
+            loss: mean of a batch over ranks and token positions.
+            count: weight of its token positions, the mean over ranks.
             size: batches of an optimiser step; nothing changes for 1.
         """
         if size == 1:
@@ -44,7 +44,7 @@ class Accumulation:
         return loss * self._counts[-1]
 
     def settle(self, parameters: Iterable[nn.Parameter], size: int) -> None:
-        """Makes the accumulated gradient that of the mean over all steps; call before clipping.
+        """Turn the accumulated gradient into that of the mean over all positions; call before clipping.
 
         Args:
             parameters: those with the gradient.
@@ -54,11 +54,11 @@ class Accumulation:
         if not counts:
             return
         total = sum(counts[1:], counts[0])
-        factor = size / total.clamp_min(1e-12)  # no counted step: the gradient is zero anyway
+        factor = size / total.clamp_min(1e-12)  # an empty loss mask: the gradient is zero anyway
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor.to(parameter.grad.dtype))
 
     def forget(self) -> None:
-        """Starts anew, as a resumed run does."""
+        """Drop what was accumulated, as a resumed run does."""
         self._counts = []

@@ -11,10 +11,10 @@ from certdraft.train.sharding import decoder_layers
 
 
 class CompileLayers(Callback):
-    """Compiles each decoder layer of the drafter before the first step.
+    """Compile each decoder layer of the drafter before the first step.
 
     Layer by layer, because equal layers share one compilation, and because losses, masks and packing change
-    shape from batch to batch. Checkpoints are not affected.
+    shape from batch to batch. Checkpoints do not change.
 
     Args:
         backend: of torch.compile.
@@ -25,7 +25,7 @@ class CompileLayers(Callback):
         self.backend, self.dynamic = backend, dynamic
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compiles, once the network is made and spread over its devices.
+        """Compile the layers, once the network is built and on its devices.
 
         Raises:
             ValueError: the drafter has no decoder layers of a transformers model.

@@ -1,6 +1,6 @@
 """DrafterModule: a drafter, a target and a loss under the Lightning Trainer.
 
-Axis letters: H hidden · N counted drafts · V vocabulary.
+Axis letters: H hidden · N draft positions in the loss mask · V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from certdraft.train.drafter_setup import fit_to_target
 from certdraft.train.optim import OptimizerSettings
 from certdraft.train.restricted_target import DraftVocabulary
 from certdraft.train.sharding import shard
-from certdraft.train.target_outputs import Online, Said, TargetSettings, recorded
+from certdraft.train.target_outputs import Online, TargetOutputs, TargetSettings, recorded
 from certdraft.train.validation import ValidationSettings, ValidationSums, first_choice
 
 _ENTRIES_PER_CHUNK = 1 << 23  # of validation logits held at once
 
 
 class DrafterModule(pl.LightningModule):
-    """Trains a drafter on what a target says.
+    """Train a drafter on the distributions of a target.
 
-    The target is a trace (its head comes with every batch) or a model that is run beside the drafter. Only
+    The target is a trace (its top-k logits come with every batch) or a model run beside the drafter. Only
     trainable weights enter checkpoints: with LoRA the adapters, and the base is loaded again on resuming.
 
     Args:
         drafter: the model that is trained.
-        loss: per-step loss; when not given the mixture that covers best in benchmarks/study.
+        loss: loss per token position; when not given the mixture that covers best in benchmarks/study.
         optimizer: learning rate, its schedule, weight decay.
         target: a model to run in the training step; a trace is read when not given.
         validation: which metrics are reported.
-        chunk_tokens: steps whose logits exist at once; chosen by vocabulary and device when not given, 0 for
-            all of them.
-        step_weights: how much each step counts; all alike when not given.
+        chunk_tokens: token positions whose logits exist at once; chosen by vocabulary and device when not
+            given, 0 for all of them.
+        step_weights: weight of each token position; all equal when not given.
     """
 
     def __init__(
@@ -73,14 +73,15 @@ class DrafterModule(pl.LightningModule):
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
         self.step_weights = step_weights
         self._nll = Chunked((step_weights or StepWeights()).nll_loss, "none", chunk_tokens or None)
-        # A plain object: the frozen target is no submodule, so it is in no checkpoint and no wrapper.
+        # A plain object, not a submodule: the frozen target is in no checkpoint and no wrapper.
         self.online = None if target is None else Online(target)
         self.vocabulary: DraftVocabulary | None = None
         self._layers: Sequence[int] = ()  # whose outputs the trace holds
         self._sums: ValidationSums | None = None
         self._accumulation = Accumulation()
+        self._gradients_checked = False
 
-    # ---- steps
+    # ---- training
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         progress = self.global_step / max(self.trainer.max_steps, 1)
@@ -88,8 +89,8 @@ class DrafterModule(pl.LightningModule):
         self.drafter.at(progress)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        paths, said = self._paths(batch)
-        hidden, target = paths.hidden[paths.mask], said.at(paths.steps[paths.mask])
+        paths, outputs = self._paths(batch)
+        hidden, target = paths.hidden[paths.mask], outputs.at(paths.steps[paths.mask])
         weight: Any = self.drafter.head_weight if self.chunked is not None or self.vocabulary else None
         if self.vocabulary is not None:
             target = self.vocabulary.target(target)
@@ -101,7 +102,7 @@ class DrafterModule(pl.LightningModule):
         else:
             per_step = self.loss(self._logits(hidden, weight, target), target[:])
             loss = reduce(per_step, weight=step_weight, denominator=total)
-        # A log call costs milliseconds, so none is made whose value nobody writes down.
+        # A log call costs milliseconds, so only values that are written are logged.
         if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1, sync_dist=several)
@@ -109,21 +110,60 @@ class DrafterModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._accumulation.settle(self.parameters(), self.trainer.accumulate_grad_batches)
+        if not self._gradients_checked:
+            self._gradients_checked = True
+            self._check_gradients()
 
     def on_train_start(self) -> None:
         self._accumulation.forget()
+        self._multiply_fp32("high")
+
+    def configure_optimizers(self) -> Any:
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        return self.optimizer_settings.build(self, self.trainer.max_steps, fused=fused)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip here, because Lightning refuses to clip for a fused optimiser under any mixed precision."""
+        if not gradient_clip_val:
+            return
+        value = gradient_clip_algorithm == "value"
+        clip = torch.nn.utils.clip_grad_value_ if value else torch.nn.utils.clip_grad_norm_
+        clip(self.parameters(), gradient_clip_val)
+
+    def _check_gradients(self) -> None:
+        named = self.named_parameters()
+        idle = [name for name, weight in named if weight.requires_grad and weight.grad is None]
+        if idle:
+            raise ValueError(
+                f"{len(idle)} trainable weights get no gradient, {idle[0]} for one: the loss does not depend "
+                "on them, so they would never move. Freeze them; a LoRA adapter, take its module out of "
+                "lora.target_modules (the loss reads the weight of lm_head without its adapter)"
+            )
+
+    def _multiply_fp32(self, precision: str) -> None:
+        """fp32 matrix products on CUDA: TF32 while training, full precision where metrics are computed."""
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision(precision)
+
+    # ---- validation and test
 
     def on_validation_epoch_start(self) -> None:
+        self._multiply_fp32("highest")
         self._sums = ValidationSums(self.validation_settings, self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self._sums is not None
-        paths, said = self._paths(batch, depth=self.validation_settings.depth, every=True)
+        paths, outputs = self._paths(batch, depth=self.validation_settings.depth, every=True)
         hits = torch.zeros(paths.mask.shape, dtype=torch.bool, device=self.device)
         size = max(1, _ENTRIES_PER_CHUNK // self.drafter.vocab_size)
         for depth, inside in enumerate(paths.mask.T):
             for index in inside.nonzero().squeeze(-1).split(size):
-                target = said.at(paths.steps[index, depth])[:]
+                target = outputs.at(paths.steps[index, depth])[:]
                 logits = self.drafter.head(paths.hidden[index, depth])
                 if depth == 0:
                     hits[index, 0] = self._sums.add_steps(logits, target.head, target.logp, self.vocabulary)
@@ -135,12 +175,8 @@ class DrafterModule(pl.LightningModule):
         self._sums.add_rounds(counted, segments)
 
     def on_validation_epoch_end(self) -> None:
-        assert self._sums is not None
-        metrics = self._sums.metrics(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, batch_size=1, sync_dist=True)
-        self._sums = None
+        self._log_sums("val")
 
-    # The test split reports the same numbers, under the same names.
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
 
@@ -148,10 +184,17 @@ class DrafterModule(pl.LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
+        self._log_sums("test")
 
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_settings.build(self, self.trainer.max_steps)
+    def _log_sums(self, split: str) -> None:
+        assert self._sums is not None
+        metrics = self._sums.metrics(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        values = {f"{split}/{name}": value for name, value in metrics.items()}
+        self.log_dict(values, batch_size=1, sync_dist=True)
+        self._sums = None
+        self._multiply_fp32("high")
+
+    # ---- drafter and target at the positions of the loss mask
 
     @torch.no_grad()
     def _step_weight(
@@ -182,36 +225,47 @@ class DrafterModule(pl.LightningModule):
         return target.pad(logits) if isinstance(target, TargetBatch) else logits
 
     def _mean_count(self, steps: int | Tensor) -> Tensor:
-        """Counted steps (their weight) per rank: averaged gradients weigh the global batch's steps alike."""
+        """Mean count (weight) of token positions over ranks: normalises by the global count."""
         count = torch.as_tensor(steps, dtype=torch.float32, device=self.device)
         return self.trainer.strategy.reduce(count, reduce_op="mean") if self.trainer.world_size > 1 else count
 
-    # ---- both models at the counted steps
-
-    def _paths(self, batch: Batch, depth: int | None = None, every: bool = False) -> tuple[Paths, Said]:
-        """The drafter's rounds along a batch, and what the target says about it."""
+    def _paths(
+        self, batch: Batch, depth: int | None = None, every: bool = False
+    ) -> tuple[Paths, TargetOutputs]:
+        """The drafter's rounds along a batch, and the target's outputs for it."""
         taps = self.drafter.taps
-        said = recorded(batch, taps, self._layers) if self.online is None else self.online.read(batch, taps)
+        outputs = (
+            recorded(batch, taps, self._layers) if self.online is None else self.online.read(batch, taps)
+        )
         paths = self.drafter.paths(
             batch.input_ids,
             batch.position_ids,
             batch.document_ids,
             batch.loss_mask,
-            said.features,
+            outputs.features,
             depth,
             every,
         )
         if self.vocabulary is not None and not every:
             # What the drafter cannot propose is always rejected: the round ends there.
             held = torch.zeros_like(paths.mask)
-            held[paths.mask] = self.vocabulary.proposable(said.at(paths.steps[paths.mask]))
+            held[paths.mask] = self.vocabulary.proposable(outputs.at(paths.steps[paths.mask]))
             paths = paths._replace(mask=held.cumprod(-1).bool())
-        return paths, said
+        return paths, outputs
 
     # ---- set-up and checkpoints
 
     def setup(self, stage: str) -> None:
-        """Fits the drafter to the target's vocabulary; refuses another one, or another tokenizer."""
+        """Build the drafter for the target; refuse another vocabulary, another tokenizer or half precision.
+
+        Raises:
+            ValueError: drafter, target, data or precision do not fit together.
+        """
+        if str(self.trainer.precision) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: most updates of half-precision weights are "
+                "rounded away. Use bf16-mixed (or 16-mixed), which keeps fp32 weights"
+            )
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         datamodule = getattr(self.trainer, "datamodule", None)
         fit_to_target(self.drafter, self.online, datamodule, seed)
@@ -226,7 +280,7 @@ class DrafterModule(pl.LightningModule):
             self.online.to(self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
-        """Shards the drafter under `ModelParallelStrategy` (FSDP2)."""
+        """Shard the drafter under `ModelParallelStrategy` (FSDP2)."""
         if self.device_mesh is not None:
             shard(self.drafter, self.device_mesh)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How weights move.
+    """AdamW and its learning-rate schedule.
 
     Args:
         lr: peak learning rate.
@@ -52,11 +52,11 @@ class OptimizerSettings:
         left = 1.0 - done if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
         return self.final_lr + (1.0 - self.final_lr) * left
 
-    def build(self, module: nn.Module, max_steps: int) -> dict[str, Any]:
-        """What `configure_optimizers` returns, for the trainable parameters of a module.
+    def build(self, module: nn.Module, max_steps: int, fused: bool = False) -> dict[str, Any]:
+        """The return value of `configure_optimizers` for the trainable parameters of a module.
 
         Raises:
-            ValueError: the run has no length, or nothing is trainable.
+            ValueError: the run has no length, nothing is trainable, or trainable weights are not fp32.
         """
         if max_steps <= 0:
             raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
@@ -64,6 +64,13 @@ class OptimizerSettings:
         trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("the drafter has no trainable parameter; check its LoRA target modules")
+        half = [n for n, p in module.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
+        if half:
+            raise ValueError(
+                f"{len(half)} trainable weights are in half precision, {half[0]} for one: AdamW's updates "
+                "are smaller than their rounding, so weights near 1, as of norms, would never move. Leave "
+                "the drafter's dtype at float32 and set trainer.precision: bf16-mixed, which is as fast"
+            )
         decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
         kept = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
         groups = [
@@ -71,7 +78,8 @@ class OptimizerSettings:
             {"params": kept, "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=self.lr, betas=self.betas, eps=self.eps
-        )
+            [group for group in groups if group["params"]],
+            lr=self.lr, betas=self.betas, eps=self.eps, fused=fused or None,
+        )  # fmt: skip
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

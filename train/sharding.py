@@ -10,13 +10,13 @@ from certdraft.drafters import Drafter
 
 
 def shard(drafter: Drafter, mesh: DeviceMesh) -> None:
-    """Shards a drafter over the devices of `mesh`, in place: each decoder layer apart, then the rest.
+    """Shard a drafter over the devices of `mesh`, in place: each decoder layer by itself, then the rest.
 
     Layers are gathered when they run. Embeddings, norm and head stay gathered from `paths` until the end of
     the backward pass, because losses read the head's weight itself.
 
     Args:
-        drafter: with its network; nothing happens the second time.
+        drafter: with its network; sharded only once.
         mesh: of Lightning's `ModelParallelStrategy`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pre-training of a small target from scratch: how the embedded default was made."""
+"""Pre-training of a small target from scratch, as of the embedded one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class TargetModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Writes `export_dir`."""
+        """Write `export_dir`."""
         if self.export_dir is None or not self.trainer.is_global_zero:
             return
         datamodule: Any = getattr(self.trainer, "datamodule", None)

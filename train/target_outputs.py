@@ -1,6 +1,6 @@
-"""What the target says about a batch, read from its trace or from the model run beside the drafter.
+"""Target logits and hidden states for a batch, from a trace or from a model run beside the drafter.
 
-Axis letters: R rows · T tokens · L tapped layers · H hidden · N steps.
+Axis letters: R rows · T tokens · L aux layers · H hidden · N token positions.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from certdraft.support import HiddenStates
 
 @dataclass(frozen=True)
 class TargetSettings:
-    """Which model is the target, and how much of its distribution a step sees.
+    """Which model is the target, and how much of its distribution the loss gets.
 
     Args:
         name: "embedded", a local folder, or a hub name such as "Qwen/Qwen3-8B".
         revision: hub revision.
         dtype: dtype of its weights; logits are fp32 whatever it is.
-        num_kept: head entries per step.
-        full: also hand the loss the full distribution.
-        logits: false takes only the features from the running target, for drafters that read them; what it
-            says is then read from the trace, and its output layer is not run.
+        num_kept: most probable tokens kept per token position.
+        full: also give the loss the full distribution.
+        logits: false takes only hidden states from the running target, for drafters that read them; its
+            distributions then come from the trace, and its lm_head is not run.
     """
 
     name: str = "embedded"
@@ -43,7 +43,7 @@ class TargetSettings:
 
 
 class Online:
-    """The frozen target. No module: it must stay out of checkpoints, wrappers and train mode.
+    """The frozen target. Not an nn.Module, so that it stays out of checkpoints, wrappers and train mode.
 
     Args:
         settings: which model.
@@ -64,41 +64,41 @@ class Online:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def to(self, device: torch.device) -> None:
-        """Moves the target to where the drafter trains."""
+        """Move the target to where the drafter trains."""
         torch.nn.Module.to(self.model, device)
 
     @torch.no_grad()
-    def read(self, batch: Batch, taps: Sequence[int] = ()) -> Said:
-        """Runs the target over a batch, up to its last hidden states.
+    def read(self, batch: Batch, taps: Sequence[int] = ()) -> TargetOutputs:
+        """Run the target over a batch, up to its last hidden states.
 
         Without a cache, transformers keeps packed documents apart where positions restart.
 
         Args:
             batch: packed rows.
-            taps: layers whose outputs are wanted, 0-based.
+            taps: aux layers whose outputs are wanted, 0-based.
         """
         body: nn.Module = self.model.base_model
         with HiddenStates(body, taps).recorded() as states:
             output = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
             features = states.take() if taps else None
         if not self.settings.logits:
-            return Said(batch, features)
+            return TargetOutputs(batch, features)
         hidden = output.last_hidden_state.flatten(0, 1)
         head: Any = self.model.get_output_embeddings()
         target = OnlineTarget(
             hidden, head.weight, self.settings.num_kept, self.settings.full, bias=getattr(head, "bias", None)
         )
-        return Said(batch, features, target)
+        return TargetOutputs(batch, features, target)
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the target says about a batch.
+class TargetOutputs:
+    """Target distributions and hidden states for a batch.
 
     Args:
-        batch: what it is about.
-        features: outputs of the tapped layers, for drafters that read them.
-        online: the target at all steps, flattened; None: the batch's own head.
+        batch: packed rows.
+        features: outputs of the aux layers, for drafters that read them.
+        online: the running target at all token positions, flattened; None: the batch's recorded top-k logits.
     """
 
     batch: Batch
@@ -106,30 +106,32 @@ class Said:
     online: OnlineTarget | None = None
 
     def at(self, steps: Int[Tensor, " N"]) -> TargetBatch | OnlineTarget:
-        """The target at some of the flattened steps.
+        """The target at some of the flattened token positions.
 
         Raises:
-            ValueError: the batch holds no head, and no target was run.
+            ValueError: the batch holds no recorded logits, and no target was run.
         """
         batch = self.batch
         labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
         if self.online is not None:
             return replace(self.online, hidden=self.online.hidden[steps], next_ids=labels)
         if batch.head is None:
-            raise ValueError("the batches hold no head; give model.target, or data with recorded traces")
+            raise ValueError(
+                "the batches hold no target logits; give model.target, or data with recorded traces"
+            )
         num = batch.input_ids.shape[1]
         return TargetBatch(batch.head[steps // num, steps % num], next_ids=labels)
 
 
-def recorded(batch: Batch, taps: Sequence[int], layers: Sequence[int]) -> Said:
-    """What a trace says about a batch.
+def recorded(batch: Batch, taps: Sequence[int], layers: Sequence[int]) -> TargetOutputs:
+    """Target outputs for a batch as a trace holds them.
 
     Args:
-        batch: with the trace's head, and its features if `taps` are wanted.
-        taps: layers whose outputs are wanted.
+        batch: with the trace's top-k logits, and its features if `taps` are wanted.
+        taps: aux layers whose outputs are wanted.
         layers: those the trace holds.
     """
     if not taps or batch.features is None:
-        return Said(batch, None)
+        return TargetOutputs(batch, None)
     index = [list(layers).index(tap) for tap in taps]
-    return Said(batch, batch.features[:, :, index] if list(taps) != list(layers) else batch.features)
+    return TargetOutputs(batch, batch.features[:, :, index] if list(taps) != list(layers) else batch.features)

@@ -1,4 +1,4 @@
-"""Validation metrics of a drafter as sums over steps, so that batches and ranks simply add up."""
+"""Validation metrics of a drafter as sums over token positions, which batches and ranks add up."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from certdraft.train.restricted_target import DraftVocabulary
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """What validation reports.
+    """Which metrics validation reports.
 
     Args:
-        widths: m of every coverage@m, the share of steps whose greedy token is in the drafter's top-m.
-        low_margin: steps with a target margin below this are also counted apart.
+        widths: m of every coverage@m, the share of positions whose greedy token is in the drafter's top-m.
+        low_margin: positions with a target margin below this also have their own coverage.
         certified_width: m for the certified fraction and the low-margin coverage.
         depth: draft tokens a round of the chain whose acceptance length is expected.
     """
@@ -59,14 +59,14 @@ class ValidationSums:
         logp: Float[Tensor, "N V"] | None = None,
         vocabulary: DraftVocabulary | None = None,
     ) -> Bool[Tensor, " N"]:
-        """Counts some steps.
+        """Add some token positions.
 
         Args:
             logits: the drafter's, fp32.
-            head: the target at these steps.
+            head: the target's top-k probabilities there.
             logp: the target's full log-probabilities; without them KL is that of head and one bucket.
-            vocabulary: what the drafter can propose; its KL is then to the target renormalised over that,
-                since to the target itself it is infinite. Everything else is of the whole vocabulary.
+            vocabulary: the drafter's; KL is then to the target renormalised over it, since to the target
+                itself it is infinite. Everything else is of the whole vocabulary.
 
         Returns:
             Whether the target's greedy token is the drafter's first choice; a tie is a miss.
@@ -98,12 +98,13 @@ class ValidationSums:
         return rank == 1
 
     def add_rounds(self, hits: Bool[Tensor, "R T D"], segments: Int[Tensor, "R T"]) -> None:
-        """Counts the rounds of a chain along the trace.
+        """Add the rounds of a chain along the trace.
 
         Args:
             hits: whether the draft at each depth of the round from each step is the target's greedy token.
                 One depth: the drafter's first choice does not depend on the round it is in.
-            segments: document of every counted step, −1 elsewhere; each run of equal numbers is walked alone.
+            segments: document of every position in the loss mask, −1 elsewhere; each run of equal numbers is
+                one text.
         """
         tokens = rounds = 0
         for hit, segment in zip(hits.cpu().numpy(), segments.cpu().numpy(), strict=True):
@@ -118,7 +119,7 @@ class ValidationSums:
         self.sums[self.names.index("rounds")] += rounds
 
     def metrics(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """The metrics of everything added.
+        """Metrics of everything that was added.
 
         Args:
             total: adds the sums of all ranks.

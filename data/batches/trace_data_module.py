@@ -42,6 +42,8 @@ class TraceDataModule(pl.LightningDataModule):
         validation_rows: most corpus rows for a validation trace that `record` makes.
         feature_layers: target layers whose outputs to load; all that the trace holds when not given, none for
             an empty list.
+        test: folder of the trace that `certdraft test` measures on; when not given, `test` beside the
+            training trace, which `record` makes from the corpus split "test" if it does not exist.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TraceDataModule(pl.LightningDataModule):
         record: Recording | None = None,
         validation_rows: int | None = 256,
         feature_layers: list[int] | None = None,
+        test: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 < validation_fraction < 1:
@@ -66,6 +69,7 @@ class TraceDataModule(pl.LightningDataModule):
         self.num_kept, self.seed, self.verify = num_kept, seed, verify
         self.feature_layers = feature_layers
         self.record, self.validation_rows = record, validation_rows
+        self.test_path = test or str(Path(train).expanduser().parent / "test")
         self._opened = False
 
     # ---- Lightning hooks
@@ -78,6 +82,10 @@ class TraceDataModule(pl.LightningDataModule):
         if self.validation_path is not None:
             corpus = replace(self.record.corpus, split="validation", max_rows=self.validation_rows)
             _record_if_missing(self.validation_path, replace(self.record, corpus=corpus))
+        testing = self.trainer is not None and self.trainer.state.fn == "test"
+        if testing and not (Path(self.test_path).expanduser() / TRACE_FILE).exists():
+            corpus = replace(self.record.corpus, split="test", max_rows=self.validation_rows)
+            _record_if_missing(self.test_path, replace(self.record, corpus=corpus))
 
     def setup(self, stage: str | None = None) -> None:
         """Open and pack the traces, and print how many tokens there are."""
@@ -107,6 +115,18 @@ class TraceDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> ResumableLoader:
         """Validation rows, documents in their order, every one of them."""
         return self._loader(self.validation_trace, self.validation_packing, shuffle=False)
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Test rows, documents in their order, every one of them."""
+        if not (Path(self.test_path).expanduser() / TRACE_FILE).exists():
+            raise TraceError(
+                f"no test trace at {self.test_path}; name one with --data.test, recorded by `certdraft trace "
+                "--corpus.split test`"
+            )
+        trace = open_trace(self.test_path, self.verify)
+        trace.check_tokenizer(self.tokenizer_fingerprint, "the training trace's")
+        packing = self._pack(trace, np.arange(len(trace)), "test", in_order=True)
+        return self._loader(trace, packing, shuffle=False)
 
     @property
     def meta(self) -> TraceMeta:

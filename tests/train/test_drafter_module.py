@@ -187,7 +187,7 @@ def test_fit_learns_saves_and_describes_itself(
     assert resolved["model"]["init_args"]["optimizer"]["betas"] == [0.9, 0.95], "defaults are written out"
     assert "packages: certdraft" in (folder / "command.txt").read_text()
     said = capsys.readouterr().err
-    assert "step 40/40" in said
+    assert "training: 40/40 steps" in said
     assert "tokens/s" in said
 
     main(["validate", "--config", write(settings), "--ckpt_path", "best"])

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from certdraft import __version__
+from certdraft.train.commands.help_cache import show_help
 
 
 @dataclass(frozen=True)
@@ -30,58 +31,48 @@ class Command:
     summary: str
 
 
-TRAINER = "certdraft.train.commands.lightning_cli:run"
+_HERE = "certdraft.train.commands"
+_REPORT = "certdraft.evaluation.report"
+TRAINER = f"{_HERE}.lightning_cli:run"
 COMMANDS = {
-    "demo": Command("certdraft.train.commands.demo:demo", "all of it on the embedded target, in minutes"),
-    "doctor": Command(
-        "certdraft.train.commands.doctor:doctor", "what this machine has, and what stands in the way"
-    ),
-    "plan": Command(
-        "certdraft.train.plan.plan_command:plan", "memory, disk and time of a run, before it is started"
-    ),
+    "demo": Command(f"{_HERE}.demo:demo", "all of it on the embedded target, in minutes"),
+    "doctor": Command(f"{_HERE}.doctor:doctor", "what this machine has, and what stands in the way"),
+    "plan": Command("certdraft.train.plan.plan_command:plan", "memory, disk and time of a run, estimated"),
     "prompts": Command("certdraft.data:write_prompts", "prompts that an instruct model writes itself"),
-    "trace": Command("certdraft.data:record_trace", "record what a target says along its own greedy text"),
+    "trace": Command("certdraft.data:record_trace", "record a target's outputs along its greedy text"),
     "certify": Command("certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace"),
     "fit": Command(TRAINER, "train a drafter (LightningCLI)"),
     "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)"),
     "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)"),
-    "predict": Command(TRAINER, "run a LightningModule over data (LightningCLI)"),
-    "sweep": Command("certdraft.train.commands.sweep:sweep", "run a W&B sweep file here, without W&B"),
-    "reproduce": Command(
-        "certdraft.train.commands.reproduce:reproduce", "run a run again, and compare the weights"
-    ),
-    "export": Command(
-        "certdraft.train.commands.export_command:export_run", "a checkpoint as a folder that engines load"
-    ),
-    "lint": Command(
-        "certdraft.train.commands.export_command:lint", "check a folder before an engine reads it wrongly"
-    ),
+    "sweep": Command(f"{_HERE}.sweep:sweep", "run a W&B sweep file here, without W&B"),
+    "reproduce": Command(f"{_HERE}.reproduce:reproduce", "run a run again, and compare the weights"),
+    "export": Command(f"{_HERE}.export_command:export_run", "a checkpoint as a folder that engines load"),
+    "lint": Command(f"{_HERE}.export_command:lint", "check a folder before an engine reads it wrongly"),
     "profile": Command("certdraft.evaluation:run_profile", "cost of drafting and verifying on this machine"),
     "evaluate": Command("certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed"),
-    "arbitrate": Command(
-        "certdraft.arbitration:run_arbitrate", "a policy that lets the drafter speak where it knows better"
-    ),
-    "compare": Command(
-        "certdraft.evaluation.report.compare:compare", "runs and reports side by side on one page"
-    ),
-    "publish": Command("certdraft.evaluation.report.publish:publish", "a report and an export as a W&B run"),
-    "completion": Command(
-        "certdraft.train.commands.completion:completion", "completion script of your shell"
-    ),
+    "arbitrate": Command("certdraft.arbitration:run_arbitrate", "a learned policy that settles mismatches"),
+    "compare": Command(f"{_REPORT}.compare:compare", "runs and reports side by side on one page"),
+    "publish": Command(f"{_REPORT}.publish:publish", "a report and an export as a W&B run"),
+    "completion": Command(f"{_HERE}.completion:completion", "completion script of your shell"),
 }
 
 _EXAMPLE = "certdraft fit --config configs/demo.yaml"
 _ENVIRONMENT = {
-    # Nothing is reported to anyone unless the user turned it on.
+    # No telemetry unless the user turned it on.
     "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_ERROR_REPORTING": "false", "DO_NOT_TRACK": "1",
-    # What Lightning's command line does in a way that jsonargparse would like to see changed.
+    # Lightning's command line uses some of jsonargparse's deprecated calls.
     "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
 }  # fmt: skip
-_LIBRARY_ERRORS = {"MisconfigurationException", "SafetensorError"}  # by name: importing them costs seconds
+_LIBRARY_ERRORS = {
+    "MisconfigurationException",
+    "SafetensorError",
+    "UsageError",
+    "AuthenticationError",
+}  # by name: importing them costs seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command.
+    """Run one command.
 
     Args:
         argv: arguments after the program's name; the process's own by default.
@@ -104,15 +95,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = args[0]
     if name not in COMMANDS:
         raise SystemExit(_unknown(prog, name))
-    guard(lambda: _load(COMMANDS[name])(name, args[1:], f"{prog} {name}"), f"{prog} {name}")
+    label = f"{prog} {name}"
+
+    def act() -> None:
+        _load(COMMANDS[name])(name, args[1:], label)
+
+    if args[1:] in (["-h"], ["--help"]):
+        show_help(label, lambda: guard(act, label))
+        raise SystemExit(0)
+    guard(act, label)
 
 
 def captured(args: Sequence[str]) -> tuple[int, str, str]:
-    """What a command line that only prints says (`--help`, `--print_config`).
-
-    Returns:
-        Exit code, standard output, standard error.
-    """
+    """Exit code, standard output and standard error of a command that only prints."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -123,7 +118,7 @@ def captured(args: Sequence[str]) -> tuple[int, str, str]:
 
 
 def guard(act: Callable[[], Any], label: str) -> Any:
-    """Calls `act`; what the user can mend becomes one paragraph on stderr and exit code 2."""
+    """Call `act`; wrong input becomes one paragraph on stderr and exit code 2."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in a script's background jobs
     try:
         return act()
@@ -131,12 +126,12 @@ def guard(act: Callable[[], Any], label: str) -> Any:
         print(f"{label}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except SystemExit as stop:
-        # Lightning's way of saying that Ctrl-C ended a run: it ignores further ones and exits with 1.
+        # After Ctrl-C Lightning ignores further ones and exits with 1.
         if stop.code == 1 and not ignored and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             raise SystemExit(130) from None
         raise
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say to a closed pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the pipe is closed
         raise SystemExit(141) from None
     except Exception as error:
         if os.environ.get("CERTDRAFT_DEBUG") or not _mendable(error):
@@ -201,6 +196,8 @@ def _paragraph(error: Exception) -> str:
         return f"no space left on the disk{where}; free some and run the same command again"
     if isinstance(error, FileNotFoundError) and error.filename and error.errno is not None:
         return f"no such file or folder: {error.filename}"
+    if type(error).__module__.startswith("wandb") and "key" in str(error).lower():
+        return "W&B has no API key: `wandb login`, or keep the run on this machine with WANDB_MODE=offline"
     if str(error).startswith("Does not validate against any"):  # an error of a constructor, wrapped
         from certdraft.train.commands.parser import explain
 

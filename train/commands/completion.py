@@ -1,57 +1,20 @@
-"""`certdraft completion`: completion of commands and options for bash, zsh and fish.
+"""`certdraft completion`: completion of commands and options for the shells that shtab writes for.
 
-The options are read from every command's own help, so the script knows exactly what the parser knows; a
-script costs no start of Python at each press of Tab.
+The options are those of every command's own help, so a press of Tab starts no Python.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 _OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w.]*")
 
-_BASH = """\
-# bash completion of certdraft: source this file, or put it into
-# ~/.local/share/bash-completion/completions/certdraft
-_certdraft() {{
-    local word=${{COMP_WORDS[COMP_CWORD]}} options=
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W "{commands}" -- "$word"))
-        return
-    fi
-    case ${{COMP_WORDS[1]}} in
-{cases}
-    esac
-    if [[ $word == -* ]]; then
-        COMPREPLY=($(compgen -W "$options" -- "$word"))
-    else
-        COMPREPLY=($(compgen -f -- "$word"))
-    fi
-}}
-complete -o filenames -F _certdraft certdraft
-"""
-_ZSH = """\
-#compdef certdraft
-# zsh completion of certdraft: put this file, named _certdraft, into a folder of $fpath
-_certdraft() {{
-    local -a commands options
-    commands=({described})
-    if (( CURRENT == 2 )); then
-        _describe command commands
-        return
-    fi
-    case $words[2] in
-{cases}
-    esac
-    if [[ $PREFIX == -* ]]; then compadd -a options; else _files; fi
-}}
-_certdraft "$@"
-"""
 
-
-def completion(shell: Literal["bash", "zsh", "fish"] = "bash") -> None:
+def completion(shell: Literal["bash", "zsh", "fish", "tcsh"] = "bash") -> None:
     """Print a completion script; takes some seconds, because every command is asked for its options.
 
     bash: `certdraft completion --shell bash > ~/.local/share/bash-completion/completions/certdraft`
@@ -75,27 +38,20 @@ def options_of(command: str) -> list[str]:
     return list(dict.fromkeys(_OPTION.findall(captured([command, "--help"])[1])))
 
 
-def script(shell: str, options: dict[str, list[str]], summaries: dict[str, str]) -> str:
+def script(shell: str, options: Mapping[str, Sequence[str]], summaries: Mapping[str, str]) -> str:
     """The completion script.
 
     Args:
-        shell: "bash", "zsh" or "fish".
-        options: command → its options.
+        shell: one that shtab knows.
+        options: command → its options; their values are completed as files.
         summaries: command → one line of help.
     """
-    if shell == "fish":
-        lines = ["# fish completion of certdraft: ~/.config/fish/completions/certdraft.fish"]
-        for name, found in options.items():
-            about = summaries[name].replace("'", "\\'")
-            lines.append(f"complete -c certdraft -n __fish_use_subcommand -f -a {name} -d '{about}'")
-            seen = f"__fish_seen_subcommand_from {name}"
-            lines += [f"complete -c certdraft -n '{seen}' -l {option[2:]} -r" for option in found]
-        return "\n".join(lines)
-    if shell == "bash":
-        cases = "\n".join(
-            f'        {name}) options="{" ".join(found)}" ;;' for name, found in options.items()
-        )
-        return _BASH.format(commands=" ".join(options), cases=cases)
-    cases = "\n".join(f"        {name}) options=({' '.join(found)}) ;;" for name, found in options.items())
-    described = " ".join("'{}:{}'".format(n, summaries[n].replace("'", "")) for n in options)
-    return _ZSH.format(described=described, cases=cases)
+    import shtab
+
+    parser = argparse.ArgumentParser("certdraft")
+    commands = parser.add_subparsers()
+    for name, found in options.items():
+        command = commands.add_parser(name, help=summaries[name].replace("%", "%%"), add_help=False)
+        for option in found:
+            command.add_argument(option).complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(parser, shell)

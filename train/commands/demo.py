@@ -1,4 +1,4 @@
-"""`certdraft demo`: the whole promise on the embedded target, from its text to an exported drafter."""
+"""`certdraft demo`: everything on the embedded target, from its text to an exported drafter."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from transformers.utils import logging as transformers_logging
 import certdraft
 from certdraft.data import Recording, load_target, load_tokenizer, open_trace, record_trace
 from certdraft.decoding import BestFirst, Chain, CostAware
-from certdraft.evaluation import EvaluationReport, run_evaluate, run_profile
+from certdraft.evaluation import run_evaluate, run_profile
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.runs import run_folder
 
-# What differs from the config: the baseline has another loss and no weights, the other one is the config's.
+# Changes to the config: the baseline has another loss and no weights, the other drafter is the config's.
 LOSSES = {"hard-ce": ("--model.loss", "HardCE", "--model.step_weights", "null"), "coverage": ()}
 
 
@@ -38,9 +38,9 @@ def demo(
     """Record a target, train two drafters on it, certify, decode, export: all of certdraft in minutes.
 
     The embedded target's greedy text is recorded, a drafter is trained with hard cross-entropy and one with
-    the certificate-derived default (same steps, same seed, same start), both are exported, loaded again, and
-    compared on text that neither has seen, by chain, by best-first tree and by a tree whose size is what pays
-    on this machine. What an earlier demo finished is used again.
+    the certificate-derived default (same steps, seed and start), both are exported, loaded again, and
+    compared on held-out text, by chain, by best-first tree and by a cost-aware tree. What an earlier demo
+    finished is used again.
 
     Args:
         out: folder for traces, runs, exports and reports.
@@ -90,27 +90,12 @@ def demo(
     same = assisted_equals_greedy(recording.target, exports["coverage"], test)
 
     out_console = Console(highlight=False)
-    out_console.print(table(data))
     out_console.print(decoders(data))
     out_console.print(_difference(data))
     out_console.print(_verdict(data, same))
     out_console.print(f"report    {page}\nexported  {exports['coverage']}")
     out_console.print(f"took      {time.monotonic() - start:.0f} s")
     return page
-
-
-def table(data: dict[str, Any]) -> Table:
-    """Both drafters side by side: coverage, low-margin coverage."""
-    report = EvaluationReport(data)
-    shown = Table(title="held-out text of the embedded target")
-    columns = {"coverage@4": "coverage@4", "coverage@4, margin < 0.1": "low_margin_coverage@4"}
-    shown.add_column("loss", no_wrap=True)
-    for title in columns:
-        shown.add_column(title, justify="right")
-    for name in data["drafters"]:
-        metrics = report.metrics(name)
-        shown.add_row(name, *(f"{metrics[key]:.3f}" if key in metrics else "–" for key in columns.values()))
-    return shown
 
 
 def decoders(data: dict[str, Any]) -> Table:
@@ -160,7 +145,7 @@ def assisted_equals_greedy(
 
 
 def _fit(config: Path, folder: Path, name: str, changes: Sequence[str]) -> Path:
-    """Trains through the command line's own path; gives the last checkpoint."""
+    """The last checkpoint of a training run as the command line starts it."""
     traces = {"train": folder / "traces" / "train", "validation": folder / "traces" / "validation"}
     typed = ["--config", str(config), "--name", name, "--runs_dir", str(folder), *changes]
     typed += [f"--data.{split}={path}" for split, path in traces.items()]
@@ -174,7 +159,7 @@ def _fit(config: Path, folder: Path, name: str, changes: Sequence[str]) -> Path:
 
 
 def _recording(run: Path) -> Recording:
-    """How the run's traces were recorded."""
+    """The settings with which the run's traces were recorded."""
     from jsonargparse import ArgumentParser
 
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -191,7 +176,7 @@ def _record_test(folder: Path, recording: Recording, rows: int) -> None:
 
 
 def _difference(data: dict[str, Any]) -> str:
-    """The paired comparison that the losses differ in, if the text has low-margin steps at all."""
+    """The paired comparison of low-margin coverage, if the text has such positions."""
     rows = [row for row in data["comparisons"] if row["quantity"] == "low_margin_coverage@4"]
     if not rows:
         return ""

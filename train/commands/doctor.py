@@ -1,4 +1,4 @@
-"""`certdraft doctor`: what this machine has, and what would stand in the way, before a long run finds out."""
+"""`certdraft doctor`: check this machine before a long run does."""
 
 from __future__ import annotations
 
@@ -24,13 +24,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report.
-
-    Attributes:
-        what: what was looked at.
-        status: "ok", "note" (works, but know this) or "problem" (something will fail).
-        found: what is there, and for a problem what to do.
-    """
+    """One line of the report: what was checked, its status, and what was found or is to be done."""
 
     what: str
     status: Status
@@ -47,9 +41,9 @@ def doctor(
     """Check versions, devices, disk, hub access and the names on PATH; exit code 1 when something will fail.
 
     Args:
-        target: also look whether this target can be loaded: "embedded", a folder or a hub name.
+        target: also check whether this target can be loaded: "embedded", a folder or a hub name.
         fit_config: also resolve this config of `certdraft fit`, and check the traces it names.
-        directory: where runs will be written; its disk is looked at.
+        directory: where runs will be written; its disk is checked.
         as_json: print JSON for programs.
         hub: try to reach the Hugging Face hub (one request, 5 seconds at most).
 
@@ -69,7 +63,7 @@ def doctor(
 
 
 def packages() -> list[Finding]:
-    """Python and the packages certdraft stands on, against the ranges it declares."""
+    """Python and the packages certdraft depends on, against the ranges it declares."""
     from packaging.requirements import Requirement
 
     declared = {r.name: r for r in map(Requirement, distribution("certdraft").requires or ()) if not r.marker}
@@ -93,7 +87,7 @@ def packages() -> list[Finding]:
 
 
 def command_name() -> Finding:
-    """Who owns the word `lightning` on PATH."""
+    """Which package owns the command `lightning` on PATH."""
     found = shutil.which("lightning")
     if found is None:
         return Finding("lightning command", "note", "not on PATH; `certdraft` is the same program")
@@ -166,19 +160,19 @@ def target_access(target: str) -> Finding:
 
     label = f"target {target}"
 
-    def look() -> str:
+    def check() -> str:
         place = embedded_target_path() if target == "embedded" else target
         config = AutoConfig.from_pretrained(place)
         print_ = tokenizer_fingerprint(load_tokenizer(target))
         return f"{config.model_type}, vocabulary {config.vocab_size:,}, tokenizer {print_[:12]}"
 
-    return _attempt(label, look)
+    return _attempt(label, check)
 
 
 def config_resolves(config: str) -> Finding:
     """Whether `certdraft fit --config` accepts the file, and the traces it names are there and whole."""
 
-    def look() -> str:
+    def check() -> str:
         import yaml
 
         from certdraft.data import open_trace
@@ -188,24 +182,24 @@ def config_resolves(config: str) -> Finding:
         if code:
             raise ValueError(complaint.strip() or "refused")
         data = (yaml.safe_load(settings).get("data") or {}).get("init_args") or {}
-        said = []
+        found = []
         for key in ("train", "validation"):
             if not (path := data.get(key)):
                 continue
             if Path(path).exists():
-                said.append(f"{key} trace of {open_trace(path).meta.num_tokens:,} tokens")
+                found.append(f"{key} trace of {open_trace(path).meta.num_tokens:,} tokens")
             else:
-                said.append(f"{key} trace is recorded by the first run" if data.get("record") else "")
-                if not said[-1]:
+                found.append(f"{key} trace is recorded by the first run" if data.get("record") else "")
+                if not found[-1]:
                     raise ValueError(f"data.{key} {path} does not exist; record it with `certdraft trace`")
-        return "accepted; " + ", ".join(said)
+        return "accepted; " + ", ".join(found)
 
-    return _attempt(f"config {config}", look)
+    return _attempt(f"config {config}", check)
 
 
-def _attempt(label: str, look: Callable[[], str]) -> Finding:
+def _attempt(label: str, check: Callable[[], str]) -> Finding:
     try:
-        return Finding(label, "ok", look())
+        return Finding(label, "ok", check())
     except (OSError, ValueError) as error:
         return Finding(label, "problem", " ".join(str(error).split()))
 

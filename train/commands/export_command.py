@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 
 from certdraft.data import load_target, load_tokenizer, target_config
 from certdraft.drafters import CardFacts, export, lint_export
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.drafter_setup import target_source
+from certdraft.train.runs.checkpoint_file import read_checkpoint
 
 
 def export_run(
@@ -117,7 +117,7 @@ def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
     Raises:
         ValueError: the checkpoint does not describe its drafter.
     """
-    content = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    content = read_checkpoint(checkpoint)
     facts = content.get("certdraft", {})
     if not facts.get("target") or not facts.get("config"):
         raise ValueError(

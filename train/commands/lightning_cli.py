@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: LightningCLI with strict parsing, run folders and exact resuming."""
+"""fit, validate and test: LightningCLI with strict parsing, run folders and exact resuming."""
 
 from __future__ import annotations
 
@@ -39,12 +39,11 @@ class StrictLightningParser(Strict, LightningArgumentParser):
 
 
 class CertdraftCLI(LightningCLI):
-    """LightningCLI of this project.
+    """LightningCLI with run folders and exact resuming.
 
-    What it adds: `--name` and `--runs_dir` decide the run's folder; `--ckpt_path last` (or best) finds the
-    newest checkpoint of that name and goes on in its folder; settings that differ from the checkpoint's are
-    refused unless `--allow_change` names them; reseeding, checkpoints, metrics.csv and a progress bar are
-    always there.
+    `--name` and `--runs_dir` decide the run's folder; `--ckpt_path last` (or best) finds the newest
+    checkpoint of that name and goes on in its folder; settings that differ from the checkpoint's are refused
+    unless `--allow_change` names them. Reseeding, checkpoints, metrics.csv and a progress bar are always on.
     """
 
     locks: contextlib.ExitStack  # on the run's folder, until the command ends
@@ -107,7 +106,7 @@ class CertdraftCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _parse_ckpt_path(self) -> None:
-        """Resolves "last" and "best". (Lightning's version lets the checkpoint's settings override ours.)"""
+        """Resolve "last" and "best"; unlike Lightning's method it takes no settings from the checkpoint."""
         if not self.config.get("subcommand"):
             return
         command, settings = self.config.subcommand, self.config[self.config.subcommand]
@@ -133,7 +132,7 @@ class CertdraftCLI(LightningCLI):
         if self.subcommand == "fit":
             run_folder.refuse_changed(checkpoint, settings, self._settings().allow_change)
             self.resume_step = run_folder.step_of(checkpoint)
-        else:  # other commands load weights only: what the drafter is must agree
+        else:  # other commands load weights only: the drafter must be the same
             free = ("model.init_args.optimizer.*", "model.init_args.validation.*", "model.init_args.loss*")
             run_folder.refuse_changed(checkpoint, {"model": settings.get("model")}, free, only="model.")
 
@@ -159,7 +158,12 @@ class CertdraftCLI(LightningCLI):
 
 
 def run(name: str, args: list[str], prog: str) -> None:
-    """Runs one of the Trainer's commands with arguments as typed."""
+    """Run one of the Trainer's commands with arguments as typed."""
+    if not args:
+        raise ValueError(
+            f"no settings; give a config, as in `{prog} --config configs/demo.yaml` (all options: "
+            f"{prog} --help)"
+        )
     _quieten()
     check_syntax(args)
     skipped = CertdraftCLI.subcommands()[name]
@@ -213,13 +217,13 @@ def _point_wandb_at(logger: Any, folder: Path) -> None:
 
 
 def _quieten() -> None:
-    """Adverts and device lists of Lightning, and two warnings that say nothing about this program."""
+    """Silence adverts and device lists of Lightning, and warnings that do not apply here."""
     for name in (
         "pytorch_lightning.utilities.rank_zero",
         "lightning_fabric.utilities.seed",
         "lightning_fabric",
     ):
-        logging.getLogger(name).addFilter(_worth_saying)
+        logging.getLogger(name).addFilter(_is_news)
     for message in (
         ".*does not have many workers.*",  # loading is mapping memory
         ".*isinstance\\(treespec, LeafSpec\\).*",
@@ -231,5 +235,5 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _is_news(record: logging.LogRecord) -> bool:
     return not any(word in record.getMessage() for word in _NOISE)

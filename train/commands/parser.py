@@ -71,7 +71,7 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def check_syntax(args: Sequence[str]) -> None:
-    """Reads every `--config` file once, because the parser's own message does not name the file.
+    """Read every YAML file named on the command line once: the parser's own message does not name the file.
 
     Raises:
         ValueError: a file is no YAML; names file, line and column.
@@ -79,7 +79,8 @@ def check_syntax(args: Sequence[str]) -> None:
     for flag, value in zip(args, [*args[1:], ""], strict=False):
         name, _, attached = flag.partition("=")
         path = Path(attached or value)
-        if name not in ("-c", "--config") or not path.is_file():
+        named = name in ("-c", "--config") or path.suffix in (".yaml", ".yml")
+        if not name.startswith("-") or not named or not path.is_file():
             continue
         try:
             yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -95,7 +96,7 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     """The deepest complaint in a jsonargparse message, on one line, with the nearest legal name.
 
     Args:
-        message: what jsonargparse said.
+        message: of jsonargparse.
         keys: dotted names that are legal at the top level.
 
     Examples:
@@ -135,12 +136,13 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     several = " or ".join(
         dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
     )
+    several = several.replace("<class 'dict'>", "a mapping, as in '{name: value}'")
     return where + (f"expected {several}" if complaint.startswith("Expected a ") else several)
 
 
 def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
     if owner is None:
-        names, said, option = [f"--{key}" for key in keys], f"unrecognized option '--{option}'", f"--{option}"
+        names, text, option = [f"--{key}" for key in keys], f"unrecognized option '--{option}'", f"--{option}"
     else:
         module, _, name = owner.rpartition(".")
         taker: Any = getattr(import_module(module), name)
@@ -150,11 +152,11 @@ def _unknown(option: str, owner: str | None, keys: Iterable[str]) -> str:
                 option = parent
                 break
             taker = _annotation(taker, parent)
-        names, said = _arguments(taker), f"{getattr(taker, '__name__', name)} has no option {option!r}"
+        names, text = _arguments(taker), f"{getattr(taker, '__name__', name)} has no option {option!r}"
     near = get_close_matches(option, names, n=1, cutoff=0.6)
     if near:
-        return f"{said}; did you mean {near[0]!r}?"
-    return f"{said}; it has {', '.join(names)}" if owner and names else said
+        return f"{text}; did you mean {near[0]!r}?"
+    return f"{text}; it has {', '.join(names)}" if owner and names else text
 
 
 def _annotation(taker: Any, argument: str) -> Any:
@@ -172,7 +174,7 @@ def _arguments(taker: Any) -> list[str]:
 
 
 def _no_class(name: str) -> str:
-    """`name` is no class that can be imported: suggest one of ours."""
+    """Complaint about a class that cannot be imported, with the nearest of this package's."""
     classes = {
         value.__name__
         for path, module in list(sys.modules.items())

@@ -1,7 +1,7 @@
-"""`certdraft sweep`: checks a W&B sweep file, and runs it here without W&B.
+"""`certdraft sweep`: check a W&B sweep file, and run it here without W&B.
 
 The same YAML serves `wandb sweep` with `wandb agent`, which need an account, and this command, which needs
-nothing. W&B's own functions turn a point of the sweep into an argument list, so both run the same commands.
+none. Both turn a point of the sweep into the same arguments.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -22,7 +24,8 @@ from typing import Any
 
 import yaml
 
-from certdraft.evaluation import claim_directory, write_json
+from certdraft.support import write_json
+from certdraft.train.runs.run_folder import held
 
 _KEYS = {
     "program", "command", "method", "metric", "parameters", "name", "description", "early_terminate",
@@ -30,11 +33,12 @@ _KEYS = {
 }  # fmt: skip
 _DISTRIBUTIONS = {"uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values"}
 _PROGRAMS = ("lightning", "certdraft")
+_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")  # YAML 1.1 reads 1e-5 as a word
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that was checked.
+    """A checked sweep file.
 
     Attributes:
         path: where it was read.
@@ -53,9 +57,7 @@ class Sweep:
     command: tuple[str, ...]
 
     def points(self, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-        """The points to try: the whole grid, or `count` random draws.
-
-        W&B's Bayesian method needs its server; here it is a random search over the same ranges.
+        """The points to try: the whole grid, or `count` random draws (also for W&B's Bayesian method).
 
         Raises:
             ValueError: the grid was asked of a range, or no count was given for draws.
@@ -71,16 +73,14 @@ class Sweep:
         return [{name: _draw(spec, rng) for name, spec in self.parameters.items()} for _ in range(count)]
 
     def arguments(self, point: Mapping[str, Any]) -> list[str]:
-        """What follows the program's name when W&B's agent runs a point."""
-        from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
-
-        flags = create_sweep_command_args({"args": {name: {"value": v} for name, v in point.items()}})["args"]
-        words = [w for w in create_sweep_command(list(self.command)) if w != "${env}"]
-        return [part for word in words[1:] for part in (flags if word == "${args}" else [str(word)])]
+        """The arguments after the program's name, as W&B's agent passes them for a point."""
+        flags = [f"--{name}={value}" for name, value in point.items()]
+        words = [word for word in self.command if word != "${env}"][1:]
+        return [part for word in words for part in (flags if word == "${args}" else [word])]
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Reads and checks a sweep file.
+    """Read and check a sweep file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,7 +88,7 @@ def read_sweep(path: str | Path) -> Sweep:
     """
     file = Path(path)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = _numbers(yaml.safe_load(file.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -106,12 +106,13 @@ def read_sweep(path: str | Path) -> Sweep:
     for name, spec in parameters.items():
         _check_parameter(file, name, spec)
     command = tuple(str(word) for word in content.get("command") or ())
+    command = tuple(str(content.get("program")) if word == "${program}" else word for word in command)
     words = [word for word in command if word != "${env}"]
     if not words or words[0] not in _PROGRAMS or "${args}" not in words:
         raise ValueError(
-            f"{file}: command must call {' or '.join(_PROGRAMS)} and pass ${{args}} on, as in "
-            '["${env}", lightning, fit, --config, configs/demo.yaml, "${args}"]; '
-            "the other macros write options in ways this program does not read"
+            f"{file}: command must call {' or '.join(_PROGRAMS)} (also as ${{program}}) and pass ${{args}} "
+            'on, as in ["${env}", lightning, fit, --config, configs/demo.yaml, "${args}"]; the other macros '
+            "write options in ways this program does not read"
         )
     return Sweep(file, content["method"], metric["name"], metric["goal"] == "maximize", parameters, command)
 
@@ -121,6 +122,7 @@ def sweep(
     out: str | None = None,
     count: int | None = None,
     seed: int = 0,
+    wandb: bool = False,
     dry_run: bool = False,
 ) -> Path | None:
     """Run a W&B sweep file on this machine, one run after another, without W&B.
@@ -134,6 +136,8 @@ def sweep(
         out: folder for the runs and sweep.json; runs/sweeps/NAME/TIME if not given.
         count: most runs; needed for random and bayes (which is a random search here).
         seed: of random draws.
+        wandb: send the runs to W&B where their config has its logger; otherwise its files stay in the runs'
+            folders, for `wandb sync`.
         dry_run: only print the commands, after checking them.
 
     Returns:
@@ -141,7 +145,7 @@ def sweep(
 
     Raises:
         FileNotFoundError: no such sweep.
-        ValueError: a wrong key, an option the command does not have, or another sweep's folder.
+        ValueError: a wrong key, an option the command does not have, another sweep's folder, or failed runs.
     """
     plan = read_sweep(file)
     points = plan.points(count, seed)
@@ -151,27 +155,42 @@ def sweep(
         for point in points:
             print(shlex.join(["certdraft", *plan.arguments(point)]))
         return None
-    folder = (
-        Path(out) if out else Path("runs", "sweeps", plan.path.stem, f"{datetime.now():%Y-%m-%d_%H-%M-%S}")
-    )
+    folder = Path(out or f"runs/sweeps/{plan.path.stem}/{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        rows = _run_all(plan, points, folder, {} if wandb else {"WANDB_MODE": "offline"})
+    _print_table(plan, rows)
+    print(f"sweep: {folder / 'sweep.json'}", file=sys.stderr)
+    if failed := [row for row in rows if row["exit_status"]]:
+        raise ValueError(
+            f"{len(failed)} of {len(rows)} runs failed; the first is {failed[0]['folder']}. Their messages "
+            f"are above; `certdraft sweep --file {plan.path} --out {folder}` repeats the failed runs only"
+        )
+    return folder / "sweep.json"
+
+
+def _run_all(
+    plan: Sweep, points: list[dict[str, Any]], folder: Path, environment: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Run the points that no earlier part of the sweep finished; the rows of sweep.json."""
     record = folder / "sweep.json"
-    rows: list[dict[str, Any]] = _finished(record, plan) if record.exists() else []
-    if not rows:
-        claim_directory(folder)
+    rows: list[dict[str, Any]] = []
+    if record.exists():
+        rows = _finished(record, plan)
+    elif any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and no sweep's; name another folder with --out")
     for number, point in enumerate(points, start=1):
         if any(row["point"] == point for row in rows):
             continue
         print(f"[{number}/{len(points)}] {_label(point)}", file=sys.stderr)
         where = folder / f"run-{number:03d}"
-        status = _run(plan.arguments(point), where)
+        status = _run(plan.arguments(point), where, environment)
         if status == 130:
             raise KeyboardInterrupt
         value = best_value(where, plan.metric, plan.maximize) if status == 0 else None
         rows.append({"point": point, plan.metric: value, "exit_status": status, "folder": str(where)})
         write_json(record, {"sweep": str(plan.path), "metric": plan.metric, "runs": rows})
-    _print_table(plan, rows)
-    print(f"sweep: {record}", file=sys.stderr)
-    return record
+    return rows
 
 
 def best_value(folder: Path, metric: str, maximize: bool) -> float | None:
@@ -196,11 +215,21 @@ def _check_parameter(file: Path, name: str, spec: Any) -> None:
         )
     if not _choices(spec):
         distribution = spec.get("distribution", "uniform")
-        if "max" not in spec or distribution not in _DISTRIBUTIONS:
+        ends = [spec.get("min"), spec.get("max")]
+        if not all(isinstance(end, int | float) for end in ends) or distribution not in _DISTRIBUTIONS:
             raise ValueError(
-                f"{file}: parameter {name} needs min, max and a distribution out of "
+                f"{file}: parameter {name} needs numbers min, max and a distribution out of "
                 f"{', '.join(sorted(_DISTRIBUTIONS))}; got {spec}"
             )
+
+
+def _numbers(content: Any) -> Any:
+    """The content of a YAML file, with numbers such as 1e-5 as numbers."""
+    if isinstance(content, dict):
+        return {key: _numbers(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_numbers(value) for value in content]
+    return float(content) if isinstance(content, str) and _FLOAT.fullmatch(content) else content
 
 
 def _choices(spec: Mapping[str, Any]) -> list[Any]:
@@ -211,7 +240,8 @@ def _draw(spec: Mapping[str, Any], rng: random.Random) -> Any:
     if choices := _choices(spec):
         return rng.choice(choices)
     low, high = spec["min"], spec["max"]
-    distribution = spec.get("distribution", "int_uniform" if isinstance(low, int) else "uniform")
+    whole = isinstance(low, int) and isinstance(high, int)
+    distribution = spec.get("distribution", "int_uniform" if whole else "uniform")
     if "log" in distribution:
         value = math.exp(rng.uniform(math.log(low), math.log(high)))
     else:
@@ -222,7 +252,7 @@ def _draw(spec: Mapping[str, Any], rng: random.Random) -> Any:
 
 
 def _check_command(plan: Sweep, point: Mapping[str, Any]) -> None:
-    """Lets the command itself parse the point; its complaint becomes ours."""
+    """Raise unless the command itself accepts the point."""
     from certdraft.train.commands.cli import captured
 
     code, _, complaint = captured([*plan.arguments(point), "--print_config"])
@@ -230,17 +260,21 @@ def _check_command(plan: Sweep, point: Mapping[str, Any]) -> None:
         raise ValueError(f"{plan.path}: the point {_label(point)} is refused: {complaint.strip()}")
 
 
-def _run(arguments: list[str], folder: Path) -> int:
-    """One run in its own process, its results under `folder`."""
+def _run(arguments: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Exit code of one run in its own process, its results under `folder`."""
     place = ["--out", str(folder)] if arguments[0] == "evaluate" else ["--runs_dir", str(folder)]
     try:
-        return subprocess.run([sys.executable, "-m", "certdraft", *arguments, *place]).returncode
+        command = [sys.executable, "-m", "certdraft", *arguments, *place]
+        return subprocess.run(command, env={**os.environ, **environment}).returncode
     except KeyboardInterrupt:
         return 130
 
 
 def _finished(record: Path, plan: Sweep) -> list[dict[str, Any]]:
-    content = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{record} is damaged ({error}); move it away to run the sweep again") from error
     if Path(content["sweep"]).name != plan.path.name or content["metric"] != plan.metric:
         raise ValueError(f"{record} belongs to the sweep {content['sweep']}; name another folder with --out")
     return [row for row in content["runs"] if row["exit_status"] == 0]

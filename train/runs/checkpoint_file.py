@@ -105,7 +105,7 @@ def first_whole(files: Iterable[Path]) -> Path | None:
     Raises:
         ValueError: all of them are damaged.
     """
-    damaged = []
+    damaged: list[Path] = []
     for file in files:
         if not file.exists():
             continue

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only
 
 from certdraft.train.runs.checkpoint_file import LAST, PREVIOUS, first_whole, read_checkpoint
 
@@ -69,7 +69,7 @@ def new_run_folder(runs_dir: str | os.PathLike[str], name: str) -> Path:
 
 def is_other_rank() -> bool:
     """Whether this process is any rank of its job but the first."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" or rank_zero_only.rank != 0
+    return os.environ.get("LOCAL_RANK", "0") != "0" or getattr(rank_zero_only, "rank", 0) != 0
 
 
 def pass_on(folder: Path) -> None:

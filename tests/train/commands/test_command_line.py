@@ -43,6 +43,23 @@ def test_help_version_and_typos_import_no_torch() -> None:
     assert "the command comes first" in done.stderr
 
 
+def test_help_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = (
+        "import sys; from certdraft.train.commands.cli import main\n"
+        "try: main(['lint', '--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "print('torch' in sys.modules)"
+    )
+    first, second = (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert "--target" in first
+    assert first.removesuffix("True\n") == second.removesuffix("False\n")
+    assert second.endswith("False\n")
+
+
 def test_both_scripts_are_this_program() -> None:
     for name in ("certdraft", "lightning"):
         script = Path(sys.executable).with_name(name)
@@ -115,7 +132,15 @@ def test_unreadable_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "nowhere.yaml" in fails(capsys, "fit", "--config", "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [b\nc: {")
     check_syntax([])
-    assert "broken.yaml" in fails(capsys, "fit", "--config", str(tmp_path / "broken.yaml"))
+    for flag in ("--config", "--model.loss"):
+        assert "broken.yaml:2:2: not valid YAML" in fails(capsys, "fit", flag, str(tmp_path / "broken.yaml"))
+
+
+def test_what_is_missing_is_said_in_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "fit")
+    assert "no settings; give a config, as in `certdraft fit --config configs/demo.yaml`" in said
+    said = fails(capsys, "evaluate", "--drafters", "x", "--trace", "y", "--out", "z")
+    assert "drafters: expected a mapping, as in '{name: value}'" in said
 
 
 def test_plain_commands_are_strict_too(capsys: pytest.CaptureFixture[str]) -> None:

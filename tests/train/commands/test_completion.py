@@ -27,7 +27,7 @@ def complete(tmp_path: Path, line: str) -> list[str]:
     words = line.split(" ")
     ask = (
         f"source {tmp_path / 'completion'}; COMP_WORDS=({' '.join(repr(w) for w in words)}); "
-        f'COMP_CWORD={len(words) - 1}; _certdraft; printf "%s\\n" "${{COMPREPLY[@]}}"'
+        f'COMP_CWORD={len(words) - 1}; _shtab_certdraft; printf "%s\\n" "${{COMPREPLY[@]}}"'
     )
     told = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True, cwd=tmp_path)
     return told.stdout.split()
@@ -37,7 +37,7 @@ def test_bash_completes(tmp_path: Path) -> None:
     assert complete(tmp_path, "certdraft ev") == ["evaluate"]
     assert complete(tmp_path, "certdraft fit --tr") == ["--trainer.max_steps"]
     assert complete(tmp_path, "certdraft evaluate --tr") == []
-    assert complete(tmp_path, "certdraft fit --config comp") == ["completion"]  # a file
+    assert complete(tmp_path, "certdraft export --config comp") == ["completion"]  # a file
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -54,5 +54,5 @@ def test_demo_shows_the_whole_promise(
     assert CostModel.load(tmp_path / "demo" / "cost.json").contexts == (32, 96)
     again = _fit(Path(recipe), tmp_path / "demo", "hard-ce", LOSSES["hard-ce"])
     assert again == tmp_path / "demo" / "hard-ce" / again.parts[-3] / "checkpoints" / "last.ckpt"
-    assert "step 12" not in capsys.readouterr().err, "what was finished is used again"
+    assert "12/12 steps" not in capsys.readouterr().err, "what was finished is used again"
     assert len(list((tmp_path / "demo" / "hard-ce").iterdir())) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 import certdraft
 from certdraft.train.commands.cli import main
@@ -76,6 +77,67 @@ def test_runs_here_without_an_account_and_goes_on(
     assert list((out / "run-002").rglob("run-*.wandb"))
 
 
+def test_numbers_ranges_and_the_program_macro(
+    tiny_sweep: dict[str, Any], write: Callable[..., str], tmp_path: Path
+) -> None:
+    file = tmp_path / "sweep.yaml"
+    tiny_sweep["command"] = ["${env}", "${program}", "fit", "${args}"]
+    tiny_sweep["method"] = "random"
+    tiny_sweep["parameters"] = {
+        "a": {"values": ["1e-5"]}, "b": {"min": 0, "max": 0.1}, "c": {"min": 1, "max": 3},
+        "d": {"min": "1e-5", "max": "1E-3", "distribution": "log_uniform_values"},
+    }  # fmt: skip
+    file.write_text(yaml.safe_dump(tiny_sweep).replace("'", ""))  # 1e-5 unquoted, as it is typed
+    plan = read_sweep(file)
+    points = plan.points(40)
+    assert all(point["a"] == 1e-5 and 1e-5 <= point["d"] <= 1e-3 for point in points)
+    assert len({point["b"] for point in points}) == 40
+    assert all(0 <= point["b"] <= 0.1 for point in points)
+    assert {point["c"] for point in points} == {1, 2, 3}
+    assert plan.arguments({"a": 1e-5, "b": True}) == ["fit", "--a=1e-05", "--b=True"]
+
+
+def test_without_a_key_it_stays_here_and_failures_are_told(
+    tiny_sweep: dict[str, Any],
+    write: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """W&B's files are kept in the run; asked for and without a key, the run says so in one paragraph."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    tiny_sweep["parameters"]["model.loss"]["values"] = ["HardCE"]
+    file, out = write(tiny_sweep, "sweep.yaml"), tmp_path / "out"
+    main(["sweep", "--file", file, "--out", str(out)])
+    assert list(out.rglob("offline-run-*"))
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", "--file", file, "--out", str(tmp_path / "asked"), "--wandb", "true"])
+    assert stop.value.code == 2
+    said = capfd.readouterr().err
+    assert "1 of 1 runs failed" in said
+    assert "W&B has no API key" in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_belongs_to_one_sweep_at_a_time(
+    tiny_sweep: dict[str, Any], write: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write(tiny_sweep, "sweep.yaml"), tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".lock"), pytest.raises(SystemExit) as stop:
+        main(["sweep", "--file", file, "--out", str(out)])
+    assert stop.value.code == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    (out / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        main(["sweep", "--file", file, "--out", str(out)])
+    assert "is not empty" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_agent_of_wandb_runs_it_offline(
     tiny_sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +170,9 @@ def test_the_agent_of_wandb_runs_it_offline(
         ({"metric": {"name": "val/tau_expected"}}, "a name and a goal"),
         ({"parameters": {}}, "name at least one option"),
         ({"parameters": {"model.optimizer.lr": {"values": [None]}}}, "the word None"),
-        ({"parameters": {"model.optimizer.lr": {"min": 0.1}}}, "needs min, max"),
+        ({"parameters": {"model.optimizer.lr": {"min": 0.1}}}, "needs numbers min, max"),
+        ({"parameters": {"model.optimizer.lr": {"min": "low", "max": 0.2}}}, "needs numbers min, max"),
+        ({"program": "python", "command": ["${program}", "${args}"]}, "command must call"),
         ({"parameters": {"model.optimizer.lr": {"min": 0.1, "max": 0.2}}}, "a grid needs `values`"),
         ({"method": "random"}, "--count"),
         ({"command": ["python", "train.py", "${args}"]}, "command must call"),

@@ -172,6 +172,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     for command in ("validate", "fit"):
         said = fails(capsys, command, "--config", write(settings), "--ckpt_path", "best")
         assert "best.ckpt is damaged; delete it and train again" in said
+    said = fails(capsys, "export", "--run", str(run), "--out", str(run / "export"))
+    assert "best.ckpt is damaged" in said
 
 
 def flip(file: Path) -> None:

@@ -148,9 +148,10 @@ def test_two_processes_train_like_one(settings: dict[str, Any], write: Write, tm
         torch.testing.assert_close(both["state_dict"][name], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(settings: dict[str, Any], write: Write, tmp_path: Path, times: int) -> None:
-    """Each attempt goes on where the one before was killed (−9); the end is that of an undisturbed run."""
+    """Each attempt goes on where the one before was killed (−9); the end is that of an undisturbed run:
+    weights, best checkpoint and metrics."""
     settings["checkpoint"]["every_n_train_steps"] = 2
     config = write(settings)
     alone = {**settings, "runs_dir": str(tmp_path / "straight")}
@@ -159,7 +160,11 @@ def test_killed_at_random_moments(settings: dict[str, Any], write: Write, tmp_pa
     fit = ["fit", "--config", config, "--ckpt_path", "last"]
     assert forked.kill_often(lambda: main(fit), times, seconds)
     main(fit)
-    assert_identical(newest(settings), newest(alone))
+    for kind in ("last", "best"):
+        assert_identical(newest(settings, kind), newest(alone, kind))
+        assert newest(settings, kind)["certdraft"]["metrics"] == newest(alone, kind)["certdraft"]["metrics"]
+    metrics = [next(Path(run["runs_dir"]).rglob("metrics.csv")).read_text() for run in (settings, alone)]
+    assert metrics[0] == metrics[1]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
