@@ -151,8 +151,8 @@ def build_prompts(
                 reasons[number] = ("malformed", str(error))
         for number, piece in pieces:
             if len(piece) > renderer.most_chars:
-                reason = f"longer than max_prompt_tokens={settings.max_prompt_tokens}"
-                reasons[number] = (reason, group[number].where)
+                too_long = f"longer than max_prompt_tokens={settings.max_prompt_tokens}"
+                reasons[number] = (too_long, group[number].where)
         short = [(number, piece) for number, piece in pieces if len(piece) <= renderer.most_chars]
         texts = [text for _, piece in short for text in (piece.prompt, piece.completion)]
         ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])

@@ -143,7 +143,8 @@ def record_trace(
             print(accounting, file=sys.stderr)
             check_disk(folder, ledger, prompt_set, recording)
         model = load_target(target, revision=revision, dtype=getattr(torch, dtype))
-        check_fit(prompt_set, recording, len(model.get_input_embeddings().weight), model.config)
+        num_embeddings = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+        check_fit(prompt_set, recording, num_embeddings, model.config)
         recorder = _Recorder(model, words, prompt_set, ledger, recording)
         writer = _ShardWriter(ledger, recorder, settings, accounting)
         trainer.callbacks.append(writer)  # type: ignore[attr-defined]

@@ -346,7 +346,7 @@ def test_a_request_ends_although_bytes_trickle_in(hostile: str, path: str) -> No
         ServerError, match=r"in 2 attempts \(the last: no whole answer within .*timeout_s=0\.5\)"
     ):
         asked(hostile, path)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 6
 
 
 def test_closing_a_connection_ends_its_requests(hostile: str) -> None:
