@@ -1,6 +1,6 @@
 # certdraft: every target does its own set-up in .venv, once. `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults test-slow interop types docs format check clean
+.PHONY: help demo real test gpu faults test-slow interop types docs format check clean
 
 FOLDERS := arbitration certificates configs data decoding drafters evaluation losses support train
 VENV := .venv
@@ -14,6 +14,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 TORCH_INDEX ?=
 PIP_FLAGS := --disable-pip-version-check -q $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 PYTEST_FLAGS ?=
+REAL_FLAGS ?=
+GPU_FLAGS ?=
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +25,12 @@ demo: $(READY)  ## the whole promise on the embedded target: traces, two drafter
 
 test: $(READY)  ## every test that takes seconds (about 6 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist=loadfile -q -m "not slow and not gpu and not interop" $(PYTEST_FLAGS)
+
+real: $(READY)  ## drafters for a real 135M model on two cores: prompts, traces, training, measured speed (45 minutes)
+	$(BIN)/certdraft real $(REAL_FLAGS)
+
+gpu: $(READY)  ## on a CUDA machine: is the GPU path right, how fast, how much memory (8 minutes, one table)
+	$(BIN)/python benchmarks/gpu/run.py $(GPU_FLAGS)
 
 faults: $(READY)  ## kills, full disks and damaged files: nothing is lost (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not interop" tests/train/runs \

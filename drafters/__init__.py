@@ -31,6 +31,7 @@ from certdraft.support import load_causal_lm as load_causal_lm
 __all__ = [
     "ABSENT", "BlockConfig", "BlockDrafter", "CachedLM", "CardFacts", "CausalDrafter", "Drafter",
     "EagleConfig", "EagleDrafter", "Engines", "ExportError", "ExportRequest", "Finding", "Layout",
-    "LoraSettings", "Paths", "TargetSource", "TreeCache", "drafter_kinds", "export", "lint_export",
-    "load_causal_lm", "load_drafter", "read_facts", "register_drafter", "split_causal_lm",
+    "LoraSettings", "Paths", "TargetLayers", "TargetSource", "TreeCache", "drafter_kinds", "export",
+    "lint_export", "load_causal_lm", "load_drafter", "read_facts", "register_drafter",
+    "split_causal_lm",
 ]  # fmt: skip

@@ -34,7 +34,9 @@ class Sampling:
 
     Args:
         temperature: of the sampling; lower is more alike, higher is more broken.
-        top_p: share of the probability that is sampled from.
+        top_k: most probable tokens that are sampled from.
+        top_p: share of the probability that is sampled from; below 1 the vocabulary is sorted in each
+            step, which is slow on a CPU.
         max_new_tokens: longest turn; a turn that has not ended there is dropped.
         min_characters: shortest turn.
         batch_size: turns sampled side by side.
@@ -42,14 +44,15 @@ class Sampling:
     """
 
     temperature: float = 1.0
-    top_p: float = 0.95
+    top_k: int = 100
+    top_p: float = 1.0
     max_new_tokens: int = 160
     min_characters: int = 16
     batch_size: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "max_new_tokens", "batch_size"):
+        for name in ("temperature", "top_k", "max_new_tokens", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}; give a number above 0.")
         if not 0.0 < self.top_p <= 1.0:
@@ -164,7 +167,7 @@ class _Writer:
                 do_sample=True,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
-                top_k=0,
+                top_k=sampling.top_k,
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.ends,
                 pad_token_id=self.ends[0],

@@ -13,12 +13,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from certdraft.drafters.causal.export import write_transformers
 from certdraft.drafters.causal.layer_cut import TargetLayers, cut_from
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
+from certdraft.drafters.features.flex import ATTENTION, document_block_mask, use_block_masks
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.tree_cache import TreeCache
@@ -248,19 +250,27 @@ class CausalDrafter(Drafter):
         Raises:
             ValueError: document_ids without position_ids.
         """
-        mask = None
+        mask: Any = None
         if document_ids is not None:
             if position_ids is None:
                 raise ValueError("document_ids need position_ids that restart with every document.")
             if self._lm.facts.window is not None:
                 self._lm.facts.check_window(int(position_ids.max()) + 1)
-            mask = document_mask(document_ids, self.model.dtype)
+            mask = self._mask(document_ids)
         # use_cache=False: with a cache, transformers ignores restarting positions and documents would mix.
         output = self.model.base_model(
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _mask(self, document_ids: Int[Tensor, "R T"]) -> Tensor | BlockMask:
+        """Attention within documents: a block mask on CUDA, additive numbers elsewhere."""
+        if not document_ids.is_cuda or self.attention != "sdpa":
+            return document_mask(document_ids, self.model.dtype)
+        if self.model.config._attn_implementation != ATTENTION:
+            use_block_masks(self.model)
+        return document_block_mask(document_ids)
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits of the next token; see `Drafter.head`."""

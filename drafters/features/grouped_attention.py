@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from certdraft.drafters.features.flex import grouped_flex_attention
+
 # Scores held at once: small enough for a CPU's cache, large enough to fill a device.
 _CPU_SCORES = 1 << 19
 _DEVICE_SCORES = 1 << 26
@@ -44,6 +46,8 @@ def grouped_attention(
         own: keys and values [R, N, A, M, D] that one group alone sees, all of them; None: none.
         visible: which of the context a group sees; at least one, where it has no keys of its own.
     """
+    if queries.is_cuda:
+        return grouped_flex_attention(queries, context, own, visible)
     num_rows, num_heads, num_groups, num_queries, size = queries.shape
     num_kv, num_context = context[0].shape[1:3]
     if own is None:

