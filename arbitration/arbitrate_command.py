@@ -114,7 +114,7 @@ def open_env(
         )
     kind = getattr(torch, dtype)
     models = load_target(target, dtype=kind, device=device), load_causal_lm(drafter, dtype=kind)
-    models[1].to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    models[1].to(device).eval().requires_grad_(False)
     eos = sorted(eos_ids_of(models[0], tokenizer))
     return ArbitrationEnv(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
 

@@ -47,7 +47,7 @@ def load_target(
         ValueError: the checkpoint lacks weights that the architecture needs, or brings unknown ones.
     """
     model = load_causal_lm(_source(name_or_path), revision=revision, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return model.to(device).eval().requires_grad_(False)
 
 
 def target_config(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PretrainedConfig:

@@ -181,7 +181,7 @@ class _Writer:
         return num_tokens
 
     def _judge(self, ids: Any, ended: bool) -> None:
-        text = self.tokenizer.decode(ids).strip()
+        text = str(self.tokenizer.decode(ids)).strip()
         key = _key(text)
         self.accounting.read += 1
         if loop_onset(ids) is not None:

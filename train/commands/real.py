@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import certdraft
-from certdraft.data import Sampling, load_target, load_tokenizer, write_prompts
+from certdraft.data import Sampling, load_target, load_tokenizer, target_config, write_prompts
 from certdraft.decoding import BestFirst, Chain, CostAware, TreeBuilder
 from certdraft.evaluation import read_questions, run_certify, run_evaluate, run_profile
-from certdraft.support import hub_answers, write_json
+from certdraft.support import facts_of, hub_answers, write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.runs import run_folder
@@ -85,7 +85,7 @@ def real(
     Args:
         out: folder for the model, prompts, traces, runs, exports and reports.
         minutes: how long it may take on two idle cores; amounts of data and training scale with it.
-        target: folder, GGUF file or hub name of another instruct model with at least 27 layers; when not
+        target: folder, GGUF file or hub name of another instruct model with eight or more layers; when not
             given, SmolLM2-135M-Instruct from the hub, or from the package index where no hub answers.
         drafters: which to train, of "eagle3", "causal" and "dflash".
         dry_run: only print the plan.
@@ -140,9 +140,9 @@ def real(
         stage(f"decode held-out prompts with {kind}")
         report = folder / "reports" / kind
         if not report.exists():
-            builders: list[TreeBuilder] = [
-                Chain(3), BestFirst(16, max_depth=7), BestFirst(32, max_depth=7), CostAware(cost, budget=48)
-            ]  # fmt: skip
+            builders: list[TreeBuilder] = [Chain(3), BestFirst(16, max_depth=7), BestFirst(32, max_depth=7)]
+            if cost.exists():
+                builders.append(CostAware(cost, budget=48))
             run_evaluate(
                 str(report), {kind: str(exports[kind])}, target=name, builders=builders,
                 prompts_files=[str(held_out_prompts())], prompts=sizes.held_out,
@@ -251,18 +251,23 @@ def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
 
 def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> Path:
     """Train one drafter through the command line's own path; the trace is recorded by the first."""
+    facts = facts_of(target_config(target))
+    layers = str([1, facts.num_layers // 2 - 1, facts.num_layers - 4])  # low, middle, high, as EAGLE-3 reads
     typed = [
         "--config", str(_CONFIGS / f"{kind}.yaml"), "--runs_dir", str(folder / "runs"),
         "--data.train", str(folder / "traces" / "train"),
         "--data.validation", str(folder / "traces" / "validation"),
-        "--data.record.target", target,
+        "--data.record.target", target, "--data.record.feature_layers", layers,
         "--data.record.corpus.source", str(prompts),
         "--data.record.generation.max_new_tokens", str(sizes.answer_tokens),
         "--trainer.max_steps", str(sizes.steps),
         "--trainer.val_check_interval", str(max(20, sizes.steps // 4)),
     ]  # fmt: skip
-    if kind == "causal":
-        typed += ["--model.drafter.init_args.from_target.target", target]
+    if kind != "causal":
+        typed += ["--model.drafter.init_args.config.target_layer_ids", layers]
+    if kind == "eagle3":
+        size = min(8000, facts.vocab_size)
+        typed += ["--model.drafter.init_args.config.draft_vocab_size", str(size)]
     lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
     found = run_folder.find_checkpoint(folder / "runs" / kind, "last")
     assert found is not None
@@ -282,12 +287,12 @@ def _baseline(folder: Path, target: str, sizes: Sizes) -> dict[str, float]:
         model: Any = load_target(target, dtype=dtype)
         tokens, seconds = 0, 0.0
         for number, question in enumerate([questions[0], *questions]):
-            ids = tokenizer.apply_chat_template(
+            ids: Any = tokenizer.apply_chat_template(
                 [{"role": "user", "content": question.turns[0]}],
                 add_generation_prompt=True, return_tensors="pt", return_dict=True,
             )  # fmt: skip
             begin = time.perf_counter()
-            text = model.generate(**ids, do_sample=False, max_new_tokens=sizes.new_tokens)
+            text: Any = model.generate(**ids, do_sample=False, max_new_tokens=sizes.new_tokens)
             if number:  # the first is a warm-up
                 seconds += time.perf_counter() - begin
                 tokens += text.shape[1] - ids["input_ids"].shape[1]
