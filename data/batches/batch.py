@@ -5,6 +5,7 @@ Axis letters: R rows · T tokens a row · K top-k entries · L target layers · 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,8 +47,24 @@ class Batch:
         return int((self.document_ids >= 0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device; Lightning calls this."""
+        """The same batch on another device, its top-k entries widened there; Lightning calls this."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking), widened)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to CUDA run beside the computation."""
+        return self._each(Tensor.pin_memory, lambda head: head)
+
+    def _each(self, act: Callable[[Tensor], Tensor], then: Callable[[Head], Head]) -> Batch:
         names = ("input_ids", "position_ids", "document_ids", "loss_mask", "features")
-        present = [name for name in names if getattr(self, name) is not None]
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in present}
-        return replace(self, **moved, head=None if self.head is None else self.head.to(device))
+        done = {name: act(getattr(self, name)) for name in names if getattr(self, name) is not None}
+        head = self.head
+        if head is not None:
+            entropy = None if head.entropy is None else act(head.entropy)
+            moved = Head(act(head.ids), act(head.gap), act(head.lse_gap), head.vocab_size, entropy)
+            done["head"] = then(moved)  # type: ignore[assignment]
+        return replace(self, **done)  # type: ignore[arg-type]
+
+
+def widened(head: Head) -> Head:
+    """A head with int64 ids and fp32 gaps, as losses and certificates read it."""
+    return replace(head, ids=head.ids.long(), gap=head.gap.float())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,7 @@ class ResumableLoader:
             otherwise rows in order, all of them, the last batch being smaller.
         rank: this process.
         world_size: processes; each gets its own share of every global batch.
+        ahead: batches made in threads before they are asked for; 0 makes each when it is.
         uncounted: makes a batch count for nothing. Without shuffling, processes that would have fewer batches
             than others get the first batch again, made so; by default it counts again.
 
@@ -45,6 +48,7 @@ class ResumableLoader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        ahead: int = 0,
         uncounted: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
         if num_rows < 1 or batch_size < 1:
@@ -53,6 +57,7 @@ class ResumableLoader:
             )
         self.num_rows, self.batch_size, self.fetch, self.uncounted = num_rows, batch_size, fetch, uncounted
         self.seed, self.shuffle, self.rank, self.world_size = seed, shuffle, rank, world_size
+        self.ahead = ahead
         self._epoch, self._position, self._restored = -1, 0, False
 
     def __len__(self) -> int:
@@ -65,12 +70,24 @@ class ResumableLoader:
         else:
             self._epoch, self._position = self._epoch + 1, 0
         order = self._order(self._epoch)
-        while self._position < len(self):
-            start = (self._position * self.world_size + self.rank) * self.batch_size
-            self._position += 1  # before the batch is used: a checkpoint saved after it must not repeat it
-            rows = order[start : start + self.batch_size]
-            # A process with fewer batches would leave the others waiting in their next collective call.
-            yield self.fetch(rows) if len(rows) else self.uncounted(self.fetch(order[: self.batch_size]))
+        waiting: deque[Future[Batch]] = deque()
+        with ThreadPoolExecutor(max(1, self.ahead), "batches") as pool:
+            try:
+                for position in range(self._position, len(self)):
+                    while self.ahead and len(waiting) <= self.ahead and position + len(waiting) < len(self):
+                        waiting.append(pool.submit(self._make, order, position + len(waiting)))
+                    batch = waiting.popleft().result() if waiting else self._make(order, position)
+                    self._position += 1  # before it is used: a checkpoint saved after it must not repeat it
+                    yield batch
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _make(self, order: Int64[ndarray, " rows"], position: int) -> Batch:
+        start = (position * self.world_size + self.rank) * self.batch_size
+        rows = order[start : start + self.batch_size]
+        # A process with fewer batches would leave the others waiting in their next collective call.
+        return self.fetch(rows) if len(rows) else self.uncounted(self.fetch(order[: self.batch_size]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "position": self._position} | self._identity()

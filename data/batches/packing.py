@@ -19,7 +19,7 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from certdraft.certificates import Head
-from certdraft.data.batches.batch import Batch
+from certdraft.data.batches.batch import Batch, widened
 from certdraft.data.trace.arrow_trace import Trace
 
 
@@ -138,6 +138,8 @@ def assemble(
     rows: Sequence[int] | ndarray,
     num_kept: int | None = None,
     feature_layers: Sequence[int] | None = None,
+    *,
+    narrow: bool = False,
 ) -> Batch:
     """The given rows of a packing as a batch, copied once, from the memory map into its tensors.
 
@@ -147,6 +149,8 @@ def assemble(
         rows: indices of rows, R of them.
         num_kept: keep only this many top-k entries.
         feature_layers: features of these layers, in this order; of all that the trace holds when not given.
+        narrow: keep the trace's types in the top-k entries (int32, float16), which `Batch.to` widens on the
+            device: half the bytes on the way there.
 
     Raises:
         TraceError: more top-k entries, or other layers, wanted than the trace holds.
@@ -189,9 +193,9 @@ def assemble(
         ids[row, end:] = np.arange(k)
         gap[row, end:] = 0.0
         lse_gap[row, end:] = entropy[row, end:] = math.log(vocab_size)
-    wide = torch.from_numpy(ids).long(), torch.from_numpy(gap).float()  # in one go: numpy widens slowly
     known = torch.from_numpy(entropy) if trace.meta.has_entropy else None
-    head = Head(*wide, torch.from_numpy(lse_gap), vocab_size, known)
+    head = Head(torch.from_numpy(ids), torch.from_numpy(gap), torch.from_numpy(lse_gap), vocab_size, known)
+    head = head if narrow else widened(head)
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),

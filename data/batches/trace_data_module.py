@@ -44,6 +44,8 @@ class TraceDataModule(pl.LightningDataModule):
             an empty list.
         test: folder of the trace that `certdraft test` measures on; when not given, `test` beside the
             training trace, which `record` makes from the corpus split "test" if it does not exist.
+        prefetch: batches made in threads while a step runs, in pinned memory for a CUDA device; the order of
+            batches and resuming do not depend on it.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class TraceDataModule(pl.LightningDataModule):
         validation_rows: int | None = 256,
         feature_layers: list[int] | None = None,
         test: str | None = None,
+        prefetch: int = 2,
     ) -> None:
         super().__init__()
         if not 0 < validation_fraction < 1:
@@ -68,7 +71,7 @@ class TraceDataModule(pl.LightningDataModule):
         self.validation_fraction, self.seq_len, self.batch_size = validation_fraction, seq_len, batch_size
         self.num_kept, self.seed, self.verify = num_kept, seed, verify
         self.feature_layers = feature_layers
-        self.record, self.validation_rows = record, validation_rows
+        self.record, self.validation_rows, self.prefetch = record, validation_rows, prefetch
         self.test_path = test or str(Path(train).expanduser().parent / "test")
         self._opened = False
 
@@ -172,8 +175,11 @@ class TraceDataModule(pl.LightningDataModule):
         return packing
 
     def _loader(self, trace: Trace, packing: Packing, *, shuffle: bool) -> ResumableLoader:
+        to_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
         def fetch(rows: Int64[ndarray, " R"]) -> Batch:
-            return assemble(trace, packing, rows, self.num_kept, self.feature_layers)
+            batch = assemble(trace, packing, rows, self.num_kept, self.feature_layers, narrow=to_cuda)
+            return batch.pin_memory() if to_cuda else batch
 
         return ResumableLoader(
             packing.num_rows,
@@ -183,6 +189,7 @@ class TraceDataModule(pl.LightningDataModule):
             shuffle=shuffle,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
+            ahead=self.prefetch,
             uncounted=lambda batch: replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)),
         )
 

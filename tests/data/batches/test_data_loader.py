@@ -129,3 +129,32 @@ def test_lightning_resumes_at_every_step(tmp_path: Path, cut: int) -> None:
     assert fit(cut, tmp_path) == straight[:cut]
     for checkpoint in ("end.ckpt", f"step={cut}.ckpt"):  # saved after the run, and after the step
         assert fit(8, tmp_path, resume=str(tmp_path / checkpoint)) == straight[cut:]
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_batches_made_ahead_change_nothing(ahead: int, stop: int) -> None:
+    """Same order, same position to resume from at every batch, although later batches exist already."""
+    plain, early = loader(), loader(ahead=ahead)
+    assert epochs(plain, 1) == epochs(early, 1)
+    handed = []
+    for batch in early:
+        handed.append(batch.tolist())
+        if len(handed) == stop:
+            break
+    resumed = loader(ahead=ahead)
+    resumed.load_state_dict(early.state_dict())
+    rest = epochs(resumed, 1) if stop else []
+    assert handed + rest == epochs(plain, 1)
+
+
+def test_a_batch_that_cannot_be_made_fails_in_its_turn() -> None:
+    def fetch(rows: np.ndarray) -> Tensor:
+        if 6 in rows:
+            raise OSError("torn page")
+        return torch.from_numpy(rows)
+
+    made = iter(ResumableLoader(12, 3, fetch, shuffle=False, ahead=3))
+    assert [next(made).tolist(), next(made).tolist()] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(OSError, match="torn page"):
+        next(made)

@@ -85,3 +85,20 @@ def test_shorter_head(fake_trace: tuple[Trace, list[RecordedRow]]) -> None:
 def test_rows_need_a_length() -> None:
     with pytest.raises(ValueError, match="seq_len is 0"):
         pack([1], 0)
+
+
+def test_narrow_batches_are_widened_on_the_way(fake_trace: tuple[Trace, list[RecordedRow]]) -> None:
+    """Half the bytes to the device; what arrives there is the same."""
+    trace = fake_trace[0]
+    packing = pack(trace.lengths, 64)
+    rows = list(range(packing.num_rows))
+    wide, narrow = (assemble(trace, packing, rows, narrow=narrow) for narrow in (False, True))
+    assert wide.head is not None
+    assert narrow.head is not None
+    assert (narrow.head.ids.dtype, narrow.head.gap.dtype) == (torch.int32, torch.float16)
+    arrived = narrow.to("cpu").head
+    assert arrived is not None
+    for name in ("ids", "gap", "lse_gap", "entropy"):
+        one, other = getattr(arrived, name), getattr(wide.head, name)
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
