@@ -160,6 +160,8 @@ def card_facts(
     record = data.get("record") or {}
     metrics = dict(facts["metrics"])
     step = metrics.pop("step", None)
+    if step is not None and step != content["global_step"]:
+        metrics = {}  # measured on earlier weights than these
     training = {
         "steps": content["global_step"],
         "seed": settings["seed_everything"],
@@ -179,7 +181,7 @@ def card_facts(
         name=name,
         loss=repr(module.loss),
         datasets=(record["corpus"]["source"],) if record else (),
-        evaluated_on="the validation trace" + (f", at step {step}" if step is not None else ""),
+        evaluated_on="the validation trace" + (f", at step {step}" if metrics and step is not None else ""),
         metrics=metrics,
         training=training,
         license=license,

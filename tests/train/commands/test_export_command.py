@@ -68,3 +68,17 @@ def test_a_run_becomes_a_folder(
         main(["lint", "--path", str(out)])
     assert stop.value.code == 2
     assert "error: rope_theta: is 7.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("steps", "measured"), [(4, True), (5, False)])
+def test_the_card_tells_metrics_of_these_weights_alone(
+    settings: dict[str, Any], write: Callable[..., str], tmp_path: Path, steps: int, measured: bool
+) -> None:
+    """Of five steps the fourth was validated: the fifth's weights have no metrics."""
+    settings["trainer"] |= {"max_steps": steps, "val_check_interval": 4}
+    main(["fit", "--config", write(settings)])
+    run = next((tmp_path / "runs" / "tiny").iterdir())
+    main(["export", "--run", str(run / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "out")])
+    facts = read_facts(tmp_path / "out")["facts"]
+    assert bool(facts["metrics"]) is measured
+    assert ("at step 4" in facts["evaluated_on"]) is measured
