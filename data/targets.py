@@ -14,6 +14,7 @@ from certdraft.support import (
     load_generation_config,
     load_pretrained_config,
     load_pretrained_tokenizer,
+    weights_origin,
 )
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ def generation_config(
 ) -> GenerationConfig | None:
     """The generation config of a target; None when it has none."""
     return load_generation_config(_source(name_or_path), revision=revision)
+
+
+def target_weights_origin(name_or_path: str = EMBEDDED) -> str | None:
+    """What a target's weights were made from; None where they are stored as they are used."""
+    return weights_origin(_source(name_or_path))
 
 
 def load_tokenizer(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PreTrainedTokenizerBase:

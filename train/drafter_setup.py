@@ -12,6 +12,7 @@ from torch import Tensor
 
 from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.drafters import Drafter, TargetSource
+from certdraft.support import facts_of
 from certdraft.train.target_outputs import Online
 
 
@@ -98,6 +99,8 @@ def _check_positions(drafter: Drafter, datamodule: Any) -> None:
     lengths = [int(trace.lengths.max()) for trace in traces if trace is not None and len(trace)]
     if limit is None or seq_len is None or not lengths or min(max(lengths), seq_len) <= limit:
         return
+    if drafter.causal_lm is not None:
+        facts_of(drafter.causal_lm).check_window(min(max(lengths), seq_len))
     raise ValueError(
         f"the drafter has {limit} positions, but documents of the trace reach {max(lengths)} tokens and "
         f"data.seq_len is {seq_len}: set max_position_embeddings of the drafter to the target's, or lower "

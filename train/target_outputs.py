@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from certdraft.data import Batch, load_target
+from certdraft.drafters import CachedLM
 from certdraft.losses import OnlineTarget, TargetBatch, next_tokens
-from certdraft.support import HiddenStates
+from certdraft.support import HiddenStates, text_body
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,14 @@ class Online:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def to(self, device: torch.device) -> None:
-        """Move the target to where the drafter trains."""
+        """Move the target to where the drafter trains, and check there that its logits are lm_head(hidden).
+
+        Raises:
+            ValueError: a target that decoding would refuse too: soft-capped logits, layers without attention
+                (packed documents would mix); names its class.
+        """
         torch.nn.Module.to(self.model, device)
+        CachedLM(self.model)
 
     @torch.no_grad()
     def read(self, batch: Batch, taps: Sequence[int] = ()) -> TargetOutputs:
@@ -77,7 +84,7 @@ class Online:
             batch: packed rows.
             taps: aux layers whose outputs are wanted, 0-based.
         """
-        body: nn.Module = self.model.base_model
+        body = text_body(self.model)
         with HiddenStates(body, taps).recorded() as states:
             output = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
             features = states.take() if taps else None

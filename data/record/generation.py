@@ -23,7 +23,7 @@ from certdraft.certificates import Head
 from certdraft.data.corpus.chat import Prompt
 from certdraft.data.record.learned_positions import Generation, loop_onset, with_loss_mask
 from certdraft.data.trace.recorded_row import Finish, RecordedRow
-from certdraft.support import HiddenStates, bits_of, project_fp32
+from certdraft.support import HiddenStates, bits_of, facts_of, project_fp32, text_body, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +51,11 @@ class LogitHead:
                 f"{type(target).__name__} has no linear output layer; its logits cannot be recorded"
             )
         self.weight, self.bias = layer.weight.detach(), layer.bias
+        if changes := facts_of(target).logit_changes:  # some classes leave to engines what their config says
+            raise TargetError(
+                f"{type(target).__name__} scales or soft-caps its logits ({', '.join(changes)} in its "
+                "config); recording such targets is not supported, because its margins would be wrong"
+            )
         self._check(target)
 
     def __call__(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
@@ -64,7 +69,7 @@ class LogitHead:
         probe = torch.arange(min(4, self.vocab_size), device=self.weight.device).unsqueeze(0)
         with torch.inference_mode():
             expected = target(input_ids=probe, use_cache=False).logits[0].float()
-            projected = self(target.base_model(input_ids=probe, use_cache=False).last_hidden_state[0])
+            projected = self(text_body(target)(input_ids=probe, use_cache=False).last_hidden_state[0])
         tolerance = 1e-4 if self.weight.dtype == torch.float32 else 2**-5  # bf16 keeps 8 bits
         # non-finite logits are reported by the recording itself, with row and position
         off = (expected - projected).abs().nan_to_num(0.0, 0.0, 0.0) > tolerance * (1 + expected.abs())
@@ -83,7 +88,8 @@ def eos_ids_of(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 def eos_ids_of_configs(configs: Iterable[object], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The same from the configs alone; None stands for one that does not exist."""
     found: set[int] = set()
-    for ids in (*(getattr(config, "eos_token_id", None) for config in configs), tokenizer.eos_token_id):
+    parts = [part for config in configs for part in (config, text_config(config))]
+    for ids in (*(getattr(part, "eos_token_id", None) for part in parts), tokenizer.eos_token_id):
         found.update([ids] if isinstance(ids, int) else ids or [])
     return frozenset(found)
 
@@ -137,7 +143,8 @@ class _Recording:
         num_kept: int,
         feature_layers: Sequence[int] = (),
     ) -> None:
-        self.hidden_states = HiddenStates(target.base_model, feature_layers)
+        self.body = text_body(target)
+        self.hidden_states = HiddenStates(self.body, feature_layers)
         self.target, self.head, self.prompts, self.settings = target, head, prompts, settings
         self.given = np.array([len(prompt.ids) for prompt in prompts])
         self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
@@ -165,7 +172,7 @@ class _Recording:
         positions = (mask.cumsum(1) - 1).clip(0)
         self.mask = torch.from_numpy(mask).to(device)
         cache = DynamicCache(config=self.target.config) if self.budget.any() else None
-        hidden = self.target.base_model(
+        hidden = self.body(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=None if mask.all() else self.mask.long(),  # None is the cheaper causal one
             position_ids=torch.from_numpy(positions).to(device),
@@ -226,16 +233,18 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
     slots = np.arange(len(recording.prompts))  # rows the cache still holds
     alive = recording.budget > 0
     mask = recording.mask
+    # caches of linear attention cannot drop rows
+    removable = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
     while alive.any():
         assert cache is not None
-        if alive[slots].mean() <= 0.75:  # finished rows leave the batch
+        if removable and alive[slots].mean() <= 0.75:  # finished rows leave the batch
             stay = torch.from_numpy(alive[slots].nonzero()[0]).to(device)
             cache.batch_select_indices(stay)
             mask, slots = mask[stay], slots[alive[slots]]
         last = recording.lengths[slots] - 1
         tokens = recording.top_ids[slots, last, 0].astype(np.int64)
         mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=1)
-        hidden = recording.target.base_model(
+        hidden = recording.body(
             input_ids=torch.from_numpy(tokens[:, None]).to(device),
             attention_mask=mask.long(),
             position_ids=torch.from_numpy(last[:, None] + 1).to(device),
@@ -277,7 +286,7 @@ def _first_bad_position(target: PreTrainedModel, head: LogitHead, ids: ndarray, 
     tokens = torch.from_numpy(ids.astype(np.int64)).to(head.weight.device).unsqueeze(0)
 
     def is_fine(length: int) -> bool:
-        hidden = target.base_model(input_ids=tokens[:, :length], use_cache=False).last_hidden_state[0]
+        hidden = text_body(target)(input_ids=tokens[:, :length], use_cache=False).last_hidden_state[0]
         return bool(torch.isfinite(head(hidden).logsumexp(-1)).all())
 
     fine, bad = 0, len(ids)

@@ -23,11 +23,17 @@ from certdraft.data.corpus.corpora import Corpus, CorpusError
 from certdraft.data.corpus.rows import read_rows
 from certdraft.data.record.generation import TargetError
 from certdraft.data.record.learned_positions import Generation
-from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config, tokenizer_fingerprint
+from certdraft.data.targets import (
+    EMBEDDED,
+    embedded_target_path,
+    target_config,
+    target_weights_origin,
+    tokenizer_fingerprint,
+)
 from certdraft.data.trace.recorded_row import RecordedRow, bytes_per_token
 from certdraft.data.trace.shards import Ledger, RecordingError
 from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TraceMeta
-from certdraft.support import Progress
+from certdraft.support import Progress, facts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,13 +151,13 @@ def feature_size(recording: Recording) -> int:
     layers = recording.feature_layers
     if not layers:
         return 0
-    config = target_config(recording.target, revision=recording.revision)
-    if len(set(layers)) < len(layers) or not all(0 <= layer < config.num_hidden_layers for layer in layers):
+    facts = facts_of(target_config(recording.target, revision=recording.revision))
+    if len(set(layers)) < len(layers) or not all(0 <= layer < facts.num_layers for layer in layers):
         raise ValueError(
             f"feature_layers={list(layers)}: {recording.target} has layers 0 to "
-            f"{config.num_hidden_layers - 1}; name each at most once"
+            f"{facts.num_layers - 1}; name each at most once"
         )
-    size = int(config.hidden_size)
+    size = facts.hidden_size
     longest = recording.generation.max_length
     if longest * len(layers) * size >= 1 << 31:
         raise ValueError(
@@ -212,7 +218,7 @@ def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, config:
     Raises:
         TargetError: with both numbers.
     """
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = facts_of(config).max_positions
     if prompts.max_id >= vocab_size:
         raise TargetError(
             f"the tokenizer gives id {prompts.max_id}, but {recording.target} has {vocab_size} embeddings; "
@@ -312,4 +318,5 @@ def trace_meta(
         feature_layers=recording.feature_layers,
         feature_size=feature_size(recording),
         has_entropy=has_entropy,
+        weights_origin=None if dtype == "server" else target_weights_origin(recording.target),
     )

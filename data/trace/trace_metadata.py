@@ -46,6 +46,8 @@ class TraceMeta:
         versions: of the libraries that recorded it.
         feature_layers: 0-based layers of the target whose outputs are kept, before any final norm; L of them.
         feature_size: H of those outputs; 0 without them.
+        weights_origin: what the target's weights were made from, such as "dequantised from Q4_K GGUF"; None
+            where they were stored as they are used, or lay on a server.
         has_entropy: whether the entropies are known; a server returns K tokens only, and they are NaN.
     """
 
@@ -63,6 +65,7 @@ class TraceMeta:
     feature_layers: tuple[int, ...] = ()
     feature_size: int = 0
     has_entropy: bool = True
+    weights_origin: str | None = None
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +139,8 @@ def _problem(meta: TraceMeta) -> str | None:
             return f"{name} is {getattr(meta, name)!r}, expected an object"
     if not all(isinstance(layer, int) for layer in (*meta.feature_layers, meta.feature_size)):
         return "feature_layers and feature_size must be integers"
+    if not isinstance(meta.weights_origin, str | None):
+        return f"weights_origin is {meta.weights_origin!r}, expected a text or null"
     files = [shard.file for shard in meta.shards]
     if not files:
         return "it lists no shards, so the trace holds nothing"

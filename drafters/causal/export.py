@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from certdraft.drafters.causal.lora import merged
 from certdraft.drafters.formats.logit_checks import check_same_logits, checked_logits
-from certdraft.support import load_causal_lm, quiet
+from certdraft.support import facts_of, load_causal_lm, quiet
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -118,8 +118,9 @@ def check_reload(model: PreTrainedModel, directory: Path) -> None:
 
 def _probe(model: PreTrainedModel) -> torch.Tensor:
     """fp32 logits [T, V] on fixed tokens, spread over the vocabulary."""
-    num = min(_PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or _PROBE_TOKENS)
-    ids = torch.arange(num, device=model.device) * 7919 % model.config.vocab_size
+    facts = facts_of(model)
+    num = min(_PROBE_TOKENS, facts.max_positions or _PROBE_TOKENS)
+    ids = torch.arange(num, device=model.device) * 7919 % facts.vocab_size
     logits: torch.Tensor = model(ids[None], use_cache=False).logits[0].float()
     return checked_logits(logits)
 
@@ -135,6 +136,9 @@ def _name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 def _legacy_rope(model: PreTrainedModel) -> dict[str, Any]:
     """Rotary settings under the names that readers before transformers 5 know."""
     rope = getattr(model.config, "rope_parameters", None)
+    if isinstance(rope, dict) and "full_attention" in rope:  # Gemma 3: one base for each kind of layer
+        names = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+        return {names[kind]: rope[kind]["rope_theta"] for kind in names.keys() & rope.keys()}
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return {}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -26,6 +26,7 @@ from certdraft.drafters.features.target_layers import check_layers
 from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
 from certdraft.drafters.protocol import Drafter, TargetSource
+from certdraft.support import facts_of, text_config
 
 if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
@@ -185,7 +186,7 @@ class FeatureDrafter(Drafter):
             )
         loaded: Any = cls(pretrained=str(folder))  # type: ignore[call-arg]
         loaded.parameter_dtype = getattr(torch, dtype) if dtype else None
-        loaded.attach(TargetEnds.of(target), int(target.config.num_hidden_layers))
+        loaded.attach(TargetEnds.of(target), facts_of(target).num_layers)
         loaded.load_folder(folder)
         return loaded.eval()
 
@@ -292,7 +293,7 @@ class FeatureDrafter(Drafter):
                 f"{name}: the target embeds {len(embeddings.weight)} tokens, but vocab_size is {vocab_size}; "
                 "pass the size of its logits, padding included."
             )
-        self.attach(TargetEnds.of(target), int(target.config.num_hidden_layers))
+        self.attach(TargetEnds.of(target), facts_of(target).num_layers)
         if self.pretrained is not None:
             self.load_folder(feature_folder.folder_of(self.pretrained))
         return target
@@ -320,7 +321,7 @@ def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
     Raises:
         ValueError: a hidden size that is not the target's, heads that do not divide.
     """
-    of = target.config
+    of: Any = text_config(target.config)
     hidden, heads = int(of.hidden_size), int(of.num_attention_heads)
     rope = getattr(of, "rope_parameters", None) or {}
     defaults: dict[str, Any] = {

@@ -32,6 +32,8 @@ class CardFacts:
         target_vocab_size: entries of its vocabulary, padding included.
         tokenizer_fingerprint: of the tokenizer both share, as the trace records it.
         target_revision: commit or tag of the target.
+        target_weights: what its weights were made from, such as "dequantised from Q4_K GGUF"; None where they
+            were used as stored.
         target_architecture: its class, such as "Qwen3ForCausalLM".
         name: what to call the drafter; the folder's name when empty.
         loss: what was minimised, such as "MarginDiscountedCE(a=1.0)".
@@ -46,6 +48,7 @@ class CardFacts:
     target_vocab_size: int
     tokenizer_fingerprint: str
     target_revision: str | None = None
+    target_weights: str | None = None
     target_architecture: str | None = None
     name: str | None = None
     loss: str | None = None

@@ -50,9 +50,14 @@ def layout_of(folder: Folder) -> Layout | None:
 
 def _target_config(target: str | Path | Config | None) -> Config | None:
     if target is None or isinstance(target, Mapping):
-        return target
+        return _text_part(target)
     path = Path(target).expanduser()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"{target}: give the target's folder, or its config.json.")
-    return read_json(file)
+    return _text_part(read_json(file))
+
+
+def _text_part(config: Config | None) -> Config | None:
+    """The keys of a config, those of its text model first: multimodal ones state their sizes there."""
+    return config and {**config, **(config.get("text_config") or {})}

@@ -182,16 +182,21 @@ def check_equal(config: Config, expected: Config, at: str = "") -> Iterator[Find
 
 def check_rope(config: Config, at: str = "") -> Iterator[Finding]:
     """The rotary base, under the name of every reader: a reader that misses its own takes a default."""
-    modern, legacy = config.get("rope_parameters"), config.get("rope_theta")
-    if not isinstance(modern, Mapping) or "rope_theta" not in modern:
-        yield error(
-            f"{at}rope_parameters", "must hold rope_theta and rope_type, for readers of transformers 5."
-        )
-    elif legacy != modern["rope_theta"]:
-        yield error(
-            f"{at}rope_theta",
-            f"is {legacy!r}, in rope_parameters {modern['rope_theta']!r}; write the same value to both.",
-        )
+    modern: Any = config.get("rope_parameters")
+    if not isinstance(modern, Mapping) or "full_attention" not in modern:
+        modern = {"full_attention": modern}  # one base for all layers; Gemma 3 has one for each kind of layer
+    names = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+    for kind, values in modern.items():
+        if not isinstance(values, Mapping) or "rope_theta" not in values:
+            yield error(
+                f"{at}rope_parameters", "must hold rope_theta and rope_type, for readers of transformers 5."
+            )
+        elif kind in names and config.get(names[kind]) != values["rope_theta"]:
+            yield error(
+                f"{at}{names[kind]}",
+                f"is {config.get(names[kind])!r}, in rope_parameters {values['rope_theta']!r}; write the "
+                "same value to both.",
+            )
 
 
 def check_positions(config: Config, target: Config | None, at: str = "") -> Iterator[Finding]:

@@ -154,17 +154,15 @@ def hub_access() -> Finding:
 
 def target_access(target: str) -> Finding:
     """Whether the target's config and tokenizer load; no weights are read."""
-    from transformers import AutoConfig
-
-    from certdraft.data import embedded_target_path, load_tokenizer, tokenizer_fingerprint
+    from certdraft.data import load_tokenizer, target_config, tokenizer_fingerprint
+    from certdraft.support import facts_of
 
     label = f"target {target}"
 
     def check() -> str:
-        place = embedded_target_path() if target == "embedded" else target
-        config = AutoConfig.from_pretrained(place)
+        config = target_config(target)
         print_ = tokenizer_fingerprint(load_tokenizer(target))
-        return f"{config.model_type}, vocabulary {config.vocab_size:,}, tokenizer {print_[:12]}"
+        return f"{config.model_type}, vocabulary {facts_of(config).vocab_size:,}, tokenizer {print_[:12]}"
 
     return _attempt(label, check)
 

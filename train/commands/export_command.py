@@ -178,6 +178,7 @@ def card_facts(
         target_vocab_size=target["vocab_size"],
         tokenizer_fingerprint=target["tokenizer_fingerprint"],
         target_revision=target["target_revision"],
+        target_weights=target.get("weights_origin"),
         name=name,
         loss=repr(module.loss),
         datasets=(record["corpus"]["source"],) if record else (),

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from certdraft.data import target_config
 from certdraft.drafters import Drafter, TargetSource, drafter_kinds
+from certdraft.support import facts_of, text_config
 
 _SHIPPED = Path(__file__).parents[2] / "configs" / "models"
 
@@ -91,7 +92,7 @@ def drafter_sizes(settings: dict[str, Any], target: str) -> ModelSizes:
     parser.add_class_arguments(kind, "drafter", instantiate=False, fail_untyped=False)
     parsed = parser.instantiate(parser.parse_object({"drafter": settings.get("init_args") or {}}))
     config = read_config(target)
-    vocab_size = int(config.vocab_size)
+    vocab_size = facts_of(config).vocab_size
     source = TargetSource(
         target,
         vocab_size,
@@ -123,16 +124,19 @@ def read_config(name: str) -> PreTrainedConfig:
 def _one_layer(name: str) -> Any:
     """A target on the meta device; only its embeddings, lm_head and number of layers are looked at."""
     config = read_config(name)
-    num, config.num_hidden_layers = config.num_hidden_layers, 1
+    text: Any = text_config(config)
+    num, text.num_hidden_layers = text.num_hidden_layers, 1
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
-    target.config.num_hidden_layers = num
+    text_config(target.config).num_hidden_layers = num
     return target
 
 
 def _measured(name: str, network: nn.Module, config: Any, head: Tensor | None) -> ModelSizes:
+    text = text_config(config)
+
     def size(key: str, default: int = 0) -> int:
-        return int(getattr(config, key, None) or default)
+        return int(getattr(text, key, None) or default)
 
     own = {id(parameter): parameter for parameter in network.parameters()}
     ends = [part.weight for part in network.modules() if isinstance(part, nn.Embedding)]

@@ -259,8 +259,11 @@ class Provenance(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         meta = getattr(getattr(trainer, "datamodule", None), "meta", None)
-        names = ("target", "target_revision", "tokenizer_fingerprint", "vocab_size", "num_counted")
-        target = {} if meta is None else {name: getattr(meta, name) for name in names}
+        names = (
+            "target", "target_revision", "weights_origin", "tokenizer_fingerprint", "vocab_size",
+            "num_counted",
+        )  # fmt: skip
+        target = {} if meta is None else {name: getattr(meta, name, None) for name in names}
         checkpoint["certdraft"] = {"config": self.config, "target": target, "metrics": self.metrics}
 
     def on_load_checkpoint(

@@ -50,7 +50,7 @@ from certdraft.data.targets import generation_config, load_tokenizer, target_con
 from certdraft.data.trace.recorded_row import RecordedRow
 from certdraft.data.trace.shards import Ledger, RecordingError, stopped
 from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
-from certdraft.support import Progress
+from certdraft.support import Progress, facts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def record_from_server(folder: Path, recording: Recording, server: Server) -> Tr
     tokenizer = load_tokenizer(recording.tokenizer or recording.target, revision=recording.revision)
     prompts, accounting = read_prompts(recording, tokenizer)
     config = target_config(recording.target, revision=recording.revision)
-    check_fit(prompts, recording, int(config.vocab_size), config)
+    check_fit(prompts, recording, facts_of(config).vocab_size, config)
     client = _Client(recording, server, tokenizer, prompts, config)
     settings = recorded_settings(recording, prompts, tokenizer)
     settings |= {"server": {"api": server.api, "model": server.model}}
@@ -223,7 +223,7 @@ class _Client:
     ) -> None:
         self.recording, self.server, self.tokenizer, self.prompts = recording, server, tokenizer, prompts
         self.connection = Connection(server)
-        self.vocab_size = int(config.vocab_size)
+        self.vocab_size = facts_of(config).vocab_size
         written = generation_config(recording.target, revision=recording.revision)
         self.eos = eos_ids_of_configs((written, config), tokenizer)
         self.api: Api = Completions(server.model or "") if server.api == "completions" else SGLang()
