@@ -29,7 +29,7 @@ from certdraft.losses import (
 )
 from certdraft.train.accumulation import Accumulation
 from certdraft.train.drafter_setup import fit_to_target
-from certdraft.train.optim import OptimizerSettings
+from certdraft.train.optim import OptimizerSettings, check_precision
 from certdraft.train.restricted_target import DraftVocabulary
 from certdraft.train.sharding import shard
 from certdraft.train.target_outputs import Online, TargetOutputs, TargetSettings, recorded
@@ -261,11 +261,7 @@ class DrafterModule(pl.LightningModule):
         Raises:
             ValueError: drafter, target, data or precision do not fit together.
         """
-        if str(self.trainer.precision) in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision}: most updates of half-precision weights are "
-                "rounded away. Use bf16-mixed (or 16-mixed), which keeps fp32 weights"
-            )
+        check_precision(str(self.trainer.precision))
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         datamodule = getattr(self.trainer, "datamodule", None)
         fit_to_target(self.drafter, self.online, datamodule, seed)

@@ -83,3 +83,16 @@ class OptimizerSettings:
         )  # fmt: skip
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def check_precision(precision: str) -> None:
+    """Refuse a `trainer.precision` under which weights are not kept in fp32.
+
+    Raises:
+        ValueError: bf16-true or 16-true.
+    """
+    if precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision is {precision}: most updates of half-precision weights are rounded away. Use "
+            "bf16-mixed (or 16-mixed), which keeps fp32 weights"
+        )

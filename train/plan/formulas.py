@@ -41,11 +41,10 @@ DEVICES = {  # vendors' data sheets, dense bf16
 def state_bytes(trained: int, frozen: int, precision: str, frozen_bytes: int = 4) -> float:
     """Weights, gradients and AdamW moments of parameters with a gradient, and weights of those without.
 
-    `precision` is Lightning's name: "32-true", "bf16-mixed", "bf16-true", …
+    Weights, gradients and moments are fp32; `precision` is Lightning's name: "32-true", "bf16-mixed", …
     """
-    each = {"bf16-true": 8, "16-true": 8}.get(precision, 16)  # weight, gradient, two moments
     cast = 2 if precision.endswith("mixed") else 0
-    return trained * (each + cast) + frozen * (frozen_bytes + (cast if frozen_bytes > 2 else 0))
+    return trained * (16 + cast) + frozen * (frozen_bytes + (cast if frozen_bytes > 2 else 0))
 
 
 def activation_bytes(sizes: ModelSizes, tokens: int, checkpointing: bool) -> float:

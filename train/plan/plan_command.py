@@ -12,6 +12,7 @@ import yaml
 
 from certdraft.data import bytes_per_token
 from certdraft.losses import auto_chunk_tokens
+from certdraft.train.optim import check_precision
 from certdraft.train.plan import formulas
 from certdraft.train.plan.formulas import DEVICES, GB
 from certdraft.train.plan.model_sizes import ModelSizes, drafter_sizes, sizes_of
@@ -85,7 +86,7 @@ def plan(
 
     Raises:
         FileNotFoundError: no such config.
-        ValueError: a config that names no target or drafter.
+        ValueError: a config that names no target or drafter, or that `fit` would refuse for its precision.
     """
     settings = load_config(Path(run) if run else _SHIPPED / "qwen3-8b-0.6b.yaml")
     trainer, data, model = (settings.get(key) or {} for key in ("trainer", "data", "model"))
@@ -98,6 +99,8 @@ def plan(
         raise ValueError(
             f"plan: {run} names no {'drafter' if target else 'target'}; give --target and --drafter"
         )
+    precision = str(trainer.get("precision", "32-true"))
+    check_precision(precision)
     init, sheet = chosen.get("init_args") or {}, DEVICES[device]
     of_target, sizes = sizes_of(target), drafter_sizes(chosen, target)
     nodes, devices = nodes or int(trainer.get("num_nodes", 1)), devices or int(trainer.get("devices", 1))
@@ -114,7 +117,7 @@ def plan(
         "weights, gradients, AdamW": formulas.state_bytes(
             sizes.trained,
             sizes.parameters - sizes.trained,
-            str(trainer.get("precision", "32-true")),
+            precision,
             2 if init.get("dtype") == "bfloat16" else 4,
         )
         / shards

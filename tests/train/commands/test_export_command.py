@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.gguf_checkpoints import random_llama, write_gguf
 
-from certdraft.data import load_target
-from certdraft.drafters import load_drafter, read_facts
+from certdraft.data import Generation, Prompts, TraceMeta, load_target, record_trace
+from certdraft.drafters import lint_export, load_drafter, read_facts
 from certdraft.train.commands.cli import main
 
 EAGLE = {
@@ -82,3 +83,27 @@ def test_the_card_tells_metrics_of_these_weights_alone(
     facts = read_facts(tmp_path / "out")["facts"]
     assert bool(facts["metrics"]) is measured
     assert ("at step 4" in facts["evaluated_on"]) is measured
+
+
+def test_dequantised_targets_are_stated_in_trace_and_card(
+    settings: dict[str, Any], write: Callable[..., str], tmp_path: Path
+) -> None:
+    """A drafter learns the text of the rounded weights; who serves it with others must know."""
+    target, trace = tmp_path / "target", tmp_path / "trace"
+    target.mkdir()
+    write_gguf(random_llama(), target / "tiny.Q8_0.gguf")
+    meta = record_trace(
+        str(trace), str(target), prompts=Prompts(template="none", max_prompt_tokens=20),
+        generation=Generation(max_new_tokens=16, max_length=64, loops="keep"), num_kept=8, accelerator="cpu",
+        rows=[{"prompt": word} for word in ("abcd", "xyz", "cdab", "hello", "world", "drafter")],
+    )  # fmt: skip
+    assert meta.weights_origin == TraceMeta.read(trace / "trace.json").weights_origin
+    assert meta.weights_origin == "dequantised from Q8_0 GGUF"
+    settings["data"] |= {"train": str(trace), "validation": str(trace), "batch_size": 2}
+    settings["trainer"] |= {"max_steps": 1, "limit_val_batches": 0}
+    main(["fit", "--config", write(settings)])
+    run, out = next((tmp_path / "runs" / "tiny").iterdir()), tmp_path / "out"
+    main(["export", "--run", str(run), "--out", str(out)])
+    assert read_facts(out)["facts"]["target_weights"] == meta.weights_origin
+    assert "a target with weights dequantised from Q8_0 GGUF" in (out / "README.md").read_text()
+    assert not [finding for finding in lint_export(out) if finding.severity == "error"]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from jsonargparse import ArgumentParser
+from oracles.architectures import GEMMA, made
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import certdraft
@@ -124,6 +126,25 @@ def test_a_plan_in_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not big.fits
     assert "DOES NOT FIT" in capsys.readouterr().out
     assert plan(mfu=0.2).step_seconds == pytest.approx(2 * one.step_seconds)
+
+
+def test_a_precision_that_fit_refuses_is_not_planned_for(tmp_path: Path) -> None:
+    settings = load_config(CONFIGS / "qwen3-8b-0.6b.yaml")
+    settings["trainer"]["precision"] = "bf16-true"
+    (tmp_path / "half.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="trainer.precision is bf16-true.* Use bf16-mixed"):
+        plan(run=str(tmp_path / "half.yaml"))
+
+
+def test_sizes_of_a_multimodal_model_are_those_of_its_text(tmp_path: Path) -> None:
+    model = made("Gemma3", **GEMMA)
+    model.config.save_pretrained(tmp_path)
+    found = sizes_of(str(tmp_path))
+    assert (found.layers, found.hidden, found.vocabulary, found.query, found.key_value) == (4, 32, 96, 32, 16)
+    for kind, config in (("EagleDrafter", {}), ("BlockDrafter", {"num_hidden_layers": 1})):
+        settings = {"class_path": kind, "init_args": {"config": config | {"target_layer_ids": [0, 1, 2]}}}
+        sizes = drafter_sizes(settings, str(tmp_path))
+        assert (sizes.hidden, sizes.query) == (32, 32)
 
 
 def test_decoding_reads_the_weights_or_computes() -> None:
