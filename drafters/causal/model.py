@@ -27,7 +27,15 @@ from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import TokenFeatures, TokenIds
-from certdraft.support import context_limit, has_head_bias, load_causal_lm, project_fp32
+from certdraft.support import (
+    context_limit,
+    facts_of,
+    has_head_bias,
+    load_causal_lm,
+    project_fp32,
+    text_body,
+    text_config,
+)
 
 _SIZES = (
     "hidden_size",
@@ -128,6 +136,9 @@ class CausalDrafter(Drafter):
                 self._adopt(self._fresh(sized))
         elif pretrained is not None:
             model = load_causal_lm(str(pretrained), dtype=self.dtype, attention=attention)
+            if text_config(model.config) is not model.config:  # the text part of a multimodal model
+                every = TargetLayers(facts_of(model).num_layers)
+                model = cut_from(model, every, dtype=self.dtype, attention=attention).eval()
             self._adopt(model)
             if vocab_size not in (None, self.vocab_size):
                 self.build(int(vocab_size))  # raises, naming both sizes
@@ -187,7 +198,7 @@ class CausalDrafter(Drafter):
         """See `Drafter.on_meta`; of `pretrained` only the config is read."""
         lora, pretrained = arguments.pop("lora", None), arguments.pop("pretrained", None)
         if pretrained is not None:
-            arguments["config"] = read_config(pretrained).to_dict()
+            arguments["config"] = text_config(read_config(pretrained)).to_dict()
         drafter = super().on_meta(target, read_config, **arguments)
         if lora is not None:
             drafter.network = add_adapters(drafter.model, lora)
@@ -225,7 +236,7 @@ class CausalDrafter(Drafter):
     @property
     def vocab_size(self) -> int:
         """Entries of the vocabulary, equal to the target's."""
-        return int(self.model.config.vocab_size)
+        return int(self.head_weight.shape[0])
 
     @property
     def max_context(self) -> int | None:
@@ -258,7 +269,7 @@ class CausalDrafter(Drafter):
                 self._lm.facts.check_window(int(position_ids.max()) + 1)
             mask = self._mask(document_ids)
         # use_cache=False: with a cache, transformers ignores restarting positions and documents would mix.
-        output = self.model.base_model(
+        output = text_body(self.model)(
             input_ids=input_ids, position_ids=position_ids, attention_mask=mask, use_cache=False
         )
         hidden: Tensor = output.last_hidden_state

@@ -42,6 +42,7 @@ from certdraft.evaluation.measure.trace_reading import (
     batches,
     concatenate,
 )
+from certdraft.support import text_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -261,7 +262,7 @@ class _RecomputedTarget:
     """The target's fp32 logits at chosen positions."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.body, self.head = model.base_model, LogitHead(model)
+        self.body, self.head = text_body(model), LogitHead(model)
 
     def hidden(self, ids: Int[Tensor, "R T"], attention_mask: Int[Tensor, "R T"]) -> Float[Tensor, "R T H"]:
         return self.body(input_ids=ids, attention_mask=attention_mask, use_cache=False).last_hidden_state

@@ -1,12 +1,14 @@
 """Architectures as targets and as causal drafters: equal to plain passes, or refused by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracles.architectures import EQUAL, GEMMA, REFUSED, SIZES, V, made
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from certdraft.drafters import (
     BlockConfig,
@@ -16,6 +18,8 @@ from certdraft.drafters import (
     EagleConfig,
     EagleDrafter,
     TargetLayers,
+    export,
+    lint_export,
 )
 from certdraft.losses import OnlineTarget
 from certdraft.support import context_limit, facts_of, text_body
@@ -67,16 +71,34 @@ def test_online_targets_equal_the_models_logits(case: str) -> None:
     assert torch.equal(target.greedy, expected.argmax(-1))
 
 
-@pytest.mark.parametrize("case", [case for case in EQUAL if "multimodal" not in case and "bias" not in case])
+@pytest.mark.parametrize("case", [case for case in EQUAL if "bias" not in case])
 def test_causal_drafters_keep_packed_documents_apart(case: str, tmp_path: Any) -> None:
     name, changes = EQUAL[case]
-    made(name, **changes).save_pretrained(tmp_path)
+    model = made(name, **changes)
+    model.save_pretrained(tmp_path)
     drafter = CausalDrafter(pretrained=str(tmp_path)).eval()
+    assert drafter.vocab_size == V
     positions = torch.cat([torch.arange(30), torch.arange(50)])[None]
     documents = torch.tensor([[0] * 30 + [1] * 50])
     packed = drafter.logits(TEXT[None], positions, documents)[0]
-    alone = torch.cat([plain(drafter.model, TEXT[:30]), plain(drafter.model, TEXT[30:])])
+    alone = torch.cat([plain(model, TEXT[:30]), plain(model, TEXT[30:])])
     torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
+
+
+def test_the_text_part_of_a_multimodal_model_drafts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = made("Gemma3", **GEMMA | {"sliding_window": 100})
+    model.save_pretrained(tmp_path / "whole")
+    drafter = CausalDrafter(pretrained=str(tmp_path / "whole"))
+    assert type(drafter.model).__name__ == "Gemma3ForCausalLM"
+    folder = export(drafter, tmp_path / "out", tokenizer=tokenizer, draft_length=3)
+    assert lint_export(folder, tmp_path / "whole") == ()
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
+    (folder / "config.json").write_text(json.dumps(config | {"rope_local_base_freq": 7.0}))
+    assert ["rope_local_base_freq"] == [finding.where for finding in lint_export(folder)]
+    torch.testing.assert_close(drafter.logits(TEXT[None])[0], plain(model, TEXT), atol=2e-4, rtol=1e-4)
 
 
 def test_causal_drafters_refuse_packed_rows_beyond_a_window() -> None:
