@@ -60,7 +60,7 @@ def model_source(name: str | Path) -> ModelSource:
     path = Path(name).expanduser()
     if path.is_dir():
         file = _gguf_in(path)
-        return ModelSource(str(path), file and file.name, local=True)
+        return ModelSource(str(path), None if file is None else file.name, local=True)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file.")
