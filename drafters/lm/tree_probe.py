@@ -58,7 +58,9 @@ def check_tree_decoding(lm: CachedLM) -> None:
     expected = torch.stack(
         [plain[_place(node)[0], prefix + _place(node)[1]] for node in range(len(_PARENTS))]
     )
-    error_ = _relative_error(tree, expected)
+    errors = _relative_errors(tree, expected)
+    # In 16 bits a router's near-tie sends one node to other experts; a wrong mask shows at most nodes.
+    error_ = float(errors.max() if lm.dtype in _TOLERANCE else errors.median())
     if error_ > _TOLERANCE.get(lm.dtype, _TOLERANCE_16_BIT):
         _checked.discard(model)
         raise ValueError(
@@ -74,7 +76,7 @@ def _place(node: int) -> tuple[int, int]:
     return next((row, path.index(node)) for row, path in enumerate(_PATHS) if node in path)
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest norm of a difference over the norm of the centred logits; NaN where they are not finite."""
+def _relative_errors(found: Tensor, expected: Tensor) -> Tensor:
+    """Norm of the difference over the norm of the centred logits, by node; NaN where they are not finite."""
     spread = (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
-    return float(((found - expected).norm(dim=-1) / spread.clamp_min(1e-30)).max())
+    return (found - expected).norm(dim=-1) / spread.clamp_min(1e-30)

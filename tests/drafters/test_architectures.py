@@ -141,6 +141,26 @@ def test_facts_of_a_multimodal_config_are_those_of_its_text() -> None:
     assert context_limit(object()) is None
 
 
+@pytest.mark.parametrize(("dtype", "refused"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_one_node_may_differ_in_16_bits(
+    dtype: torch.dtype, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a router's near-tie falls the other way; trees of a model with a wrong mask differ at most."""
+    extend = CachedLM.extend
+
+    def flipped(self: CachedLM, *args: Any) -> Tensor:
+        logits = extend(self, *args)
+        logits[3] = logits[3].flip(0)
+        return logits
+
+    monkeypatch.setattr(CachedLM, "extend", flipped)
+    if refused:
+        with pytest.raises(ValueError, match="LlamaForCausalLM does not decode token trees"):
+            CachedLM(made("Llama").to(dtype))
+    else:
+        CachedLM(made("Llama").to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_probe_finds_what_no_config_states(dtype: torch.dtype) -> None:
     model = made("Llama").to(dtype)
