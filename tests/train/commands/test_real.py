@@ -47,6 +47,14 @@ def test_dry_run_and_unknown_drafters(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "eagle3, causal, dflash" in capsys.readouterr().err
 
 
+def test_the_mask_token_of_a_full_vocabulary() -> None:
+    tokenizer = load_tokenizer()
+    size = max(tokenizer.get_vocab().values()) + 1
+    assert module.unused_token(tokenizer, size + 1) is None
+    tokenizer.add_tokens(["<unused>"])
+    assert tokenizer.decode([module.unused_token(tokenizer, size + 1)]) == "<unused>"
+
+
 def test_the_held_out_prompts() -> None:
     rows = [json.loads(line) for line in module.held_out_prompts().read_text("utf-8").splitlines()]
     assert len(rows) == len({row["prompt"] for row in rows}) == 80
