@@ -295,7 +295,7 @@ def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | N
     ]
     if not spare:
         raise ValueError(
-            "the tokenizer fills the target's vocabulary and has no unused added token, so DFlash has no mask "
+            "the tokenizer fills the target's vocabulary and has no unused added token: DFlash has no mask "
             "token; leave it out: --drafters [eagle3,causal]"
         )
     return max(spare)
