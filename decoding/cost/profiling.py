@@ -194,6 +194,9 @@ def _draft_samples(
     for repeat in range(-warm_up, repeats):
         for column, width in enumerate(widths):
             tokens, parents = [i % target.vocab_size for i in range(width)], [-1] * width
+            if drafter.kind == "conditional":  # a level of a tree: children of the root, read before them
+                drafter.draft(state, [0], [-1])
+                parents = [0] * width
             clock.lap("host")
             top_rows(drafter.draft(state, tokens, parents), 8)
             seconds = clock.lap("draft", width, context)

@@ -6,9 +6,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from certdraft.data import Corpus, Generation, Prompts, load_tokenizer, record_trace, tokenizer_fingerprint
-from certdraft.decoding import CostModel, device_name
-from certdraft.drafters import CardFacts, CausalDrafter, export
+from certdraft.data import (
+    Corpus,
+    Generation,
+    Prompts,
+    load_target,
+    load_tokenizer,
+    record_trace,
+    tokenizer_fingerprint,
+)
+from certdraft.decoding import CostAware, CostModel, decode, device_name, greedy, profile
+from certdraft.drafters import (
+    BlockConfig,
+    BlockDrafter,
+    CardFacts,
+    CausalDrafter,
+    Drafter,
+    EagleConfig,
+    EagleDrafter,
+    export,
+)
 from certdraft.train.commands.cli import main
 
 V = 2048
@@ -139,3 +156,20 @@ def test_a_drafter_of_another_tokenizer_is_refused(
     said = fails(capsys, "profile", "--drafter", str(other), "--out", str(tmp_path / "cost.json"))
     assert "tokenizer of the target embedded" in said
     assert "ffffffffffff" in said
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_drafters_that_read_hidden_states_are_profiled(kind: str) -> None:
+    """An EAGLE head reads one root a round, its tree is below it; a block drafter reads the root alone."""
+    target = load_target("embedded")
+    drafter: Drafter = EagleDrafter(EagleConfig(target_layer_ids=(1, 3, 5)))
+    if kind == "dflash":
+        config = BlockConfig(num_hidden_layers=1, block_size=4, target_layer_ids=(1, 5), mask_token_id=2047)
+        drafter = BlockDrafter(config)
+    drafter.build(V, target).eval()
+    cost = profile(target, drafter, [8], [0, 2], draft_nodes=[1, 3], repeats=1)
+    first, each = cost.draft[0]
+    assert first > 0
+    assert each >= 0
+    round_ = decode(target, drafter, [5, 9, 7], max_new_tokens=6, builder=CostAware(cost, budget=4))
+    assert round_.tokens == greedy(target, [5, 9, 7], 6)
