@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ def appearing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        open_to_readers(temporary)
         sync_tree(temporary)
         if path.exists():
             path.rename(replaced)
@@ -73,6 +75,14 @@ def appearing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             replaced.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors makes its own for their owner alone."""
+    readable = folder.stat().st_mode & 0o444
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
 
 
 def sync_folder(folder: Path) -> None:

@@ -42,6 +42,8 @@ def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False, trust_cla
         print(f"changed: {line}", file=sys.stderr)
     settings = read_yaml(folder / "config.yaml")
     refuse_foreign_classes(settings, folder / "config.yaml", trust_classes)
+    if not settings.keys() >= {"name", "trainer", "model", "data"}:
+        raise ValueError(f"{folder / 'config.yaml'} is damaged: it does not hold all settings; restore it")
     name = f"{settings['name']}-again"
     command = ["fit", "--config", str(folder / "config.yaml"), "--name", name, "--runs_dir", runs_dir]
     if Path(str((settings["trainer"] or {}).get("default_root_dir"))) == folder:
