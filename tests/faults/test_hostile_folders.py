@@ -17,6 +17,7 @@ import yaml
 from faults.conftest import Work
 from oracles import forked
 
+from certdraft.data import load_target, load_tokenizer
 from certdraft.drafters import Drafter, register_drafter
 from certdraft.support import appearing_folder
 from certdraft.train.commands.cli import main
@@ -236,3 +237,20 @@ def test_a_folder_that_was_to_be_replaced_comes_back(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), appearing_folder(tmp_path / "out", overwrite=True):
         raise ZeroDivisionError
     assert (tmp_path / "out/old").read_text() == "whole"
+
+
+@pytest.mark.parametrize("load", [load_target, load_tokenizer])
+def test_code_in_a_target_is_not_run_whatever_is_answered(
+    load: Callable[[str], Any], work: Work, evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask, and `yes |` would answer."""
+    folder = Path(shutil.copytree(work.target, tmp_path / "target"))
+    shutil.copy(tmp_path / "evil_module.py", folder)
+    names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil_module.Evil")
+    for file, key in (("config.json", "model_type"), ("tokenizer_config.json", "tokenizer_class")):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | {key: "Evil", "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    with pytest.raises(ValueError, match="trust_remote_code|model type|custom code"):
+        load(str(folder))
+    assert not evil.exists()
