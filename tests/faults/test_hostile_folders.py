@@ -19,7 +19,7 @@ from oracles import forked
 
 from certdraft.data import load_target, load_tokenizer
 from certdraft.drafters import Drafter, register_drafter
-from certdraft.support import appearing_folder
+from certdraft.support import appearing_folder, write_text
 from certdraft.train.commands.cli import main
 from certdraft.train.commands.known_classes import refuse_foreign_classes
 
@@ -227,6 +227,12 @@ def test_what_dead_processes_left_is_removed(tmp_path: Path) -> None:
     assert alive.exists()
     assert other.exists()
     assert (tmp_path / "out").is_dir()
+    left, alive = tmp_path / f".[a].{dead_pid()}.tmp", tmp_path / f".[a].{os.getppid()}.tmp"
+    left.touch()
+    alive.touch()
+    write_text(tmp_path / "[a]", "whole")
+    assert not left.exists()
+    assert alive.exists()
 
 
 def test_a_folder_that_was_to_be_replaced_comes_back(tmp_path: Path) -> None:
