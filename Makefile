@@ -32,9 +32,9 @@ real: $(READY)  ## drafters for a real 135M model on two cores: prompts, traces,
 gpu: $(READY)  ## on a CUDA machine: is the GPU path right, how fast, how much memory (8 minutes, one table)
 	$(BIN)/python benchmarks/gpu/run.py $(GPU_FLAGS)
 
-faults: $(READY)  ## kills, full disks and damaged files: nothing is lost (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not interop" tests/train/runs \
-		tests/data/trace/test_data_faults.py $(PYTEST_FLAGS)
+faults: $(READY)  ## kills, full disks, damaged and hostile files: nothing is lost, nothing foreign runs (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not gpu and not interop" tests/faults tests/train/runs \
+		tests/data/trace tests/data/record/test_data_server.py $(PYTEST_FLAGS)
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m "slow and not gpu" $(PYTEST_FLAGS)

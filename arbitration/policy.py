@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from certdraft.arbitration.mismatch_features import FEATURES
+from certdraft.support import open_to_readers, write_file, write_text
 
 Policy = Callable[[Tensor], Tensor]  # features [N, F] → log-odds [N] that the drafter's token is taken
 
@@ -94,10 +95,10 @@ class ArbiterPolicy(nn.Module):
             "hidden": self.hidden,
             **(self.facts if facts is None else facts),
         }
-        save_file(
-            {name: value.contiguous() for name, value in self.state_dict().items()}, path / WEIGHTS_FILE
-        )
-        (path / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        write_file(path / WEIGHTS_FILE, lambda temporary: save_file(weights, temporary))
+        write_text(path / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+        open_to_readers(path)
 
 
 def load_policy(folder: str | Path) -> ArbiterPolicy:

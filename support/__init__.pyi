@@ -1,5 +1,6 @@
 from .causal_lm import load_causal_lm as load_causal_lm
 from .files import appearing_folder as appearing_folder
+from .files import open_to_readers as open_to_readers
 from .files import sha256_of as sha256_of
 from .files import sync_folder as sync_folder
 from .files import write_file as write_file

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from typing import Any
 def write_file(file: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file in the same folder, then sync it and rename it to `file`.
 
-    A kill at any moment leaves either the old content or the new one.
+    A kill at any moment leaves either the old content or the new one. The temporary file of a process that
+    was killed before is removed.
 
     Raises:
         OSError: the file cannot be written; the old content is intact, and the temporary file is gone.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    for stale in _left_behind(file, "tmp"):
+        stale.unlink(missing_ok=True)
     try:
         write(temporary)
         with temporary.open("rb+") as handle:
@@ -63,6 +68,7 @@ def appearing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        open_to_readers(temporary)
         sync_tree(temporary)
         if path.exists():
             path.rename(replaced)
@@ -73,6 +79,14 @@ def appearing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             replaced.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Let whoever may read the folder read its files: safetensors makes its own for their owner alone."""
+    readable = folder.stat().st_mode & 0o444
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
 
 
 def sync_folder(folder: Path) -> None:
@@ -104,14 +118,19 @@ def sha256_of(file: str | os.PathLike[str]) -> str:
 def _remove_stale(path: Path) -> None:
     """Remove what dead processes left; put a folder back whose replacement never appeared."""
     for ending in ("replaced", "partial"):
-        for stale in path.parent.glob(f".{path.name}.*.{ending}"):
-            pid = stale.name.split(".")[-2]
-            if not pid.isdigit() or _alive(int(pid)):
-                continue
+        for stale in _left_behind(path, ending):
             if ending == "replaced" and not path.exists():
                 stale.rename(path)
             else:
                 shutil.rmtree(stale, ignore_errors=True)
+
+
+def _left_behind(path: Path, ending: str) -> list[Path]:
+    """Temporary names of `path` that processes had which are dead now."""
+    found = [
+        (stale, stale.name.split(".")[-2]) for stale in path.parent.glob(f".{escape(path.name)}.*.{ending}")
+    ]
+    return [stale for stale, pid in found if pid.isdigit() and not _alive(int(pid))]
 
 
 def _alive(pid: int) -> bool:

@@ -109,7 +109,8 @@ def load_pretrained(
         if source.local:
             raise FileNotFoundError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
         raise FileNotFoundError(_not_on_hub(source.name, error, offline)) from error
-    except (ValueError, RuntimeError, KeyError) as error:  # remote code, unknown architecture, wrong shapes
+    # remote code, unknown architecture, wrong shapes, a config of wrong types
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{source.name} cannot be loaded as a {what}: {_first_line(error)}") from error
 
 

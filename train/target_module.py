@@ -10,6 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from certdraft.support import open_to_readers
+
 if TYPE_CHECKING:
     from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 
@@ -91,3 +93,4 @@ class TargetModule(pl.LightningModule):
         folder = Path(self.export_dir)
         self.model.save_pretrained(folder)
         datamodule.tokenizer().save_pretrained(folder)
+        open_to_readers(folder)

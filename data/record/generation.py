@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from certdraft.certificates import Head
 from certdraft.data.corpus.chat import Prompt
+from certdraft.data.record.interruption import Stopped
 from certdraft.data.record.learned_positions import Generation, loop_onset, with_loss_mask
 from certdraft.data.trace.recorded_row import Finish, RecordedRow
 from certdraft.support import HiddenStates, bits_of, facts_of, project_fp32, text_body, text_config
@@ -122,12 +123,17 @@ def record_batch(
 
     Raises:
         TargetError: NaN or +inf among the logits, naming row and position.
+        Stopped: a signal ended it; the exception has the rows that were finished.
     """
     recording = _Recording(target, head, prompts, settings, num_kept, feature_layers)
-    with recording.hidden_states.recorded():
-        cache = recording.prefill()
-        if not settings.teacher_forced:
-            _decode(recording, cache, eos_ids)
+    try:
+        with recording.hidden_states.recorded():
+            cache = recording.prefill()
+            if not settings.teacher_forced:
+                _decode(recording, cache, eos_ids)
+    except Stopped as stop:
+        stop.rows = {index: recording.row(index) for index in recording.done.nonzero()[0].tolist()}
+        raise
     return [recording.row(index) for index in range(len(prompts))]
 
 
@@ -149,6 +155,7 @@ class _Recording:
         self.given = np.array([len(prompt.ids) for prompt in prompts])
         self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
         self.lengths = self.given.copy()
+        self.done = np.zeros(len(prompts), np.bool_)  # rows that get no further token
         self.finish: list[Finish] = ["given"] * len(prompts)
         steps = (len(prompts), int((self.given + self.budget).max()))
         self.input_ids = np.zeros(steps, np.int32)
@@ -189,6 +196,7 @@ class _Recording:
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             self.keep(flat[part], rows[part], positions[rows[part], columns[part]])
+        self.done = self.budget == 0 if cache is not None else np.ones_like(self.done)
         return cache
 
     def keep(self, hidden: Float[Tensor, "N H"], rows: ndarray, positions: ndarray) -> None:
@@ -231,12 +239,12 @@ class _Recording:
 def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozenset[int]) -> None:
     device = recording.head.weight.device
     slots = np.arange(len(recording.prompts))  # rows the cache still holds
-    alive = recording.budget > 0
     mask = recording.mask
     # caches of linear attention cannot drop rows
     removable = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-    while alive.any():
+    while not recording.done.all():
         assert cache is not None
+        alive = ~recording.done
         if removable and alive[slots].mean() <= 0.75:  # finished rows leave the batch
             stay = torch.from_numpy(alive[slots].nonzero()[0]).to(device)
             cache.batch_select_indices(stay)
@@ -267,7 +275,7 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
                 recording.finish[row] = "length"
             elif not _looping(recording, row, written):
                 continue
-            alive[row] = False
+            recording.done[row] = True
 
 
 def _looping(recording: _Recording, row: int, written: int) -> bool:

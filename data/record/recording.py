@@ -7,7 +7,8 @@ import json
 import platform
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,8 +32,8 @@ from certdraft.data.targets import (
     tokenizer_fingerprint,
 )
 from certdraft.data.trace.recorded_row import RecordedRow, bytes_per_token
-from certdraft.data.trace.shards import Ledger, RecordingError
-from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TraceMeta
+from certdraft.data.trace.shards import NOT_RECORDED, Ledger, RecordingError, begun_meta
+from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TRACE_FILE, ShardInfo, TraceMeta
 from certdraft.support import Progress, facts_of
 
 if TYPE_CHECKING:
@@ -280,8 +281,7 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def trace_meta(
-    ledger: Ledger,
+def meta_without_shards(
     recording: Recording,
     settings: dict[str, Any],
     corpus: Accounting,
@@ -291,18 +291,7 @@ def trace_meta(
     versions: dict[str, str],
     has_entropy: bool = True,
 ) -> TraceMeta:
-    """The metadata of a recording whose shards are all there; prints the accounting of its prompts.
-
-    Raises:
-        RecordingError: a shard is missing, or no prompt gave anything to learn.
-    """
-    shards = ledger.shards()
-    recorded = Accounting("prompts")
-    for shard in shards:
-        recorded.add(Accounting.from_dict(shard.accounting))
-    print(recorded, file=sys.stderr)
-    if not recorded.used:
-        raise RecordingError(f"{ledger.folder}: no prompt gave a usable continuation.\n{recorded}")
+    """What is known of a trace before anything of it is recorded."""
     return TraceMeta(
         schema=SCHEMA_VERSION,
         target=recording.target,
@@ -312,11 +301,71 @@ def trace_meta(
         num_kept=recording.num_kept,
         dtype=dtype,
         settings=settings,
-        shards=shards,
-        accounting={"corpus": corpus.to_dict(), "recording": recorded.to_dict()},
+        shards=(),
+        accounting={"corpus": corpus.to_dict()},
         versions=library_versions() | versions,
         feature_layers=recording.feature_layers,
         feature_size=feature_size(recording),
         has_entropy=has_entropy,
         weights_origin=None if dtype == "server" else target_weights_origin(recording.target),
     )
+
+
+def finish_trace(
+    ledger: Ledger, begun: TraceMeta, shards: Iterable[ShardInfo], lacking: Accounting | None = None
+) -> TraceMeta:
+    """Make the recording a trace; prints the accounting of its prompts.
+
+    Args:
+        ledger: of the recording.
+        begun: `meta_without_shards`.
+        shards: of the trace, in order.
+        lacking: of prompts that are in none of them.
+
+    Raises:
+        RecordingError: no prompt gave anything to learn.
+    """
+    shards, recorded = tuple(shards), Accounting("prompts")
+    for shard in shards:
+        recorded.add(Accounting.from_dict(shard.accounting))
+    recorded.add(lacking or Accounting("prompts"))
+    print(recorded, file=sys.stderr)
+    if not recorded.used:
+        raise RecordingError(f"{ledger.folder}: no prompt gave a usable continuation.\n{recorded}")
+    accounting = begun.accounting | {"recording": recorded.to_dict()}
+    ledger.finish(replace(begun, shards=shards, accounting=accounting))
+    return TraceMeta.read(ledger.folder / TRACE_FILE)
+
+
+def close_recording(folder: Path) -> TraceMeta:
+    """Make an unfinished recording a trace of what it holds; prompts without a document are counted.
+
+    The command that began the recording can still go on: it then records what is lacking.
+
+    Raises:
+        RecordingError: no such recording, another process is at it, or it holds nothing to learn.
+    """
+    begun = begun_meta(folder)
+    settings = begun.settings
+    size, total = settings["shard_rows"], settings["num_prompts"]
+    with_features = bool(begun.feature_layers)
+    ledger = Ledger(
+        folder, settings, -(-total // size), with_features=with_features, complete=with_defaults, closing=True
+    )
+    try:
+        lacking = Accounting("prompts")
+        for shard in (s for s in range(ledger.num_shards) if not ledger.is_done(s)):
+            rows, prompts = ledger.kept(shard), shard_prompts(shard, size, total).tolist()
+            used, accounting = account([row for _, row in sorted(rows.items())])
+            missing = [prompt for prompt in prompts if prompt not in rows]
+            accounting.read += len(missing)
+            if missing:
+                accounting.skip(NOT_RECORDED, f"prompt {missing[0] + 1} of {total}", len(missing))
+            if used:
+                ledger.commit(shard, used, accounting)
+            else:
+                lacking.add(accounting)
+        done = [shard for shard in range(ledger.num_shards) if ledger.is_done(shard)]
+        return finish_trace(ledger, begun, ledger.shards(done), lacking)
+    finally:
+        ledger.release()

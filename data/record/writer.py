@@ -21,10 +21,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 
-from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.corpus.chat import Prompts, PromptSet
 from certdraft.data.corpus.corpora import Corpus, corpus_of_rows
 from certdraft.data.record.generation import LogitHead, eos_ids_of, record_batch
+from certdraft.data.record.interruption import Stopped, StopSignals
 from certdraft.data.record.learned_positions import Generation
 from certdraft.data.record.recording import (
     DType,
@@ -33,17 +33,19 @@ from certdraft.data.record.recording import (
     check_disk,
     check_fit,
     check_settings,
+    close_recording,
+    finish_trace,
+    meta_without_shards,
     read_prompts,
     recorded_settings,
     shard_prompts,
-    trace_meta,
     with_defaults,
 )
 from certdraft.data.record.server.http_server import Server
 from certdraft.data.record.server.server_writer import record_from_server
 from certdraft.data.targets import load_target, load_tokenizer
 from certdraft.data.trace.recorded_row import RecordedRow
-from certdraft.data.trace.shards import Ledger, refuse_foreign_content, stopped
+from certdraft.data.trace.shards import Ledger, refuse_foreign_content
 from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
 from certdraft.support import Progress
 
@@ -72,11 +74,12 @@ def record_trace(
     strategy: str = "auto",
     server: Server = Server(),  # noqa: B008, frozen
     rows: Iterable[Mapping[str, Any]] | None = None,
+    finish: bool = False,
 ) -> TraceMeta:
     """Record a target's top-k logits along its own greedy continuations of a corpus.
 
     Killed at any moment, the same command goes on at the next unwritten shard; on a finished trace it records
-    damaged shards again and leaves whole ones alone.
+    damaged shards again and leaves whole ones alone. Ctrl-C and SIGTERM end it within seconds.
 
     Args:
         out_dir: folder of the trace: new, empty, or an unfinished recording with the same settings.
@@ -100,6 +103,9 @@ def record_trace(
             names its tokenizer and config, and dtype, batch_size and devices mean nothing.
         rows: rows to record instead of a corpus, all of them: a list of `{"text": ...}`, `{"prompt": ...}` or
             `{"messages": [...]}`, or a `datasets.Dataset`. They are kept in `out_dir`.rows.jsonl.
+        finish: record nothing more: close the unfinished recording in `out_dir`, so that what it holds can be
+            used. trace.json counts the prompts that were not recorded. Needs no other argument, and the
+            command that began the recording can still go on.
 
     Returns:
         The metadata of the finished trace.
@@ -109,6 +115,8 @@ def record_trace(
         FileNotFoundError: no such corpus, target or tokenizer.
     """
     folder = Path(out_dir).expanduser()
+    if finish:
+        return close_recording(folder)
     if rows is not None:
         if corpus != _DEFAULT.corpus:
             raise ValueError("give either corpus or rows; both were given")
@@ -145,14 +153,21 @@ def record_trace(
         model = load_target(target, revision=revision, dtype=getattr(torch, dtype))
         num_embeddings = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
         check_fit(prompt_set, recording, num_embeddings, model.config)
-        recorder = _Recorder(model, words, prompt_set, ledger, recording)
-        writer = _ShardWriter(ledger, recorder, settings, accounting)
-        trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        begun = meta_without_shards(
+            recording, settings, accounting, vocab_size=model.get_output_embeddings().weight.shape[0],
+            dtype=dtype, versions={"pytorch-lightning": version("pytorch-lightning")},
+        )  # fmt: skip
+        launcher = trainer.strategy.launcher
+        signals = StopSignals(getattr(launcher, "kill", None))  # the processes that a launcher started
+        recorder = _Recorder(model, words, prompt_set, ledger, recording, signals)
+        trainer.callbacks.append(_ShardWriter(ledger, recorder, begun))  # type: ignore[attr-defined]
         with _expected_noise():
             trainer.predict(
                 recorder, dataloaders=_Work(prompt_set, ledger, recording, trainer), return_predictions=False
             )
         return TraceMeta.read(folder / TRACE_FILE)
+    except Stopped:
+        raise signals.exit(folder) from None
     finally:
         ledger.release()
 
@@ -199,9 +214,11 @@ class _Recorder(pl.LightningModule):
         prompts: PromptSet,
         ledger: Ledger,
         recording: Recording,
+        signals: StopSignals,
     ) -> None:
         super().__init__()
         self.target, self.prompts, self.ledger, self.recording = target, prompts, ledger, recording
+        self.signals = signals
         self.eos_ids = eos_ids_of(target, tokenizer)
         self.logit_head: LogitHead | None = None
 
@@ -211,28 +228,37 @@ class _Recorder(pl.LightningModule):
     def predict_step(self, batch: _Unit) -> list[RecordedRow]:
         if self.logit_head is None:  # after Lightning has moved the target to its device
             self.logit_head = LogitHead(self.target)
-        return record_batch(
-            self.target,
-            self.logit_head,
-            [self.prompts[index] for index in batch.prompts],
-            self.recording.generation,
-            num_kept=self.recording.num_kept,
-            eos_ids=self.eos_ids,
-            feature_layers=self.recording.feature_layers,
-        )
+        prompts = [self.prompts[index] for index in batch.prompts]
+        try:
+            with self.signals.interruptible():
+                return record_batch(
+                    self.target,
+                    self.logit_head,
+                    prompts,
+                    self.recording.generation,
+                    num_kept=self.recording.num_kept,
+                    eos_ids=self.eos_ids,
+                    feature_layers=self.recording.feature_layers,
+                )
+        except Stopped as stop:
+            if stop.rows:
+                rows = {batch.prompts[index]: row for index, row in stop.rows.items()}
+                self.ledger.keep(batch.shard, rows, batch.prompts)
+            raise
 
 
 class _ShardWriter(BasePredictionWriter):
     """Collect the rows of a shard and commit it; at the end rank 0 turns the folder into a trace."""
 
-    def __init__(
-        self, ledger: Ledger, recorder: _Recorder, settings: dict[str, Any], corpus: Accounting
-    ) -> None:
+    def __init__(self, ledger: Ledger, recorder: _Recorder, begun: TraceMeta) -> None:
         super().__init__(write_interval="batch")
-        self.ledger, self.recorder, self.settings, self.corpus = ledger, recorder, settings, corpus
+        self.ledger, self.recorder, self.begun = ledger, recorder, begun
         self.rows: dict[int, RecordedRow] = {}
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.ledger.begin(self.begun)
+        self.recorder.signals.__enter__()  # after the Trainer has set its own
         shards = range(trainer.global_rank, self.ledger.num_shards, trainer.world_size)
         size, total = self.recorder.recording.shard_rows, len(self.recorder.prompts)
         waiting = sum(len(shard_prompts(s, size, total)) for s in shards if not self.ledger.is_done(s))
@@ -259,33 +285,25 @@ class _ShardWriter(BasePredictionWriter):
         else:
             self.ledger.keep(batch.shard, fresh)
         self.progress.advance(len(prediction), sum(len(row.input_ids) for row in prediction))
-        if trainer.received_sigterm:
-            raise stopped(self.ledger.folder)
+        if self.recorder.signals.number is not None:
+            raise Stopped
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.progress.__exit__(None, None, None)
+        self._end()
         trainer.strategy.barrier("all shards written")
         if trainer.is_global_zero:
-            self.ledger.finish(self._meta())
+            finish_trace(self.ledger, self.begun, self.ledger.shards())
         trainer.strategy.barrier("trace finished")
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self.recorder.signals.__exit__()
         if hasattr(self, "progress"):
             self.progress.__exit__(None, None, None)
-
-    def _meta(self) -> TraceMeta:
-        recorder = self.recorder
-        return trace_meta(
-            self.ledger,
-            recorder.recording,
-            self.settings,
-            self.corpus,
-            vocab_size=recorder.target.get_output_embeddings().weight.shape[0],
-            dtype=recorder.recording.dtype,
-            versions={"pytorch-lightning": version("pytorch-lightning")},
-        )
 
 
 def _quiet_trainer(accelerator: str, devices: int, num_nodes: int, strategy: str) -> pl.Trainer:

@@ -181,7 +181,8 @@ def open_trace(path: str | Path, verify: Verify = "sizes") -> Trace:
     if not file.exists():
         if (folder / ".recording").is_dir():
             raise TraceError(
-                f"trace {folder} is unfinished; run its `certdraft trace` command again to resume it"
+                f"trace {folder} is unfinished; run its `certdraft trace` command again to resume it, or "
+                f"close it with `certdraft trace --finish true --out_dir {folder}`"
             )
         raise TraceError(
             f"{folder} holds no {TRACE_FILE}, so it is not a trace; record one with `certdraft trace`"

@@ -11,9 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,17 +26,12 @@ from certdraft.data.trace.recorded_row import RecordedRow, read_part, write_part
 from certdraft.data.trace.trace_metadata import TRACE_FILE, ShardInfo, TraceMeta
 from certdraft.support import write_json
 
-_FOLDER = ".recording"
+_FOLDER, _BEGUN = ".recording", "begun.json"
+NOT_RECORDED = "not recorded, because the recording was closed before its end"
 
 
 class RecordingError(ValueError):
     """A recording that cannot start, go on or finish; the message says what to do."""
-
-
-def stopped(folder: Path) -> SystemExit:
-    """Print how to go on after SIGTERM, and return the exit to raise."""
-    print(f"stopped: what was recorded is kept in {folder}; the same command goes on there", file=sys.stderr)
-    return SystemExit(128 + signal.SIGTERM)
 
 
 @contextmanager
@@ -71,6 +64,7 @@ class Ledger:
         lock: false for ranks that write on behalf of a process holding the lock.
         with_features: rows carry features of the target.
         complete: fills in settings that were not known when an older recording was begun.
+        closing: keep the shards that lack prompts because the recording was closed before its end.
 
     Raises:
         RecordingError: the folder holds something else, or a recording with other settings, or is being
@@ -85,8 +79,9 @@ class Ledger:
         lock: bool = True,
         with_features: bool = False,
         complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+        closing: bool = False,
     ) -> None:
-        self._complete = complete
+        self._complete, self._closing = complete, closing
         self.folder, self.notes, self.settings = folder, folder / _FOLDER, settings
         self.num_shards, self.schema = num_shards, trace_schema(with_features)
         self._lock = FileLock(self.notes / "lock") if lock else None
@@ -105,9 +100,15 @@ class Ledger:
         for part in self._parts(shard):
             part.unlink()
 
-    def keep(self, shard: int, rows: Mapping[int, RecordedRow]) -> None:
-        """Write some rows, by number of their prompt, of a shard that is not whole yet."""
-        file = self.notes / f"{shard_name(shard)}.part-{min(rows)}"
+    def keep(self, shard: int, rows: Mapping[int, RecordedRow], batch: Sequence[int] = ()) -> None:
+        """Write some rows, by number of their prompt, of a shard that is not whole yet.
+
+        Args:
+            shard: whose rows.
+            rows: at least one.
+            batch: prompts of their batch, when it was not finished; it replaces them once it is.
+        """
+        file = self.notes / f"{shard_name(shard)}.part-{min(batch or rows)}"
         with _writing(file):
             write_part(file, rows, self.schema)
 
@@ -118,9 +119,9 @@ class Ledger:
             rows |= read_part(part)
         return rows
 
-    def shards(self) -> tuple[ShardInfo, ...]:
-        """All finished shards in order."""
-        notes = [self._note(shard) for shard in range(self.num_shards)]
+    def shards(self, wanted: Iterable[int] | None = None) -> tuple[ShardInfo, ...]:
+        """Finished shards in order; all of them must be there when it is not said which."""
+        notes = [self._note(shard) for shard in (range(self.num_shards) if wanted is None else wanted)]
         missing = [note.name for note in notes if not note.exists()]
         if missing:
             raise RecordingError(
@@ -128,6 +129,10 @@ class Ledger:
                 "it"
             )
         return tuple(ShardInfo(**json.loads(note.read_text(encoding="utf-8"))) for note in notes)
+
+    def begin(self, meta: TraceMeta) -> None:
+        """Note what the trace is known to be before its shards are, for `begun_meta`."""
+        _write_json(self.notes / _BEGUN, asdict(meta))
 
     def finish(self, meta: TraceMeta) -> None:
         """Make the folder a trace: files for `datasets`, then `trace.json`, then the notes go."""
@@ -185,7 +190,8 @@ class Ledger:
             note = self._note(shard)
             if note.exists():
                 info = ShardInfo(**json.loads(note.read_text(encoding="utf-8")))
-                if shard_problem(self.folder / info.file, info, "full") is not None:
+                lacking = NOT_RECORDED in info.accounting.get("skipped", {}) and not self._closing
+                if lacking or shard_problem(self.folder / info.file, info, "full") is not None:
                     note.unlink()
         for leftover in (*self.folder.glob(".*.tmp"), *self.notes.glob(".*.tmp")):
             leftover.unlink()
@@ -194,12 +200,12 @@ class Ledger:
                 shard_file.unlink()
 
     def _reopen(self) -> None:
-        """Make a finished trace a recording again, so that only its damaged shards are recorded again."""
+        """Make a finished trace a recording again: its damaged and lacking shards are recorded again."""
         file = self.folder / TRACE_FILE
         meta = TraceMeta.read(file)
         self._refuse_difference(meta.settings, "a trace")
-        for shard, info in enumerate(meta.shards):
-            _write_json(self._note(shard), asdict(info))
+        for info in meta.shards:
+            _write_json(self.notes / f"{info.file}.json", asdict(info))
 
     def _refuse_difference(self, recorded: dict[str, Any], what: str) -> None:
         now, then = _flat(self.settings), _flat(self._complete(recorded))
@@ -224,6 +230,23 @@ def refuse_foreign_content(folder: Path) -> None:
             f"{folder} already holds {', '.join(other[:3])}{' …' if len(other) > 3 else ''}; "
             "give a folder that is empty or does not exist yet"
         )
+
+
+def begun_meta(folder: Path) -> TraceMeta:
+    """What `Ledger.begin` noted in the folder of an unfinished recording.
+
+    Raises:
+        RecordingError: there is no such recording, or it recorded nothing yet.
+    """
+    file = folder / _FOLDER / _BEGUN
+    if not file.is_file():
+        raise RecordingError(
+            f"{folder} holds no unfinished recording that could be closed; record one first, with "
+            "`certdraft trace --out_dir` and this folder"
+        )
+    noted = json.loads(file.read_text(encoding="utf-8"))
+    layers = tuple(noted.pop("feature_layers"))
+    return TraceMeta(**noted | {"shards": (), "feature_layers": layers})
 
 
 def shard_name(shard: int) -> str:

@@ -8,6 +8,7 @@ from certdraft.drafters.formats.lint_files import (
     Finding,
     Folder,
     Layout,
+    check_layers,
     check_numbers,
     check_positions,
     check_rope,
@@ -24,6 +25,7 @@ def lint_causal(folder: Folder, target: Config | None) -> Iterator[Finding]:
         if not (folder.path / file).is_file():
             yield error(file, "is missing.")
     problems = list(check_numbers(config, [key for key in SIZES if key != "head_dim" or key in config]))
+    problems += check_layers(folder, config)
     yield from problems
     if "rope_parameters" in config or "rope_theta" in config:
         yield from check_rope(config)

@@ -10,6 +10,7 @@ from certdraft.drafters.formats.lint_files import (
     Layout,
     by_speculators,
     check_equal,
+    check_layers,
     check_numbers,
     check_positions,
     check_rope,
@@ -86,7 +87,7 @@ def _body(
     """Rules that the layouts share; `layer_ids` from 0 with their key, `layers` of the target."""
     ids, key = layer_ids
     sizes = SIZES if names is None else tuple(size for size in SIZES if size != "vocab_size")
-    problems = list(check_numbers(config, sizes, at))
+    problems = [*check_numbers(config, sizes, at), *check_layers(folder, config, at)]
     yield from problems
     yield from check_rope(config, at)
     if config.get("attention_bias"):
@@ -94,7 +95,7 @@ def _body(
     if not isinstance(block_size, int) or block_size < 2:
         yield error("block_size", f"is {block_size!r}; must be at least 2 (the anchor and one draft token).")
     num = config.get("num_hidden_layers")
-    if config.get("layer_types") != ["full_attention"] * (num if isinstance(num, int) else 0):
+    if not problems and config.get("layer_types") != ["full_attention"] * int(num or 0):
         yield error(
             f"{at}layer_types", f"is {config.get('layer_types')!r}; must be full_attention, {num} times."
         )

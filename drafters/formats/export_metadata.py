@@ -133,10 +133,16 @@ def read_facts(path: str | Path) -> dict[str, Any]:
         )
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON ({error}); export the drafter again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object; export the drafter again.")
     if content.get("schema") != SCHEMA:
         raise ValueError(f"{file} has schema {content.get('schema')!r}; this version reads schema {SCHEMA}.")
+    kinds = {"family": str, "format": str, "vocab_size": int, "sha256": dict, "facts": dict | None}
+    wrong = [key for key, kind in kinds.items() if not isinstance(content.get(key), kind)]
+    if wrong:
+        raise ValueError(f"{file}: {wrong[0]} is {content.get(wrong[0])!r}; export the drafter again.")
     return content
 
 

@@ -1,5 +1,7 @@
 """Export and reload of drafters: a checked folder appears whole, or nothing does."""
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +38,7 @@ def export(
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapter: bool = False,
     overwrite: bool = False,
+    copies: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write a drafter as a folder that serving engines load.
 
@@ -54,6 +57,7 @@ def export(
         dtype: of the weights in the file; None: the drafter's.
         adapter: also write the LoRA adapter alone.
         overwrite: replace an existing folder.
+        copies: further files of the folder: name → file to copy.
 
     Returns:
         The folder.
@@ -88,6 +92,8 @@ def export(
                 folder, request, family=drafter.family, vocab_size=drafter.vocab_size, base=drafter.pretrained
             )
             _check_rules(folder, drafter.target_config)
+            for name, source in (copies or {}).items():
+                shutil.copyfile(source, folder / name)
     except FileExistsError as error:
         raise ExportError(
             f"{path} exists already; choose another, or replace it with `--overwrite true`."

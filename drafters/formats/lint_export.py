@@ -44,6 +44,8 @@ def layout_of(folder: Folder) -> Layout | None:
     """
     kinds, own = drafter_kinds(), folder.path / FILE
     family = read_json(own).get("family") if own.is_file() else None
+    if own.is_file() and not isinstance(family, str):
+        raise ValueError(f"{own}: family is {family!r}; export the drafter again.")
     tried = [kinds[str(family)]] if family in kinds else [*kinds.values()][::-1]
     return next((layout for kind in tried for layout in kind.layouts if layout.matches(folder)), None)
 

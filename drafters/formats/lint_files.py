@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path} is not valid JSON: {problem}.") from problem
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not an object.")
@@ -159,8 +159,15 @@ def _header(file: Path) -> dict[str, Any]:
             )
         try:
             content: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as problem:
+            tensors = [entry for name, entry in content.items() if name != "__metadata__"]
+            end = max((int(entry["data_offsets"][1]) for entry in tensors), default=0)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as problem:
             raise ValueError(f"{file} has an unreadable header: {problem}.") from problem
+    if end != size - 8 - length:
+        raise ValueError(
+            f"{file} has {size - 8 - length:,} bytes of tensors, its header describes {end:,}; write "
+            "it again."
+        )
     return content
 
 
@@ -170,6 +177,15 @@ def check_numbers(config: Config, keys: Sequence[str], at: str = "") -> Iterator
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             yield error(at + key, f"must be a positive integer, is {value!r}.")
+
+
+def check_layers(folder: Folder, config: Config, at: str = "") -> Iterator[Finding]:
+    """No more layers than there are tensors: rules that name every layer would otherwise never end."""
+    found = config.get("num_hidden_layers")
+    if isinstance(found, int) and found > len(folder.tensors):
+        yield error(
+            f"{at}num_hidden_layers", f"is {found}, but the folder has {len(folder.tensors)} tensors."
+        )
 
 
 def check_equal(config: Config, expected: Config, at: str = "") -> Iterator[Finding]:

@@ -156,25 +156,35 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
 def read_run(folder: Path, label: str) -> Run:
     """Read curves and settings of a training run; raise ValueError without validation metrics."""
     found: dict[str, tuple[list[int], list[float]]] = {}
-    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            for metric, value in row.items():
-                if metric.startswith("val/") and value:
-                    steps, values = found.setdefault(metric, ([], []))
-                    steps.append(int(row["step"]) + 1)
-                    values.append(float(value))
+    try:
+        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                for metric, value in row.items():
+                    if metric and metric.startswith("val/") and value:
+                        steps, values = found.setdefault(metric, ([], []))
+                        steps.append(int(row["step"]) + 1)
+                        values.append(float(value))
+    except (ValueError, LookupError, csv.Error) as error:
+        raise ValueError(f"{folder / 'metrics.csv'} is damaged ({error}); leave this run out") from error
     if not found:
         raise ValueError(
             f"{folder / 'metrics.csv'} holds no validation metric yet; train past the first validation"
         )
     config = folder / "config.yaml"
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return Run(label, found, flatten_settings(settings))
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        return Run(label, found, flatten_settings(settings))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{config} is damaged; restore it, or delete it to compare the numbers") from error
 
 
 def read_report(file: Path) -> dict[str, Any]:
     """Read a report.json; raise ValueError for another schema."""
-    data = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        data.get("schema")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged; restore it, or evaluate again") from error
     if data.get("schema") != SCHEMA:
         raise ValueError(f"{file}: schema {data.get('schema')!r}, this version reads {SCHEMA!r}")
     return data

@@ -276,7 +276,7 @@ def test_a_run_leaves_a_policy_and_resumes(
     # a run that is stopped after two steps and resumed ends in the same weights
     halves = arguments(pair, tmp_path / "halves", 4)
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "train")
-    stop = {"class_path": "faults.Signal", "init_args": {"number": 15, "step": 2}}
+    stop = {"class_path": "injected.Signal", "init_args": {"number": 15, "step": 2}}
     with pytest.raises(SystemExit):
         main([*halves, f"--trainer.callbacks={json.dumps([stop])}"])
     main([*halves, "--ckpt_path=last"])

@@ -97,7 +97,7 @@ def test_fsdp2_trains_like_one_process(plain: dict[str, Any], write: Write) -> N
         "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},
     }
     plain["trainer"] |= {"devices": 2, "strategy": strategy}
-    fault = {"class_path": "faults.Signal", "init_args": {"number": 9, "step": 5}}
+    fault = {"class_path": "injected.Signal", "init_args": {"number": 9, "step": 5}}
     killed = {
         **plain,
         "trainer": plain["trainer"] | {"callbacks": [fault]},

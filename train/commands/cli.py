@@ -192,9 +192,10 @@ def _mendable(error: Exception) -> bool:
 
 
 def _paragraph(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"no space left on the disk{where}; free some and run the same command again"
+        why = os.strerror(error.errno).lower()
+        return f"no space left on the disk{where} ({why}); free some and run the same command again"
     if isinstance(error, FileNotFoundError) and error.filename and error.errno is not None:
         return f"no such file or folder: {error.filename}"
     if type(error).__module__.startswith("wandb") and "key" in str(error).lower():

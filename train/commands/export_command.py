@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,8 +10,11 @@ import yaml
 
 from certdraft.data import load_target, load_tokenizer, target_config
 from certdraft.drafters import CardFacts, export, lint_export
+from certdraft.train import drafter_module
+from certdraft.train.commands.known_classes import refuse_foreign_classes
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.drafter_setup import target_source
+from certdraft.train.plan.model_sizes import drafter_sizes
 from certdraft.train.runs.checkpoint_file import read_checkpoint
 
 
@@ -24,6 +28,7 @@ def export_run(
     dtype: Literal["float32", "bfloat16"] | None = None,
     adapter: bool = False,
     overwrite: bool = False,
+    trust_classes: bool = False,
 ) -> Path:
     """Write the drafter of a training run as a folder that serving engines load, with a model card.
 
@@ -41,29 +46,32 @@ def export_run(
         dtype: of the weights in the file; the drafter's when not given.
         adapter: also write the LoRA adapter alone.
         overwrite: replace an existing folder.
+        trust_classes: also build classes that are neither certdraft's nor registered: read the run's
+            config.yaml first, building them runs their code.
 
     Returns:
         The folder.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
-        ValueError: not a checkpoint of a drafter, or an export that does not load as the same drafter.
+        ValueError: not a checkpoint of a drafter, one of foreign classes, or an export that does not load
+            as the same drafter.
     """
     checkpoint = find(run)
-    module, content = load_module(checkpoint)
+    module, content = load_module(checkpoint, trust_classes)
     card, drafter = card_facts(module, content, name, license), module.drafter
     if draft_length is None:
         draft_length = drafter.max_draft_length or 4
+    beside = (("run.yaml", "run.yaml"), ("config.yaml", "training.yaml"))
+    records = {name: checkpoint.parent.parent / source for source, name in beside}
+    records = {name: file for name, file in records.items() if file.is_file()}
     folder = export(
         drafter, out, format, tokenizer=load_tokenizer(card.target), draft_length=draft_length,
-        card=card, dtype=dtype, adapter=adapter, overwrite=overwrite,
+        card=card, dtype=dtype, adapter=adapter, overwrite=overwrite, copies=records,
     )  # fmt: skip
     print(f"exported {checkpoint} to {folder}")
     for finding in lint_export(folder):
         print(f"  {finding}")
-    for source, copy in (("run.yaml", "run.yaml"), ("config.yaml", "training.yaml")):
-        if (record := checkpoint.parent.parent / source).is_file():
-            (folder / copy).write_bytes(record.read_bytes())
     return folder
 
 
@@ -111,11 +119,15 @@ def find(run: str | Path) -> Path:
     return found
 
 
-def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
+def load_module(checkpoint: Path, trust: bool = False) -> tuple[DrafterModule, dict[str, Any]]:
     """Load the module a checkpoint was saved from, in eval mode, and the checkpoint's content.
 
+    Args:
+        checkpoint: the file.
+        trust: build foreign classes too, see `refuse_foreign_classes`.
+
     Raises:
-        ValueError: the checkpoint does not describe its drafter.
+        ValueError: the checkpoint does not describe its drafter, or describes a larger one than it holds.
     """
     content = read_checkpoint(checkpoint)
     facts = content.get("certdraft", {})
@@ -123,10 +135,15 @@ def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
         raise ValueError(
             f"{checkpoint} is not a checkpoint of `certdraft fit` on a trace: it names no target and config"
         )
-    module = instantiate(yaml.safe_load(facts["config"])["model"])
-    if not isinstance(module, DrafterModule):
-        raise ValueError(f"{checkpoint} holds a {type(module).__name__}, not a drafter")
+    model = yaml.safe_load(facts["config"])["model"]
+    refuse_foreign_classes(model, checkpoint, trust)
+    path, _, name = model["class_path"].rpartition(".")
+    kind = getattr(import_module(path) if path else drafter_module, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, DrafterModule)):
+        raise ValueError(f"{checkpoint} holds a {model['class_path']}, not a drafter")
     target, prefix = facts["target"], "drafter."
+    _check_size(model["init_args"]["drafter"], target["target"], content["state_dict"], checkpoint)
+    module = instantiate(model)
     source = target_source(
         target["target"],
         target["vocab_size"],
@@ -137,6 +154,16 @@ def load_module(checkpoint: Path) -> tuple[DrafterModule, dict[str, Any]]:
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"], strict=module.strict_loading)
     return module.eval(), content
+
+
+def _check_size(drafter: dict[str, Any], target: str, state: dict[str, Any], checkpoint: Path) -> None:
+    """Raise if the settings describe more weights than the checkpoint holds, before they are allocated."""
+    described, held = drafter_sizes(drafter, target).trained, sum(value.numel() for value in state.values())
+    if described > held:
+        raise ValueError(
+            f"{checkpoint} describes a drafter with {described:,} trained weights, but holds {held:,}; the "
+            "two do not belong together"
+        )
 
 
 def instantiate(settings: dict[str, Any]) -> Any:

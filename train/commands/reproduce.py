@@ -11,12 +11,13 @@ from typing import Any
 
 from certdraft.evaluation import RECORD_FILE, provenance, sha256
 from certdraft.train.commands import cli
+from certdraft.train.commands.known_classes import refuse_foreign_classes
 from certdraft.train.runs.checkpoint_file import LAST, read_checkpoint
 from certdraft.train.runs.run_folder import find_checkpoint, read_yaml
 from certdraft.train.runs.run_record import installed_packages, record_of
 
 
-def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False) -> None:
+def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False, trust_classes: bool = False) -> None:
     """Run a training run again from its own config, and compare the weights.
 
     What differs today (packages, sources, machine, traces) is printed first. Afterwards the trained weights
@@ -26,10 +27,12 @@ def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False) -> None:
         run: folder of a finished run.
         runs_dir: parent of the new run's folder, NAME-again.
         dry_run: only print what has changed and which command would run.
+        trust_classes: also build classes that are neither certdraft's nor registered: read the run's
+            config.yaml first, building them runs their code.
 
     Raises:
         FileNotFoundError: no run, or no last checkpoint to compare with.
-        ValueError: a run without a record; or one whose weights came out differently.
+        ValueError: a run without a record, or of foreign classes; or one whose weights came out differently.
     """
     folder = Path(run)
     parts = record_of(folder)
@@ -38,6 +41,9 @@ def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False) -> None:
     for line in changes(parts[-1]):
         print(f"changed: {line}", file=sys.stderr)
     settings = read_yaml(folder / "config.yaml")
+    refuse_foreign_classes(settings, folder / "config.yaml", trust_classes)
+    if not settings.keys() >= {"name", "trainer", "model", "data"}:
+        raise ValueError(f"{folder / 'config.yaml'} is damaged: it does not hold all settings; restore it")
     name = f"{settings['name']}-again"
     command = ["fit", "--config", str(folder / "config.yaml"), "--name", name, "--runs_dir", runs_dir]
     if Path(str((settings["trainer"] or {}).get("default_root_dir"))) == folder:

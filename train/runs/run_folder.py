@@ -160,7 +160,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         settings = None
     if not isinstance(settings, dict):
         raise ValueError(

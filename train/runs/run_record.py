@@ -61,14 +61,23 @@ def record_of(folder: Path) -> list[dict[str, Any]]:
     """
     try:
         parts = read_parts(folder)
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, RecursionError):
         parts = None
-    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+    if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         raise ValueError(
             f"{folder / RECORD_FILE} is damaged; move it away to go on (command.txt beside it holds the same "
             "facts), or restore it to reproduce the run"
         )
     return parts
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or not part.keys() >= {"source", "machine", "python", "packages", "data"}:
+        return False
+    packages, traces = part["packages"], part["data"]
+    if not isinstance(packages, dict) or not isinstance(traces, dict):
+        return False
+    return all(isinstance(trace, dict) and trace.keys() >= {"path", "sha256"} for trace in traces.values())
 
 
 def installed_packages() -> dict[str, str]:

@@ -7,27 +7,28 @@ a few at a time, so a killed recording loses little and goes on like any other.
 from __future__ import annotations
 
 import re
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import closing
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from certdraft.data.corpus.chat import PromptSet
 from certdraft.data.record.generation import eos_ids_of_configs
+from certdraft.data.record.interruption import Stopped, StopSignals
 from certdraft.data.record.recording import (
     Recording,
     account,
     check_disk,
     check_fit,
+    finish_trace,
+    meta_without_shards,
     read_prompts,
     recorded_settings,
     shard_prompts,
-    trace_meta,
     with_defaults,
 )
 from certdraft.data.record.server.http_server import (
@@ -48,8 +49,8 @@ from certdraft.data.record.server.server_protocol import (
 )
 from certdraft.data.targets import generation_config, load_tokenizer, target_config
 from certdraft.data.trace.recorded_row import RecordedRow
-from certdraft.data.trace.shards import Ledger, RecordingError, stopped
-from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
+from certdraft.data.trace.shards import Ledger, RecordingError
+from certdraft.data.trace.trace_metadata import TraceMeta
 from certdraft.support import Progress, facts_of
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def record_from_server(folder: Path, recording: Recording, server: Server) -> Tr
     settings = recorded_settings(recording, prompts, tokenizer)
     settings |= {"server": {"api": server.api, "model": server.model}}
     with closing(client.connection):
+        signals = StopSignals()
         ledger = Ledger(folder, settings, -(-len(prompts) // recording.shard_rows), complete=with_defaults)
         try:
             meta = ledger.finished()
@@ -100,13 +102,15 @@ def record_from_server(folder: Path, recording: Recording, server: Server) -> Tr
             print(accounting, file=sys.stderr)
             check_disk(folder, ledger, prompts, recording)
             client.check()
-            _record(ledger, client)
-            meta = trace_meta(
-                ledger, recording, settings, accounting, vocab_size=client.vocab_size, dtype="server",
+            begun = meta_without_shards(
+                recording, settings, accounting, vocab_size=client.vocab_size, dtype="server",
                 versions={"server": client.version()}, has_entropy=False,
             )  # fmt: skip
-            ledger.finish(meta)
-            return TraceMeta.read(folder / TRACE_FILE)
+            ledger.begin(begun)
+            _record(ledger, client, signals)
+            return finish_trace(ledger, begun, ledger.shards())
+        except Stopped:
+            raise signals.exit(folder) from None
         finally:
             ledger.release()
 
@@ -150,7 +154,7 @@ def in_parallel(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _record(ledger: Ledger, client: _Client) -> None:
+def _record(ledger: Ledger, client: _Client, signals: StopSignals) -> None:
     """Ask for every prompt of the unwritten shards, and commit each shard once it is whole."""
     shards = [shard for shard in range(ledger.num_shards) if not ledger.is_done(shard)]
     size, total = client.recording.shard_rows, len(client.prompts)
@@ -176,11 +180,15 @@ def _record(ledger: Ledger, client: _Client) -> None:
 
     with (
         Progress("recording", sum(map(len, missing.values())), "prompts") as progress,
-        _sigterm() as asked,
+        signals,
         closing(in_parallel(list(work()), client.row, client.server.concurrency)) as answers,  # type: ignore[type-var]
     ):
         try:
-            for index, row in answers:
+            while True:
+                with signals.interruptible():
+                    if (pair := next(answers, None)) is None:
+                        break
+                index, row = pair
                 shard = index // size
                 rows[shard][index] = fresh[shard][index] = row
                 missing[shard].discard(index)
@@ -189,25 +197,9 @@ def _record(ledger: Ledger, client: _Client) -> None:
                     finish(shard)
                 elif len(fresh[shard]) >= _ROWS_A_PART:
                     save(shard)
-                if asked.is_set():
-                    raise stopped(ledger.folder)
         finally:  # whatever ends it, no answer is lost
             for shard in fresh:
                 save(shard)
-
-
-@contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """Set once SIGTERM came; a handler can be installed in the main thread only."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Client:

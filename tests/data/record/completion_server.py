@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "max_logprobs": 20,  # vLLM's own
     "silent_cap": None,  # fewer alternatives than asked, without a word
     "errors": 0,  # this many 500s, then no more
-    "hangs": 0,  # answers that never come
+    "hangs": 0, "hang_s": 1.5,  # answers that never come
     "cuts": 0,  # connections cut in the middle of an answer
     "garbage": 0,  # half of an answer, as if it were whole
     "other_ids": False,  # as if prompts were tokenised anew
@@ -200,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "errors":
             return self.send({"error": {"message": "EngineCore died"}}, 500)
         if fault == "hangs":
-            time.sleep(1.5)
+            time.sleep(STATE["hang_s"])
             return None
         try:
             reply = {"/v1/completions": completions, "/generate": sglang}[self.path](body)

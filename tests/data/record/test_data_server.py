@@ -212,6 +212,30 @@ def test_killed_while_asking(
     assert_same_trace(folder, direct)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_does_not_wait_for_answers(
+    number: int, code: int, server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path,
+    target_dir: str, corpus: Corpus,
+) -> None:  # fmt: skip
+    folder = tmp_path / "t"
+    command = [sys.executable, "-c", _RECORD, str(folder), target_dir, corpus.source, server.url]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV)
+    while not (folder / ".recording" / "shard-00000.arrow.json").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.001)
+    server.faults(hangs=1000, hang_s=60)
+    time.sleep(0.2)
+    begin = time.monotonic()
+    process.send_signal(number)
+    assert process.wait() == code
+    assert time.monotonic() - begin < 10
+    assert b"the same command goes on there" in process.stderr.read()
+    process.stderr.close()
+    server.faults()
+    record(folder, server=server())
+    assert_same_trace(folder, direct)
+
+
 @pytest.mark.parametrize(
     ("faults", "api", "message"),
     [

@@ -53,7 +53,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 
 
 def with_fault(settings: dict[str, Any], name: str, **init: Any) -> dict[str, Any]:
-    fault = {"class_path": f"faults.{name}", "init_args": init}
+    fault = {"class_path": f"injected.{name}", "init_args": init}
     return {**settings, "trainer": {**settings["trainer"], "callbacks": [fault]}}
 
 

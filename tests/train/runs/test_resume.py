@@ -45,7 +45,7 @@ def straight(settings: dict[str, Any], write: Write, folder: Path) -> dict[str, 
 
 
 def test_kill_9_through_the_lightning_script(settings: dict[str, Any], write: Write, tmp_path: Path) -> None:
-    fault = {"class_path": "faults.Signal", "init_args": {"number": 9, "step": 8}}
+    fault = {"class_path": "injected.Signal", "init_args": {"number": 9, "step": 8}}
     config = write({**settings, "trainer": {**settings["trainer"], "callbacks": [fault]}})
     script = Path(sys.executable).with_name("lightning")
     env = {**os.environ, "PYTHONPATH": TESTS, "OMP_NUM_THREADS": "1"}
@@ -66,7 +66,7 @@ def test_lora_with_dropout_and_accumulation(
     settings["model"]["drafter"] = {"class_path": "CausalDrafter", "init_args": init}
     settings["trainer"] |= {"accumulate_grad_batches": 2, "max_steps": 8}
     monkeypatch.syspath_prepend(TESTS)
-    fault = {"class_path": "faults.Signal", "init_args": {"number": 15, "step": 4}}
+    fault = {"class_path": "injected.Signal", "init_args": {"number": 15, "step": 4}}
     stopped = {**settings, "trainer": {**settings["trainer"], "callbacks": [fault]}}
     with pytest.raises(SystemExit) as exit_:
         main(["fit", "--config", write(stopped)])
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     """The kernel refuses files as large as a checkpoint, as a full disk would."""
     expected = straight(settings, write, tmp_path)
     config = write(settings)
-    fault = {"class_path": "faults.Starve", "init_args": {"step": 7, "bytes": 20_000}}
+    fault = {"class_path": "injected.Starve", "init_args": {"step": 7, "bytes": 20_000}}
     starved = write({**settings, "trainer": {**settings["trainer"], "callbacks": [fault]}}, "starved.yaml")
     monkeypatch.syspath_prepend(TESTS)
     assert forked.end(forked.start(lambda: main(["fit", "--config", starved]))) == 2
