@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from certdraft.drafters.lm.cached_lm import split_causal_lm
 from certdraft.support import facts_of, text_config
@@ -72,13 +72,7 @@ def cut_from(
     body, head = split_causal_lm(target)
     facts = facts_of(target)
     kept = layers.chosen(facts.num_layers)
-    config = copy.deepcopy(text_config(target.config))
-    for key, value in config.to_dict().items():
-        if key == "mlp_only_layers":
-            setattr(config, key, [kept.index(layer) for layer in value or () if layer in kept])
-        elif isinstance(value, list) and len(value) == facts.num_layers:  # one entry per layer
-            setattr(config, key, [value[layer] for layer in kept])
-    config.num_hidden_layers = len(kept)
+    config = cut_config(target.config, layers)
     model: Any = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=dtype or target.dtype
     )
@@ -100,3 +94,17 @@ def cut_from(
         ) from error
     model.generation_config = copy.deepcopy(target.generation_config)
     return model
+
+
+def cut_config(config: PretrainedConfig, layers: TargetLayers) -> PretrainedConfig:
+    """The config of a model with only these layers of the one that `config` describes."""
+    num_layers = facts_of(config).num_layers
+    kept = layers.chosen(num_layers)
+    cut = copy.deepcopy(text_config(config))
+    for key, value in cut.to_dict().items():
+        if key == "mlp_only_layers":
+            setattr(cut, key, [kept.index(layer) for layer in value or () if layer in kept])
+        elif isinstance(value, list) and len(value) == num_layers:  # one entry per layer
+            setattr(cut, key, [value[layer] for layer in kept])
+    cut.num_hidden_layers = len(kept)
+    return cut

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from certdraft.drafters.causal.export import write_transformers
-from certdraft.drafters.causal.layer_cut import TargetLayers, cut_from
+from certdraft.drafters.causal.layer_cut import TargetLayers, cut_config, cut_from
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
 from certdraft.drafters.features.flex import ATTENTION, document_block_mask, use_block_masks
@@ -195,8 +195,10 @@ class CausalDrafter(Drafter):
     def on_meta(
         cls, target: TargetSource, read_config: Callable[[str], PreTrainedConfig], **arguments: Any
     ) -> Self:
-        """See `Drafter.on_meta`; of `pretrained` only the config is read."""
+        """See `Drafter.on_meta`; of `pretrained` and of a target to cut from only the config is read."""
         lora, pretrained = arguments.pop("lora", None), arguments.pop("pretrained", None)
+        if (layers := arguments.pop("from_target", None)) is not None:
+            arguments["config"] = cut_config(read_config(target.name), layers).to_dict()
         if pretrained is not None:
             arguments["config"] = text_config(read_config(pretrained)).to_dict()
         drafter = super().on_meta(target, read_config, **arguments)

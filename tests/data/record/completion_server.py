@@ -27,7 +27,8 @@ DEFAULTS: dict[str, Any] = {
     "max_logprobs": 20,  # vLLM's own
     "silent_cap": None,  # fewer alternatives than asked, without a word
     "errors": 0,  # this many 500s, then no more
-    "hangs": 0, "hang_s": 1.5,  # answers that never come
+    "hangs": 0,
+    "hang_s": 1.5,  # answers that never come
     "cuts": 0,  # connections cut in the middle of an answer
     "garbage": 0,  # half of an answer, as if it were whole
     "other_ids": False,  # as if prompts were tokenised anew
