@@ -107,4 +107,6 @@ def cut_config(config: PretrainedConfig, layers: TargetLayers) -> PretrainedConf
         elif isinstance(value, list) and len(value) == num_layers:  # one entry per layer
             setattr(cut, key, [value[layer] for layer in kept])
     cut.num_hidden_layers = len(kept)
+    if hasattr(cut, "quantization_config"):  # of the file that the target was dequantised from
+        del cut.quantization_config
     return cut

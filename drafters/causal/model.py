@@ -197,11 +197,14 @@ class CausalDrafter(Drafter):
     ) -> Self:
         """See `Drafter.on_meta`; of `pretrained` and of a target to cut from only the config is read."""
         lora, pretrained = arguments.pop("lora", None), arguments.pop("pretrained", None)
-        if (layers := arguments.pop("from_target", None)) is not None:
-            arguments["config"] = cut_config(read_config(target.name), layers).to_dict()
         if pretrained is not None:
             arguments["config"] = text_config(read_config(pretrained)).to_dict()
-        drafter = super().on_meta(target, read_config, **arguments)
+        if (layers := arguments.get("from_target")) is not None:
+            with torch.device("meta"):
+                drafter = cls(**arguments)
+                drafter._adopt(AutoModelForCausalLM.from_config(cut_config(read_config(target.name), layers)))
+        else:
+            drafter = super().on_meta(target, read_config, **arguments)
         if lora is not None:
             drafter.network = add_adapters(drafter.model, lora)
             drafter.lora = lora
