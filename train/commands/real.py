@@ -107,6 +107,8 @@ def real(
     _print_plan(console, sizes, drafters, minutes)
     if dry_run:
         return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sizes.json", asdict(sizes))
     stages = 3 + 3 * len(drafters)
     done = 0
 
@@ -199,10 +201,7 @@ def _sizes(folder: Path, minutes: float) -> Sizes:
     file = folder / "sizes.json"
     if file.is_file():
         return Sizes(**json.loads(file.read_text(encoding="utf-8")))
-    sizes = Sizes.scaled(minutes)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, asdict(sizes))
-    return sizes
+    return Sizes.scaled(minutes)
 
 
 def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...], minutes: float) -> None:
