@@ -24,7 +24,15 @@ from certdraft.data.corpus.chat import Prompt
 from certdraft.data.record.interruption import Stopped
 from certdraft.data.record.learned_positions import Generation, loop_onset, with_loss_mask
 from certdraft.data.trace.recorded_row import Finish, RecordedRow
-from certdraft.support import HiddenStates, bits_of, facts_of, project_fp32, text_body, text_config
+from certdraft.support import (
+    HiddenStates,
+    bits_of,
+    facts_of,
+    growing_cache,
+    project_fp32,
+    text_body,
+    text_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -170,15 +178,14 @@ class _Recording:
 
     def prefill(self) -> DynamicCache | None:
         """Record all prompt positions and return their cache, or None when nothing is generated."""
-        from transformers.cache_utils import DynamicCache
-
         device, width = self.head.weight.device, int(self.given.max())
         mask = np.arange(width) >= width - self.given[:, None]  # [R, P], padding on the left
         ids = np.zeros((len(self.prompts), width), np.int64)
         ids[mask] = np.concatenate([prompt.ids for prompt in self.prompts])
         positions = (mask.cumsum(1) - 1).clip(0)
         self.mask = torch.from_numpy(mask).to(device)
-        cache = DynamicCache(config=self.target.config) if self.budget.any() else None
+        room = width + int(self.budget.max())
+        cache = growing_cache(self.target.config, room) if self.budget.any() else None
         hidden = self.body(
             input_ids=torch.from_numpy(ids).to(device),
             attention_mask=None if mask.all() else self.mask.long(),  # None is the cheaper causal one

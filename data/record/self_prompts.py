@@ -18,7 +18,7 @@ from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.record.generation import eos_ids_of
 from certdraft.data.record.learned_positions import loop_onset
 from certdraft.data.targets import load_target, load_tokenizer
-from certdraft.support import Progress, quiet, write_json, write_text
+from certdraft.support import Progress, growing_cache, quiet, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -171,6 +171,7 @@ class _Writer:
                 max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=self.ends,
                 pad_token_id=self.ends[0],
+                past_key_values=growing_cache(self.model.config, ids.shape[1] + sampling.max_new_tokens),
             )
         num_tokens = 0
         for row in rows[:, len(self.opening) :].cpu().numpy():

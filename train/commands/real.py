@@ -48,7 +48,7 @@ class Sizes:
 
     prompts: int = 1500
     answer_tokens: int = 96
-    steps: int = 400
+    steps: int = 300
     held_out: int = 40
     new_tokens: int = 128
 
@@ -66,7 +66,7 @@ class Sizes:
             prompts=max(96, round(full.prompts * share)),
             answer_tokens=full.answer_tokens,
             steps=max(40, round(full.steps * share)),
-            held_out=max(4, min(80, round(full.held_out * share))),
+            held_out=max(4, min(full.held_out, round(full.held_out * share))),
             new_tokens=max(32, min(128, round(full.new_tokens * share**0.5))),
         )
 
