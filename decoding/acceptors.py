@@ -30,7 +30,10 @@ class Verdict(NamedTuple):
 
 
 class Acceptor(Protocol):
-    """Interface of the acceptors of `decode`; `lossless`: the text stays the target's own."""
+    """Interface of the acceptors of `decode`; `lossless`: the text stays the target's own.
+
+    An acceptor that reads nothing but greedy tokens may say so with `greedy_only = True`.
+    """
 
     lossless: bool
 
@@ -43,6 +46,7 @@ class Strict:
     """Accepts a draft token when it is the target's greedy token (lowest id at exact ties)."""
 
     lossless = True
+    greedy_only = True  # of the logits, it reads the greedy tokens alone
 
     def __repr__(self) -> str:
         return "strict"

@@ -21,7 +21,7 @@ from certdraft.certificates import Rule
 from certdraft.decoding.acceptors import Acceptor, Strict, as_acceptor
 from certdraft.decoding.cost.cost_model import Clock, RealClock
 from certdraft.decoding.draft_session import DraftSession
-from certdraft.decoding.target_runner import Target, TargetRunner, context_limit
+from certdraft.decoding.target_runner import Target, TargetRunner, context_limit, verifier
 from certdraft.decoding.trees.builders import Chain, TreeBuilder
 from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids
 from certdraft.decoding.trees.tree import Tree
@@ -154,6 +154,7 @@ def decode(
     if prepare := getattr(builder, "prepare", None):
         prepare(target, drafter)
     clock = clock or RealClock(getattr(target, "device", "cpu"))
+    verify = verifier(target, greedy_only=getattr(accept, "greedy_only", False))
     clock.lap("host")
     state, tapped = target.start(prompt[:-1]), bool(drafter.taps)
     session = DraftSession(drafter, prompt[:-1], clock, target.features(state) if tapped else None)
@@ -165,7 +166,7 @@ def decode(
         context = len(prompt) - 1 + len(tokens)
         tree = guard.build(builder, session, root, max_new_tokens - len(tokens) - 1, context)
         host_s = session.host_s + clock.lap("host")
-        path, bonus = accept.walk(tree, target.verify(state, tree))
+        path, bonus = accept.walk(tree, verify(state, tree))
         verify_s = clock.lap("verify", tree.num_nodes, context)
         new, accepted, stopped = cut([*(tree.tokens[slot] for slot in path[1:]), bonus], stops)
         tokens += new
@@ -218,8 +219,9 @@ def greedy(
     target = as_target(target)
     prompt, stops = checked_prompt(target, None, prompt_ids, max_new_tokens), eos_set(eos)
     state, tokens = target.start(prompt[:-1]), prompt[-1:]
+    verify = verifier(target, greedy_only=True)
     while True:
-        tokens += greedy_ids(target.verify(state, Tree.root_only(tokens[-1])))
+        tokens += greedy_ids(verify(state, Tree.root_only(tokens[-1])))
         if len(tokens) > max_new_tokens or tokens[-1] in stops:
             return tokens[1:]
         target.keep(state, [0])

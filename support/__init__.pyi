@@ -7,6 +7,7 @@ from .files import write_file as write_file
 from .files import write_json as write_json
 from .files import write_text as write_text
 from .fp32 import project_fp32 as project_fp32
+from .fp32 import project_greedy as project_greedy
 from .growing_cache import GrowingLayer as GrowingLayer
 from .growing_cache import growing_cache as growing_cache
 from .hidden_states import HiddenStates as HiddenStates

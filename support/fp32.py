@@ -44,6 +44,33 @@ def project_fp32(
         return logits.view(*hidden.shape[:-1], len(weight))
 
 
+def project_greedy(
+    hidden: Float[Tensor, "*step H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None = None
+) -> Float[Tensor, "*step V"]:
+    """Logits in fp32 of which only the largest are exact: greedy tokens and near-ties of `project_fp32`.
+
+    On a CPU a bf16 product costs a third of one accumulated into fp32. Its rounding moves no logit by more
+    than 2^-9 of the largest product, so tokens that can be the greedy one lie within 2^-8 of it below the
+    best; those within four times that are computed again in fp32. Not differentiable.
+
+    Args:
+        hidden: as in `project_fp32`.
+        weight: as in `project_fp32`.
+        bias: as in `project_fp32`.
+    """
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or hidden.dtype != weight.dtype:
+        return project_fp32(hidden, weight, bias)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = F.linear(flat, weight).float()
+    rounding = 2**-8 * torch.maximum(logits.amax(-1, keepdim=True), -logits.amin(-1, keepdim=True))
+    if bias is not None:
+        logits += bias.float()
+    rows, ids = (logits >= logits.amax(-1, keepdim=True) - 4 * rounding).nonzero(as_tuple=True)
+    exact = (flat[rows].float() * weight[ids].float()).sum(-1)
+    logits[rows, ids] = exact if bias is None else exact + bias[ids].float()
+    return logits.view(*hidden.shape[:-1], len(weight))
+
+
 def _by_blocks(hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "N V"]:
     """The product with a weight of another dtype, widened a block of rows at a time."""
     logits = hidden.new_empty(len(hidden), len(weight))

@@ -23,7 +23,7 @@ from certdraft.decoding.acceptors import Strict
 from certdraft.decoding.cost.cost_model import Clock, CostModel, RealClock, fit_convex
 from certdraft.decoding.draft_session import DraftSession
 from certdraft.decoding.loop import as_target
-from certdraft.decoding.target_runner import Target, device_name, fingerprint
+from certdraft.decoding.target_runner import Target, device_name, fingerprint, verifier
 from certdraft.decoding.trees.ranking import top_rows
 from certdraft.decoding.trees.tree import NodeStream, tree_from_nodes
 from certdraft.drafters import Drafter
@@ -152,6 +152,7 @@ def _verify_samples(
     ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
     levels = top_rows(torch.randn(_DEPTH, target.vocab_size, generator=generator), max(*nodes, 1))
     accept, state, session, gathered = Strict(), None, None, _GROWTH
+    verify = verifier(target, greedy_only=Strict.greedy_only)
     samples: list[list[float]] = [[] for _ in nodes]
     for repeat in range(-warm_up, repeats):
         for column, num_nodes in enumerate(nodes):
@@ -164,7 +165,7 @@ def _verify_samples(
             stream = NodeStream(lambda ranks: levels[len(ranks)] if len(ranks) < _DEPTH else None)
             nodes_of = list(islice(stream, num_nodes))
             tree = tree_from_nodes(0, nodes_of, lambda ranks: -1 if ranks else 0)
-            accept.walk(tree, target.verify(state, tree))
+            accept.walk(tree, verify(state, tree))
             path = tree.path_to(tree.num_nodes)  # any path: its length is not what takes time
             features = target.features(state) if drafter.taps else None
             target.keep(state, path)

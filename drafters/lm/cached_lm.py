@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.lm.tree_probe import check_tree_decoding
-from certdraft.support import HiddenStates, facts_of, project_fp32, text_body
+from certdraft.support import HiddenStates, facts_of, project_fp32, project_greedy, text_body
 
 _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
 
@@ -148,6 +148,8 @@ class CachedLM:
         cache: TreeCache,
         tokens: Int[Tensor, " K"] | Sequence[int],
         parents: Sequence[int] | Int[Tensor, " K"] | None = None,
+        *,
+        greedy_only: bool = False,
     ) -> Float[Tensor, "K V"]:
         """Append nodes to the round in one pass and return the next-token logits after each.
 
@@ -157,6 +159,7 @@ class CachedLM:
             parents: for each new node the number of its parent in this round (an earlier node, of this call
                 or a previous one), −1 for a child of the last committed token. None: a chain, continuing
                 the latest node.
+            greedy_only: exact greedy tokens are enough; the other logits may be rounded to the model's dtype.
 
         Returns:
             fp32 logits of the token after each new node, in the order given.
@@ -180,6 +183,9 @@ class CachedLM:
         mask = cache.mask(num, self.dtype, self.device)
         hidden = self._forward(cache, ids.view(1, -1).to(self.device), positions[None].to(self.device), mask)
         with torch.no_grad():
+            if greedy_only:
+                head: Any = self.head
+                return project_greedy(hidden[0], head.weight, head.bias)
             return self.project(hidden[0])
 
     def project(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:

@@ -169,9 +169,9 @@ class Watched(TargetRunner):
         self.state, self.text = super().start(ids), list(ids)
         return self.state
 
-    def verify(self, state, tree):
+    def verify_greedy(self, state, tree):
         self.tree = tree
-        return super().verify(state, tree)
+        return super().verify_greedy(state, tree)
 
     def keep(self, state, path) -> None:
         self.text += [self.tree.tokens[slot] for slot in path]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certdraft.support import fp32, project_fp32
+from certdraft.support import fp32, project_fp32, project_greedy
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16), (torch.float16, BF16)]
@@ -85,6 +85,34 @@ def test_bf16_logits_that_would_tie_do_not() -> None:
     assert (hidden @ weight.T).diff().item() == 0.0
     with torch.no_grad():
         assert project_fp32(hidden, weight).diff().item() == 0.03125
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])
+def test_greedy_tokens_of_rounded_logits_are_those_of_fp32(scale: float, biased: bool) -> None:
+    """Logits that crowd at the top, so that bf16 alone gets many argmaxes wrong."""
+    hidden = drawn(300, 48, dtype=BF16)
+    weight = (drawn(1, 48) + 0.02 * drawn(500, 48, seed=1)).mul(scale).to(BF16)
+    bias = (scale * drawn(500, seed=2)).to(BF16) if biased else None
+    with torch.no_grad():
+        logits, whole = project_greedy(hidden, weight, bias), project_fp32(hidden, weight, bias)
+        rounded = torch.nn.functional.linear(hidden, weight, bias)
+    assert logits.dtype == F32
+    best = whole.amax(-1)
+    found = whole.gather(-1, logits.argmax(-1, keepdim=True)).squeeze(-1)
+    torch.testing.assert_close(found, best, atol=1e-4 * scale, rtol=0)  # the order of sums may differ
+    assert biased or (rounded.argmax(-1) != whole.argmax(-1)).float().mean() > 0.1
+    lead = whole.topk(2).values.diff(dim=-1).abs().squeeze(-1)
+    near = lead < 2**-8 * best.abs()
+    assert near.any()
+    torch.testing.assert_close(
+        logits.topk(2).values.diff(dim=-1).abs().squeeze(-1)[near], lead[near], atol=1e-4 * scale, rtol=0
+    )
+
+
+def test_greedy_tokens_of_fp32_weights_are_plain_logits() -> None:
+    hidden, weight = drawn(3, 48), drawn(100, 48, seed=1)
+    torch.testing.assert_close(project_greedy(hidden, weight), project_fp32(hidden, weight), atol=0, rtol=0)
 
 
 @pytest.mark.gpu
