@@ -145,7 +145,7 @@ def real(
         stage(f"decode held-out prompts with {kind}")
         report = folder / "reports" / kind
         if not report.exists():
-            builders: list[TreeBuilder] = [Chain(3), BestFirst(16, max_depth=7), BestFirst(32, max_depth=7)]
+            builders: list[TreeBuilder] = [Chain(4), BestFirst(16, max_depth=7), BestFirst(32, max_depth=7)]
             if cost.exists():
                 builders.append(CostAware(cost, budget=48))
             run_evaluate(
@@ -243,10 +243,10 @@ def _fetch(folder: Path) -> str:
 
 
 def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
-
+    """The prompts that the target wrote."""
     file = folder / "prompts.jsonl"
     if not file.exists():
-        sampling = Sampling(max_new_tokens=64, batch_size=64)
+        sampling = Sampling(max_new_tokens=64, batch_size=128)
         write_prompts(str(file), target=target, count=sizes.prompts, sampling=sampling, dtype="bfloat16")
     return file
 

@@ -1,7 +1,9 @@
 """Prompts a model writes itself: reproducible, resumed after a kill, filtered, every turn accounted for."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +27,13 @@ class Typist:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         words = tokenizer("the quick brown fox jumps over a lazy dog 0 1 2", add_special_tokens=False)
-        self.ids = torch.tensor(sorted({*words["input_ids"]}))
+        words_ids = sorted({*words["input_ids"]})
+        self.logits = torch.full((len(tokenizer),), -torch.inf)
+        self.logits[words_ids] = 0.0
+        self.logits[tokenizer.eos_token_id] = math.log(0.05 / 0.95 * len(words_ids))
 
-    def generate(self, ids: Tensor, *, max_new_tokens: int, eos_token_id: list[int], **_: Any) -> Tensor:
-        rows = self.ids[torch.randint(len(self.ids), (len(ids), max_new_tokens))]
-        ends = torch.rand(rows.shape) < 0.05
-        return torch.cat([ids, rows.masked_fill(ends, eos_token_id[-1])], dim=1)
+    def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(len(ids), 1, -1))
 
 
 @pytest.fixture
