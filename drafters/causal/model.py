@@ -5,7 +5,6 @@ Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, H h
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -14,9 +13,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from certdraft.drafters.causal.export import write_transformers
+from certdraft.drafters.causal.fresh_config import fresh_config
 from certdraft.drafters.causal.layer_cut import TargetLayers, cut_config, cut_from
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
@@ -35,15 +35,6 @@ from certdraft.support import (
     project_fp32,
     text_body,
     text_config,
-)
-
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
 )
 
 
@@ -361,37 +352,6 @@ def _freeze_bias(model: PreTrainedModel) -> None:
     bias = getattr(model.get_output_embeddings(), "bias", None)
     if bias is not None:
         bias.requires_grad_(False)
-
-
-def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """Return the transformers config of a fresh network.
-
-    Args:
-        keys: of the config class that `model_type` names ("qwen3" when absent).
-        vocab_size: the target's; stands in when `keys` has none.
-
-    Raises:
-        ValueError: an unknown model_type, an unknown key (transformers would ignore it), or a size left out.
-    """
-    keys = {"vocab_size": vocab_size} | keys
-    model_type: str = keys.pop("model_type", "qwen3")
-    try:
-        known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta"}
-    except ValueError as error:
-        raise ValueError(f"drafter config: transformers knows no model_type {model_type!r}.") from error
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(
-                f"drafter config: {model_type} has no key {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else ".")
-            )
-    missing = [key for key in _SIZES if key in known and keys.get(key) is None]
-    if missing:
-        raise ValueError(
-            f"drafter config: {', '.join(missing)} missing; the defaults describe a large model."
-        )
-    return AutoConfig.for_model(model_type, **keys)
 
 
 def document_mask(document_ids: Int[Tensor, "R T"], dtype: torch.dtype) -> Float[Tensor, "R 1 T T"]:
