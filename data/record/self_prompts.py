@@ -188,7 +188,7 @@ class _Writer:
 def _sample_turns(
     model: PreTrainedModel, opening: list[int], ends: frozenset[int], sampling: Sampling, seed: int
 ) -> list[list[int]]:
-    """Tokens of `sampling.batch_size` turns that begin with `opening`, each up to its end; ended rows leave."""
+    """Tokens of `sampling.batch_size` turns that begin with `opening`, each to its end; ended rows leave."""
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     turns: list[list[int]] = [[] for _ in range(sampling.batch_size)]
