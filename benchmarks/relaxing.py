@@ -1,0 +1,143 @@
+"""The price of relaxed acceptance: speed gained against quality lost, by rule and threshold.
+
+    certdraft real
+    python benchmarks/relaxing.py --run runs/real --drafter eagle3      # about 10 minutes on two idle cores
+
+Held-out prompts are decoded with one drafter and one tree under each acceptance rule. Strict acceptance is
+the lossless end: every other rule is paired with it, prompt by prompt. Quality is measured by the target:
+the log-probability (nats) it gives to the tokens that were committed, in an fp32 head along the text, and the
+share of texts that differ from the greedy text. Greedy text has a high log-probability by construction, so
+the loss says how far a rule leaves the target's preferred text, not how good the text is to a reader.
+
+Methods take turns prompt by prompt; intervals are 95 % bootstrap over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from certdraft.certificates import Additive, Multiplicative, TopM, Typical
+from certdraft.data import load_target, load_tokenizer
+from certdraft.decoding import (
+    Acceptor,
+    BestFirst,
+    Chain,
+    DecodeResult,
+    Relaxed,
+    Strict,
+    TargetRunner,
+    decode,
+    device_name,
+)
+from certdraft.drafters import load_drafter
+from certdraft.evaluation import compare_ratios, pooled_ratio, read_questions
+from certdraft.support import project_fp32, text_body, write_json
+from certdraft.train.commands.real import held_out_prompts
+
+RULES = (
+    *(Additive(t) for t in (0.05, 0.1, 0.2, 0.3)),
+    *(Multiplicative(a) for a in (0.8, 0.5, 0.2)),
+    *(TopM(m, alpha=0.2) for m in (3, 5)),
+    Typical(epsilon=0.1, delta=0.09),
+    Typical(epsilon=0.09, delta=0.3),
+)
+
+
+@dataclass
+class Sums:
+    """What one rule did, a number per prompt."""
+
+    tokens: list[float] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    log_prob: list[float] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
+
+    def add(self, result: DecodeResult, seconds: float, log_prob: float) -> None:
+        self.tokens.append(sum(r.committed for r in result.rounds))
+        self.passes.append(len(result.rounds))
+        self.seconds.append(seconds)
+        self.log_prob.append(log_prob)
+        self.texts.append(result.tokens)
+
+    def against(self, strict: Sums) -> dict[str, Any]:
+        """Paired with strict acceptance, which is the lossless end."""
+        return {
+            "tau": vars(pooled_ratio(self.tokens, self.passes)),
+            "speed": vars(
+                compare_ratios((self.tokens, self.seconds), (strict.tokens, strict.seconds), "ratio")
+            ),
+            "log_prob_per_token": vars(
+                compare_ratios((self.log_prob, self.tokens), (strict.log_prob, strict.tokens))
+            ),
+            "changed_texts": sum(a != b for a, b in zip(self.texts, strict.texts, strict=True)),
+        }
+
+
+@torch.inference_mode()
+def log_prob(target: Any, prompt: list[int], text: list[int]) -> float:
+    """Log-probability (nats) of `text` after `prompt` under the target."""
+    ids = torch.tensor([[*prompt, *text[:-1]]])
+    hidden = text_body(target)(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+    head = target.get_output_embeddings()
+    logits = project_fp32(hidden, head.weight, head.bias)
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
+    parser.add_argument("--target", help="as given to `certdraft real`; else what it fetched")
+    parser.add_argument("--drafter", default="eagle3")
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--nodes", type=int, default=16, help="of the best-first tree; 0 is a chain of 4")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relaxing.json"))
+    args = parser.parse_args()
+    name = args.target or str(next((args.run / "model").glob("*.gguf")))
+    target, tokenizer = load_target(name, dtype=torch.bfloat16), load_tokenizer(name)
+    drafter = load_drafter(args.run / "exports" / args.drafter, target=target, dtype="bfloat16").eval()
+    runner, builder = TargetRunner(target, drafter.taps), Chain(4)
+    if args.nodes:
+        builder = BestFirst(args.nodes, max_depth=7)
+    acceptors: dict[str, Acceptor] = {"strict": Strict(), **{str(rule): Relaxed(rule) for rule in RULES}}
+    found = {label: Sums() for label in acceptors}
+    eos = tokenizer.eos_token_id
+    for number, question in enumerate(read_questions(str(held_out_prompts()), args.prompts)):
+        chat = [{"role": "user", "content": question.turns[0]}]
+        prompt: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+        ids, labels = list(prompt["input_ids"]), list(acceptors)
+        turn = number % len(labels)
+        for label in labels[turn:] + labels[:turn]:
+            start = time.perf_counter()
+            result = decode(runner, drafter, ids, builder, acceptors[label], args.tokens, eos)
+            seconds = time.perf_counter() - start
+            found[label].add(result, seconds, log_prob(target, ids, result.tokens))
+        print(f"{number + 1} of {args.prompts} prompts", flush=True)
+    strict = found["strict"]
+    data = {
+        "command": f"python benchmarks/relaxing.py --drafter {args.drafter} --prompts {args.prompts} "
+        f"--tokens {args.tokens} --nodes {args.nodes}",
+        "date": date.today().isoformat(),
+        "device": device_name(runner.device),
+        "target": Path(name).name,
+        "builder": repr(builder),
+        "prompts": args.prompts,
+        "strict_tokens_per_s": vars(pooled_ratio(strict.tokens, strict.seconds)),
+        "strict_log_prob_per_token": vars(pooled_ratio(strict.log_prob, strict.tokens)),
+        "rules": {label: sums.against(strict) for label, sums in found.items()},
+    }
+    write_json(args.out, data)
+    print(json.dumps(data["rules"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
