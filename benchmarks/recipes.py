@@ -200,7 +200,7 @@ def text(recipe: Recipe) -> str:
         "seed_everything: 0",
         "model:",
         *drafter_lines(recipe),
-        *loss_lines(recipe),
+        "  loss: ../loss/ce-kl.yaml  # for chains; best-first trees: runner-up-4-sharp-1.5.yaml",
         "  optimizer:",
         f"    lr: {learning_rate(recipe)}",
         "    warmup_steps: 160",
@@ -233,16 +233,6 @@ def text(recipe: Recipe) -> str:
         "  every_n_train_steps: 250",
     ]
     return "\n".join(lines) + "\n"
-
-
-def loss_lines(recipe: Recipe) -> list[str]:
-    """The study's coverage recipe, where the study holds; drafters with a depth take the plainest of ours."""
-    if recipe.reads_target:
-        return ["  loss: ../loss/margin-discounted.yaml"]
-    return [
-        "  loss: ../loss/runner-up-8-kl.yaml",
-        "  step_weights: {class_path: LowMarginWeights, init_args: {threshold: 0.1, boost: 2.0}}",
-    ]
 
 
 def learning_rate(recipe: Recipe) -> str:

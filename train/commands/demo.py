@@ -24,8 +24,8 @@ from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.runs import run_folder
 
-# Changes to the config: the baseline has another loss and no weights, the other drafter is the config's.
-LOSSES = {"hard-ce": ("--model.loss", "HardCE", "--model.step_weights", "null"), "coverage": ()}
+# Changes to the config: the baseline has another loss, the other drafter is the config's.
+LOSSES = {"hard-ce": ("--model.loss", "HardCE"), "runner-up": ()}
 
 
 def demo(
@@ -38,9 +38,9 @@ def demo(
     """Record a target, train two drafters on it, certify, decode, export: all of certdraft in minutes.
 
     The embedded target's greedy text is recorded, a drafter is trained with hard cross-entropy and one with
-    the certificate-derived default (same steps, seed and start), both are exported, loaded again, and
-    compared on held-out text, by chain, by best-first tree and by a cost-aware tree. What an earlier demo
-    finished is used again.
+    the certificate-derived loss for best-first trees (same steps, seed and start), both are exported, loaded
+    again, and compared on held-out text, by chain, by best-first tree and by a cost-aware tree. What an
+    earlier demo finished is used again.
 
     Args:
         out: folder for traces, runs, exports and reports.
@@ -70,7 +70,7 @@ def demo(
     cost = folder / "cost.json"
     target = _recording(run_folder.run_folder(run) or folder).target
     run_profile(
-        str(exports["coverage"]), target, str(cost), contexts=[32, 96],
+        str(exports["runner-up"]), target, str(cost), contexts=[32, 96],
         nodes=[0, 1, 2, 4, 8, 16, 32], repeats=12, device="cpu", overwrite=True,
     )  # fmt: skip
 
@@ -87,13 +87,13 @@ def demo(
     data = json.loads((report / "report.json").read_text(encoding="utf-8"))
 
     _say(console, 5, "draft for transformers' own generate() with the exported folder")
-    same = assisted_equals_greedy(recording.target, exports["coverage"], test)
+    same = assisted_equals_greedy(recording.target, exports["runner-up"], test)
 
     out_console = Console(highlight=False)
     out_console.print(decoders(data))
     out_console.print(_difference(data))
     out_console.print(_verdict(data, same))
-    out_console.print(f"report    {page}\nexported  {exports['coverage']}")
+    out_console.print(f"report    {page}\nexported  {exports['runner-up']}")
     out_console.print(f"took      {time.monotonic() - start:.0f} s")
     return page
 

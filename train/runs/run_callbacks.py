@@ -297,3 +297,5 @@ class RunFolder(Callback):
             if type(logger).__name__ == "WandbLogger" and (experiment := getattr(logger, "experiment", None)):
                 experiment.config.update({"cli": self.settings}, allow_val_change=True)
         print(f"run folder: {self.folder}", file=sys.stderr)
+        if stage == "fit" and (loss := getattr(pl_module, "loss", None)) is not None:
+            print(f"loss: {loss}", file=sys.stderr)

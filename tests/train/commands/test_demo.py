@@ -39,13 +39,13 @@ def test_demo_shows_the_whole_promise(
     main(["demo", "--out", str(tmp_path / "demo"), "--recipe", recipe, "--test_rows", "6", "--prompts", "2"])
     said = capsys.readouterr()
     assert "hard-ce" in said.out
-    assert "coverage" in said.out
+    assert "runner-up" in said.out
     assert "12 of 12 speculative texts equal" in said.out
     assert "assistant_model) too" in said.out
     (report,) = (tmp_path / "demo" / "reports").iterdir()
     assert (report / "report.html").stat().st_size > 10_000
     data = json.loads((report / "report.json").read_text())
-    assert list(data["drafters"]) == ["hard-ce", "coverage"]
+    assert list(data["drafters"]) == ["hard-ce", "runner-up"]
     decoders = ["chain(depth=4)", "best_first(budget=16, max_depth=8)", "cost_aware(stop=lambda, budget=32)"]
     for drafter in data["drafters"].values():
         assert list(drafter["lengths"]) == decoders
