@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from certdraft.decoding.cost.cost_model import Clock
 from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import Drafter
+from certdraft.support import pack_linears
 
 
 class DraftSession:
@@ -36,6 +37,8 @@ class DraftSession:
         features: Float[Tensor, "N L H"] | None = None,
     ) -> None:
         self.drafter, self.clock = drafter, clock
+        if isinstance(drafter, nn.Module):
+            pack_linears(drafter)
         self.kind: Literal["conditional", "marginal"] = drafter.kind
         self.draft_ids: Int[Tensor, " D"] | None = getattr(drafter, "draft_ids", None)
         self.draft_s = self.host_s = 0.0

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from certdraft.decoding.trees.tree import Tree
 from certdraft.drafters import CachedLM, TreeCache
 from certdraft.support import context_limit as context_limit
+from certdraft.support import pack_linears
 
 
 class Target(Protocol):
@@ -62,6 +63,7 @@ class TargetRunner:
 
     def __init__(self, model: PreTrainedModel, taps: Sequence[int] = ()) -> None:
         self.model, self.taps = model, tuple(taps)
+        pack_linears(model)
         self.lm = CachedLM(model, taps)
         self.fingerprint = fingerprint(model)
 

@@ -6,6 +6,8 @@ those of the model. Recording, online targets, validation, evaluation and decodi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,7 +47,10 @@ def project_fp32(
 
 
 def project_greedy(
-    hidden: Float[Tensor, "*step H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None = None
+    hidden: Float[Tensor, "*step H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None = None,
+    product: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*step V"]:
     """Logits in fp32 of which only the largest are exact: greedy tokens and near-ties of `project_fp32`.
 
@@ -57,11 +62,12 @@ def project_greedy(
         hidden: as in `project_fp32`.
         weight: as in `project_fp32`.
         bias: as in `project_fp32`.
+        product: hidden [N, H] times the weight, where a layer has it packed.
     """
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or hidden.dtype != weight.dtype:
         return project_fp32(hidden, weight, bias)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = F.linear(flat, weight).float()
+    logits = (F.linear(flat, weight) if product is None else product(flat)).float()
     rounding = 2**-8 * torch.maximum(logits.amax(-1, keepdim=True), -logits.amin(-1, keepdim=True))
     if bias is not None:
         logits += bias.float()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.lm.tree_probe import check_tree_decoding
-from certdraft.support import HiddenStates, facts_of, project_fp32, project_greedy, text_body
+from certdraft.support import HiddenStates, PackedLinear, facts_of, project_fp32, project_greedy, text_body
 
 _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
 
@@ -185,7 +185,8 @@ class CachedLM:
         with torch.no_grad():
             if greedy_only:
                 head: Any = self.head
-                return project_greedy(hidden[0], head.weight, head.bias)
+                product = head if isinstance(head, PackedLinear) and head.bias is None else None
+                return project_greedy(hidden[0], head.weight, head.bias, product)
             return self.project(hidden[0])
 
     def project(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:

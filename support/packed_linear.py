@@ -1,0 +1,76 @@
+"""Linear layers whose bf16 weights are laid out for the CPU once, instead of in every product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def pack_linears(model: nn.Module) -> None:
+    """Let linear layers in bf16 on a CPU multiply with packed weights when nothing is trained.
+
+    oneDNN reorders a bf16 weight in every product, which costs as much as multiplying it with a few tokens.
+    The packed weights take as much memory again. Does nothing on other devices, or where this torch cannot.
+
+    Args:
+        model: its `nn.Linear` layers become `PackedLinear`, in place.
+    """
+    if not _can_pack():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and _packable(module.weight):
+            module.__class__ = PackedLinear
+        if type(module) is PackedLinear:
+            module.pack()
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that multiplies with packed weights while those are what was packed.
+
+    With gradients, in another dtype, on another device, or once the weight has changed, it is an `nn.Linear`.
+    """
+
+    def pack(self) -> None:
+        """Pack the weight, unless that was done."""
+        if _packable(self.weight) and self._packed() is None:
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)  # batch size: a hint
+            self.__dict__["packed"] = (_identity(self.weight), packed)
+
+    def forward(self, input: Float[Tensor, "*step I"]) -> Float[Tensor, "*step O"]:
+        """input Wᵀ + b."""
+        packed = None if torch.is_grad_enabled() or input.dtype != torch.bfloat16 else self._packed()
+        if packed is None:
+            return F.linear(input, self.weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
+        return product
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold the weight alone."""
+        return {key: value for key, value in self.__dict__.items() if key != "packed"}
+
+    def _packed(self) -> Tensor | None:
+        identity, packed = self.__dict__.get("packed", (None, None))
+        return packed if identity == _identity(self.weight) else None
+
+
+def _identity(weight: Tensor) -> tuple[int, int]:
+    """Changes when the weight is replaced or written to."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+def _packable(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+
+
+def _can_pack() -> bool:
+    ops: Any = torch.ops.mkldnn
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(ops, "_reorder_linear_weight")
+        and hasattr(ops, "_linear_pointwise")
+        and bool(ops._is_mkldnn_bf16_supported())
+    )
