@@ -155,7 +155,9 @@ def real(
                 title=f"{kind} for {name}",
             )  # fmt: skip
     baseline = _baseline(folder, name, sizes)
-    Console(highlight=False).print(table(folder, drafters, baseline))
+    summary = {"sizes": asdict(sizes)} | summarise(folder, drafters, baseline)
+    write_json(folder / "summary.json", summary)
+    Console(highlight=False).print(table(summary))
     console.print(f"reports   {folder / 'reports'}\nexports   {folder / 'exports'}")
     console.print(f"took      {(time.monotonic() - start) / 60:.0f} minutes")
     return folder / "reports"
@@ -166,8 +168,8 @@ def held_out_prompts() -> Path:
     return _CONFIGS / "held-out-prompts.jsonl"
 
 
-def table(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float]) -> Table:
-    """Acceptance length and wall-clock speed-up of every drafter and decoder.
+def summarise(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float]) -> dict[str, Any]:
+    """Acceptance length and wall-clock speed of every drafter and decoder, with 95 % intervals over prompts.
 
     Args:
         folder: of the run.
@@ -175,24 +177,43 @@ def table(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float]) -
         baseline: tokens/s of plain decoding by name; the fastest is 1.00.
     """
     fastest = max(baseline, key=lambda way: baseline[way])
+    rows = []
+    for kind in drafters:
+        bench = json.loads((folder / "reports" / kind / "report.json").read_text(encoding="utf-8"))["bench"]
+        for row in bench["methods"]:
+            shown = {key: row[key] for key in ("builder", "tau", "nodes_per_pass", "tokens_per_s", "share")}
+            rows.append(
+                {"drafter": kind, **shown}
+                | {"speedup": row["tokens_per_s"]["value"] / baseline[fastest]}
+                | {"speedup_over_own_plain": row["speedup"]}
+                | {"equal_texts": row["equal_texts"], "differing": row["differing"]}
+            )
+    return {
+        "device": bench["device"],
+        "prompts": bench["prompts"],
+        "plain_tokens_per_s": baseline,
+        "fastest_plain": fastest,
+        "rows": rows,
+    }
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The result of `summarise` as a table."""
+    fastest = summary["fastest_plain"]
     shown = Table(
         title=f"decoding held-out prompts; 1.00× is {fastest}, the fastest plain decoding here: "
-        f"{baseline[fastest]:.1f} tokens/s"
+        f"{summary['plain_tokens_per_s'][fastest]:.1f} tokens/s"
     )
     for title in ("drafter", "decoder"):
         shown.add_column(title, no_wrap=True)
     for title in ("τ", "draft tokens a pass", "tokens/s", "speed-up", "equal texts"):
         shown.add_column(title, justify="right")
-    for kind in drafters:
-        data = json.loads((folder / "reports" / kind / "report.json").read_text(encoding="utf-8"))
-        bench = data["bench"]
-        for row in bench["methods"]:
-            speed = row["tokens_per_s"]["value"]
-            shown.add_row(
-                kind, row["builder"], f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}",
-                f"{speed:.1f}", f"{speed / baseline[fastest]:.2f}×",
-                f"{row['equal_texts']} of {bench['prompts']}",
-            )  # fmt: skip
+    for row in summary["rows"]:
+        shown.add_row(
+            row["drafter"], row["builder"], f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}",
+            f"{row['tokens_per_s']['value']:.1f}", f"{row['speedup']:.2f}×",
+            f"{row['equal_texts']} of {summary['prompts']}",
+        )  # fmt: skip
     return shown
 
 

@@ -82,6 +82,11 @@ def test_every_stage(
         assert kind in shown
     assert (out / "certify" / "certify.json").is_file()
     assert "generate" in shown
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    assert len(summary["rows"]) == 9
+    assert summary["plain_tokens_per_s"][summary["fastest_plain"]] == max(
+        summary["plain_tokens_per_s"].values()
+    )
     prompts = (out / "prompts.jsonl").read_bytes()
     main(command)  # what is finished is used again
     assert (out / "prompts.jsonl").read_bytes() == prompts
