@@ -46,8 +46,9 @@ def find_config(name: str) -> Path:
     Raises:
         FileNotFoundError: neither; suggests the nearest name.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(name).expanduser()
+    if path.exists() and not path.is_dir():  # a pipe, as in --config <(…), is no regular file
+        return path
     if found := shipped(name):
         return found
     short, names = _UP.sub("", name).removesuffix(".yaml"), config_names()

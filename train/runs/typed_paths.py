@@ -12,7 +12,7 @@ from pathlib import Path
 from certdraft.train.runs.config_files import LATEST, find_config, newest_run, shipped
 
 _LATEST = re.compile(rf"(?<![\w./-]){LATEST}(?![\w./-])")  # alone, or in a list
-_INLINE = re.compile(r"[{:\n]")  # settings written out, not a name
+_INLINE = re.compile(r"[{:\n]|^(?:-|null)?$")  # settings written out, standard input or none: not a name
 
 
 def explicit(
@@ -57,7 +57,7 @@ def _resolved(args: Sequence[str], configs: Collection[str], runs: Collection[st
 
 def _path(option: str, value: str, configs: Collection[str], runs: Collection[str]) -> str:
     if option in configs:
-        return value if not value or _INLINE.search(value) else str(find_config(value))
+        return value if _INLINE.search(value) else str(find_config(value))
     if option in runs and _LATEST.search(value) and not Path(LATEST).exists():
         found = newest_run()
         print(f"{LATEST}: {found}", file=sys.stderr)

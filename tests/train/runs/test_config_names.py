@@ -48,6 +48,13 @@ def test_a_file_comes_before_the_config_that_ships() -> None:
     assert find_config("demo.yaml") == Path("demo.yaml")
 
 
+def test_pipes_inline_settings_and_null_are_no_names() -> None:
+    os.mkfifo("pipe")
+    assert find_config("pipe") == Path("pipe")
+    args = ["--config", "{name: x}", "--config=null", "--config", "-"]
+    assert explicit(args) == args
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"), [("dmeo", "demo"), ("qwen3-32b-eagle3", "recipes/qwen3-32b-eagle3")]
 )
