@@ -80,6 +80,13 @@ def test_packages_are_declared_and_the_root_is_clean() -> None:
         assert (path.parent / "__init__.py").exists(), f"{path.relative_to(ROOT)} is in no package"
 
 
+def test_every_config_is_packaged() -> None:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    patterns, folder = tools["setuptools"]["package-data"]["certdraft.configs"], ROOT / "configs"
+    packaged = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert {path for path in folder.rglob("*") if path.is_file()} == packaged
+
+
 def test_no_remote_code_no_machine_paths() -> None:
     bad = re.compile(r"trust_remote_code\s*=\s*True|(?<![\w.])/(?:work|root|home)/\w")
     texts = [

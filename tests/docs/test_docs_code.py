@@ -115,6 +115,10 @@ def place(tmp_path: Path, tiny_trace: Path, world: dict[str, Any], monkeypatch: 
     (tmp_path / "traces" / "train").symlink_to(tiny_trace)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "drafter").symlink_to(world["exported"])
+    run = tmp_path / "runs" / "demo" / "2026-01-01_00-00-00"
+    run.mkdir(parents=True)
+    for record in ("config.yaml", "run.yaml"):
+        (run / record).touch()  # what `latest` stands for
     ArbiterPolicy().save(tmp_path / "runs" / "arithmetic" / "policy")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -21,14 +21,26 @@ from typing import Any
 
 from certdraft import __version__
 from certdraft.train.commands.help_cache import show_help
+from certdraft.train.runs.typed_paths import explicit
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: "module:function" to import when it is called, and one line of help."""
+    """A command.
+
+    Attributes:
+        target: "module:function" to import when it is called.
+        summary: one line of help.
+        argument: option that a path directly after the command belongs to; with "*" it takes a list.
+        configs: options that take a config by its name, besides --config.
+        runs: options that take a run folder, or `latest`.
+    """
 
     target: str
     summary: str
+    argument: str | None = None
+    configs: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
 
 
 _HERE = "certdraft.train.commands"
@@ -37,24 +49,54 @@ TRAINER = f"{_HERE}.lightning_cli:run"
 COMMANDS = {
     "demo": Command(f"{_HERE}.demo:demo", "all of it on the embedded target, in minutes"),
     "real": Command(f"{_HERE}.real:real", "all of it on a real 135M model, in 45 minutes"),
-    "doctor": Command(f"{_HERE}.doctor:doctor", "what this machine has, and what stands in the way"),
-    "plan": Command("certdraft.train.plan.plan_command:plan", "memory, disk and time of a run, estimated"),
+    "configs": Command("certdraft.train.runs.config_files:configs", "configs that ship", "containing"),
+    "init": Command(
+        "certdraft.train.runs.config_files:init", "copy a config that ships, to change it", "name"
+    ),
+    "doctor": Command(
+        f"{_HERE}.doctor:doctor", "what this machine has, and what stands in the way", configs=("fit_config",)
+    ),
+    "plan": Command(
+        "certdraft.train.plan.plan_command:plan",
+        "memory, disk and time of a run, estimated",
+        "run",
+        configs=("run",),
+    ),
     "prompts": Command("certdraft.data:write_prompts", "prompts that an instruct model writes itself"),
     "trace": Command("certdraft.data:record_trace", "record a target's outputs along its greedy text"),
-    "certify": Command("certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace"),
-    "fit": Command(TRAINER, "train a drafter (LightningCLI)"),
-    "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)"),
-    "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)"),
-    "sweep": Command(f"{_HERE}.sweep:sweep", "run a W&B sweep file here, without W&B"),
-    "reproduce": Command(f"{_HERE}.reproduce:reproduce", "run a run again, and compare the weights"),
-    "export": Command(f"{_HERE}.export_command:export_run", "a checkpoint as a folder that engines load"),
-    "lint": Command(f"{_HERE}.export_command:lint", "check a folder before an engine reads it wrongly"),
-    "profile": Command("certdraft.evaluation:run_profile", "cost of drafting and verifying on this machine"),
+    "certify": Command(
+        "certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace", "trace"
+    ),
+    "fit": Command(TRAINER, "train a drafter (LightningCLI)", "config"),
+    "validate": Command(TRAINER, "validation metrics of a checkpoint (LightningCLI)", "config"),
+    "test": Command(TRAINER, "the same metrics on the test split (LightningCLI)", "config"),
+    "sweep": Command(
+        f"{_HERE}.sweep:sweep", "run a W&B sweep file here, without W&B", "file", configs=("file",)
+    ),
+    "reproduce": Command(
+        f"{_HERE}.reproduce:reproduce", "run a run again, and compare the weights", "run", runs=("run",)
+    ),
+    "export": Command(
+        f"{_HERE}.export_command:export_run",
+        "a checkpoint as a folder that engines load",
+        "run",
+        runs=("run",),
+    ),
+    "lint": Command(
+        f"{_HERE}.export_command:lint", "check a folder before an engine reads it wrongly", "path"
+    ),
+    "profile": Command(
+        "certdraft.evaluation:run_profile", "cost of drafting and verifying on this machine", "drafter"
+    ),
     "evaluate": Command("certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed"),
     "arbitrate": Command("certdraft.arbitration:run_arbitrate", "a learned policy that settles mismatches"),
-    "compare": Command(f"{_REPORT}.compare:compare", "runs and reports side by side on one page"),
-    "publish": Command(f"{_REPORT}.publish:publish", "a report and an export as a W&B run"),
-    "completion": Command(f"{_HERE}.completion:completion", "completion script of your shell"),
+    "compare": Command(
+        f"{_REPORT}.compare:compare", "runs and reports side by side on one page", "runs*", runs=("runs",)
+    ),
+    "publish": Command(
+        f"{_REPORT}.publish:publish", "a report and an export as a W&B run", "folder", runs=("run",)
+    ),
+    "completion": Command(f"{_HERE}.completion:completion", "completion script of your shell", "shell"),
 }
 
 _EXAMPLE = "certdraft fit --config configs/demo.yaml"
@@ -98,8 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(_unknown(prog, name))
     label = f"{prog} {name}"
 
+    command = COMMANDS[name]
+
     def act() -> None:
-        _load(COMMANDS[name])(name, args[1:], label)
+        typed = explicit(args[1:], command.argument, command.configs, command.runs)
+        _load(command)(name, typed, label)
 
     if args[1:] in (["-h"], ["--help"]):
         show_help(label, lambda: guard(act, label))

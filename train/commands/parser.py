@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse.typing import Path_fr
+
+from certdraft.train.runs.config_files import fill_in_groups
 
 _KEY = re.compile(r'^Parser key "(?P<key>[^"]+)":')
 _CLASS = re.compile(r"^Problem with given class_path '(?P<path>[^']+)'")
@@ -33,6 +36,25 @@ _IMPORT = re.compile(
     r"^(?:Expected a dot import path string: ?|Unexpected import path format: ?|No module named |"
     r"module '[^']+' has no attribute )(?P<name>\S+)"
 )
+
+_read_yaml = get_loader("yaml")
+
+
+def _readable(name: str) -> bool:
+    """Whether a path leads to a file from the folder of the config that is being read."""
+    try:
+        Path_fr(name)
+    except TypeError:
+        return False
+    return True
+
+
+def _read_config(text: str) -> Any:
+    """Read YAML; a config that was copied elsewhere finds the group files that ship."""
+    return fill_in_groups(_read_yaml(text), _readable)
+
+
+set_loader("yaml", _read_config, (yaml.YAMLError,))
 
 
 class Strict:

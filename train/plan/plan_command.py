@@ -16,6 +16,7 @@ from certdraft.train.optim import check_precision
 from certdraft.train.plan import formulas
 from certdraft.train.plan.formulas import DEVICES, GB
 from certdraft.train.plan.model_sizes import ModelSizes, drafter_sizes, sizes_of
+from certdraft.train.runs.config_files import fill_in_groups
 
 _SHIPPED = Path(__file__).parents[2] / "configs"
 
@@ -184,7 +185,8 @@ def load_config(file: Path) -> dict[str, Any]:
             return load_config(file.parent / value)
         return value
 
-    return {key: fill(value) for key, value in (yaml.safe_load(file.read_text("utf-8")) or {}).items()}
+    settings = yaml.safe_load(file.read_text("utf-8")) or {}
+    return fill(fill_in_groups(settings, lambda name: (file.parent / name).is_file()))
 
 
 def _report(found: Plan, where: str, steps: int, rows: int, shards: int, prompts: int) -> Iterator[str]:
