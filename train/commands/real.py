@@ -145,7 +145,7 @@ def real(
         stage(f"decode held-out prompts with {kind}")
         report = folder / "reports" / kind
         if not report.exists():
-            builders: list[TreeBuilder] = [Chain(4), BestFirst(16, max_depth=7), BestFirst(32, max_depth=7)]
+            builders: list[TreeBuilder] = [Chain(4), BestFirst(8, max_depth=5), BestFirst(32, max_depth=7)]
             if cost.exists():
                 builders.append(CostAware(cost, budget=48))
             run_evaluate(
