@@ -12,6 +12,8 @@ from .corpus.chat import PromptSet as PromptSet
 from .corpus.chat import build_prompts as build_prompts
 from .corpus.corpora import Corpus as Corpus
 from .corpus.corpora import CorpusError as CorpusError
+from .corpus.corpora import MixedSource as MixedSource
+from .corpus.corpora import Source as Source
 from .corpus.corpora import read_records as read_records
 from .corpus.rows import Row as Row
 from .corpus.rows import read_rows as read_rows

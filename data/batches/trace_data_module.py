@@ -83,11 +83,11 @@ class TraceDataModule(pl.LightningDataModule):
             return
         _record_if_missing(self.train_path, self.record)
         if self.validation_path is not None:
-            corpus = replace(self.record.corpus, split="validation", max_rows=self.validation_rows)
+            corpus = self.record.corpus.held_out("validation", self.validation_rows)
             _record_if_missing(self.validation_path, replace(self.record, corpus=corpus))
         testing = self.trainer is not None and self.trainer.state.fn == "test"
         if testing and not (Path(self.test_path).expanduser() / TRACE_FILE).exists():
-            corpus = replace(self.record.corpus, split="test", max_rows=self.validation_rows)
+            corpus = self.record.corpus.held_out("test", self.validation_rows)
             _record_if_missing(self.test_path, replace(self.record, corpus=corpus))
 
     def setup(self, stage: str | None = None) -> None:

@@ -130,7 +130,8 @@ def build_prompts(
         accounting: receives used and skipped rows; a row is used when at least one prompt comes of it.
         teacher_forced: take the corpus' own text as what is learned: every token of `text` rows, the
             assistant's tokens of `messages` rows.
-        bad_rows: "error" stops at the first row that the template rejects; "skip" counts it and goes on.
+        bad_rows: "error" stops at the first row that the template rejects; "skip" counts it and goes on, as
+            does the row's own `bad_rows`.
 
     Raises:
         CorpusError: the tokenizer has no chat template, or the template rejects a conversation.
@@ -146,7 +147,7 @@ def build_prompts(
             try:
                 pieces += [(number, piece) for piece in renderer.pieces(row)]
             except CorpusError as error:
-                if bad_rows == "error":
+                if "skip" not in (bad_rows, row.bad_rows):
                     raise
                 reasons[number] = ("malformed", str(error))
         for number, piece in pieces:
@@ -170,10 +171,11 @@ def build_prompts(
                     result = "duplicate prompt"
                 reasons[number] = (result, group[number].where)
         for number, reason in enumerate(reasons):
+            account = accounting.part(group[number].part)
             if number in used:
-                accounting.used += 1
+                account.used += 1
             else:
-                accounting.skip(*reason)
+                account.skip(*reason)
 
 
 @dataclass(frozen=True)

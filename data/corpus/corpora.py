@@ -13,7 +13,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +39,8 @@ class CorpusError(ValueError):
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Which rows to read.
+class Source:
+    """Which rows to read from one place.
 
     Args:
         source: "embedded" (the standard library of the running Python), a jsonl, json, parquet or text file,
@@ -72,6 +72,7 @@ class Corpus:
     bad_rows: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
+        """Raise a ValueError for shares or numbers that cannot be."""
         validation, test = self.validation_fraction, self.test_fraction
         if min(validation, test) < 0 or validation + test >= 1:
             raise ValueError(
@@ -82,7 +83,58 @@ class Corpus:
             raise ValueError(f"max_rows is {self.max_rows}; give at least 1, or leave it out for all rows")
 
 
-def read_records(corpus: Corpus) -> Iterator[tuple[Place, Any]]:
+@dataclass(frozen=True)
+class MixedSource(Source):
+    """One source of a mixture.
+
+    Args:
+        share: weight of this source when the next row is drawn, relative to the other sources; above 0.
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share < float("inf"):
+            raise ValueError(f"share of source {self.source} is {self.share}; give a finite number above 0")
+
+
+@dataclass(frozen=True)
+class Corpus(Source):
+    """Which rows to read, from one source or from a mixture of several.
+
+    Args:
+        sources: mix these instead: each row comes from one of them, drawn by `share` from those that have
+            rows left. Each has all settings above, which then stay unset here, but for `max_rows`: the number
+            of rows of the mixture. Without it every source is read to its end; shares then decide the order.
+        mix_seed: of the draw.
+    """
+
+    sources: tuple[MixedSource, ...] = ()
+    mix_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        beside = [
+            f.name for f in fields(Source) if f.name != "max_rows" and getattr(self, f.name) != f.default
+        ]
+        if self.sources and beside:
+            raise ValueError(
+                f"corpus.{beside[0]} is set beside corpus.sources; set it in the sources that it is for"
+            )
+
+    def held_out(self, split: Literal["validation", "test"], max_rows: int | None) -> Corpus:
+        """The same corpus, of another split in every source and of at most `max_rows` rows."""
+        if not self.sources:
+            return replace(self, split=split, max_rows=max_rows)
+        sources = tuple(replace(source, split=split) for source in self.sources)
+        return replace(self, sources=sources, max_rows=max_rows)
+
+    def __str__(self) -> str:
+        return ", ".join(source.source for source in self.sources) or self.source
+
+
+def read_records(corpus: Source) -> Iterator[tuple[Place, Any]]:
     """(place, record) of every record, unchecked; one that cannot be read is its CorpusError.
 
     Raises:
@@ -172,7 +224,7 @@ def _numbered(name: str, records: Iterable[Any]) -> Iterator[tuple[Place, Any]]:
     return ((f"{name} row {index}", record) for index, record in enumerate(records))
 
 
-def _folder_records(folder: Path, corpus: Corpus) -> Iterator[tuple[Place, Any]]:
+def _folder_records(folder: Path, corpus: Source) -> Iterator[tuple[Place, Any]]:
     if (folder / "trace.json").exists():
         raise CorpusError(
             f"{folder} is a trace, not a corpus; train from it directly, or give the prompts' files"

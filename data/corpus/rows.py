@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from certdraft.data.corpus.accounting import Accounting
-from certdraft.data.corpus.corpora import EMBEDDED_CORPUS, Corpus, CorpusError, Kind, read_records
+from certdraft.data.corpus.corpora import EMBEDDED_CORPUS, Corpus, CorpusError, Kind, Source, read_records
 
 Message = dict[str, Any]
 
@@ -24,7 +25,8 @@ _SHARE_GPT = {"human": "user", "gpt": "assistant", "function_call": "assistant",
 class Row:
     """One checked row: `content` is text, or messages; `where` names it, as in "chats.jsonl:12".
 
-    `tools` are the functions that a conversation may call, as the chat template takes them.
+    `tools` are the functions that a conversation may call, as the chat template takes them. `part` names the
+    source in a mixture; `bad_rows` is that of its source.
     """
 
     where: str
@@ -32,20 +34,53 @@ class Row:
     content: str | tuple[Message, ...]
     digest: bytes
     tools: tuple[dict[str, Any], ...] = ()
+    part: str = ""
+    bad_rows: Literal["error", "skip"] = "error"
 
 
 def read_rows(corpus: Corpus, accounting: Accounting) -> Iterator[Row]:
-    """Checked rows without duplicates, of the wanted split.
+    """Checked rows without duplicates, of the wanted split; those of a mixture in the order of its draw.
 
     Args:
         corpus: which rows.
-        accounting: receives what is read and skipped; a row that is yielded is left for the caller to count.
+        accounting: receives what is read and skipped, in a part for each source of a mixture; a row that is
+            yielded is left for the caller to count.
 
     Raises:
         CorpusError: malformed row (unless `bad_rows` is "skip"), empty file, nothing readable in the folder.
         FileNotFoundError: no such file or folder, or the hub does not answer.
     """
     seen: set[bytes] = set()
+    if not corpus.sources:
+        yield from _source_rows(corpus, accounting, seen)
+        return
+    parts = [f"sources[{index}] {source.source}" for index, source in enumerate(corpus.sources)]
+    waiting = [
+        (source.share, _part_rows(source, part, accounting.part(part), seen))
+        for source, part in zip(corpus.sources, parts, strict=True)
+    ]
+    draw, yielded = random.Random(corpus.mix_seed), 0
+    while waiting and (corpus.max_rows is None or yielded < corpus.max_rows):
+        [drawn] = draw.choices(range(len(waiting)), [share for share, _ in waiting])
+        row = next(waiting[drawn][1], None)
+        if row is None:
+            del waiting[drawn]
+        else:
+            yielded += 1
+            yield row
+
+
+def _part_rows(source: Source, part: str, accounting: Accounting, seen: set[bytes]) -> Iterator[Row]:
+    """Rows of one source of a mixture; places and errors name it."""
+    try:
+        for row in _source_rows(source, accounting, seen):
+            yield replace(row, where=f"{part}, {row.where}", part=part)
+    except (CorpusError, FileNotFoundError) as error:
+        kind = CorpusError if isinstance(error, CorpusError) else FileNotFoundError
+        raise kind(f"corpus.{part}: {error}") from error
+
+
+def _source_rows(corpus: Source, accounting: Accounting, seen: set[bytes]) -> Iterator[Row]:
     yielded = 0
     for where, record in read_records(corpus):
         if corpus.max_rows is not None and yielded >= corpus.max_rows:
@@ -68,7 +103,7 @@ def read_rows(corpus: Corpus, accounting: Accounting) -> Iterator[Row]:
             yield row
 
 
-def split_of_content(row: Row, corpus: Corpus) -> Literal["train", "validation", "test"]:
+def split_of_content(row: Row, corpus: Source) -> Literal["train", "validation", "test"]:
     """The split a row belongs to, by its content alone."""
     part = int.from_bytes(hashlib.sha256(b"certdraft-split" + row.digest).digest()[:8], "big") / 2**64
     if part < corpus.validation_fraction:
@@ -76,7 +111,7 @@ def split_of_content(row: Row, corpus: Corpus) -> Literal["train", "validation",
     return "test" if part < corpus.validation_fraction + corpus.test_fraction else "train"
 
 
-def _check(where: str, record: Any, corpus: Corpus) -> Row:
+def _check(where: str, record: Any, corpus: Source) -> Row:
     if isinstance(record, CorpusError):
         raise record
     if not isinstance(record, dict):
@@ -104,10 +139,12 @@ def _check(where: str, record: Any, corpus: Corpus) -> Row:
         ) from error
     except RecursionError:
         raise CorpusError(f"{where}: {key} is nested too deep") from None
-    return Row(where, kind, content, hashlib.sha256(kind.encode() + data).digest(), tools)
+    return Row(
+        where, kind, content, hashlib.sha256(kind.encode() + data).digest(), tools, bad_rows=corpus.bad_rows
+    )
 
 
-def _content_key(where: str, record: dict[str, Any], corpus: Corpus) -> tuple[str, Kind]:
+def _content_key(where: str, record: dict[str, Any], corpus: Source) -> tuple[str, Kind]:
     keys = ", ".join(f"`{key}`" for key in record) or "no keys"
     if corpus.column is not None:
         if corpus.column not in record:

@@ -104,8 +104,9 @@ def read_prompts(
             teacher_forced=teacher_forced, bad_rows=recording.corpus.bad_rows,
         )  # fmt: skip
         prompts = PromptSet(progress.track(made))
+    accounting = accounting.summed()
     if not len(prompts):
-        raise CorpusError(f"corpus {recording.corpus.source}: no row can be used.\n{accounting}")
+        raise CorpusError(f"corpus {recording.corpus}: no row can be used.\n{accounting}")
     return prompts, accounting
 
 
