@@ -75,6 +75,7 @@ class Drafter(nn.Module, ABC):
         family: name in `drafter.json` and in the registry; set by `register_drafter`.
         description: of the kind, in the model card.
         export_formats: formats that `export` can write, with the engines that read each; the default first.
+        reads_target: whether this kind reads hidden states and embeddings of the target.
         layouts: how folders of this kind are recognised, and the rules that `lint_export` checks.
         pretrained: folder or hub id that training starts from; None for fresh weights.
     """
@@ -85,6 +86,7 @@ class Drafter(nn.Module, ABC):
     description: ClassVar[str] = ""
     export_formats: ClassVar[Mapping[str, Engines]] = {}
     layouts: ClassVar[tuple[Layout, ...]] = ()
+    reads_target: ClassVar[bool] = False
     pretrained: str | None = None
 
     # ---- made for a target, and again from a checkpoint or a folder

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from certdraft.data import (
     tokenizer_fingerprint,
 )
 from certdraft.decoding import TreeBuilder, context_limit
+from certdraft.drafters import drafter_kinds, read_facts
 from certdraft.evaluation.certify.certify import CertifyProtocol, certify
 from certdraft.evaluation.certify.certify_report import headline_of_certificates, write_certify
 from certdraft.evaluation.evaluate import evaluate, refuse_builders
@@ -34,6 +35,11 @@ from certdraft.evaluation.report.evaluate_report import differences, write_evalu
 from certdraft.evaluation.report.page import refuse_folder_in_use, report_folder, write_json
 from certdraft.evaluation.report.provenance import provenance, read_parts, sha256
 from certdraft.evaluation.report.publish import headline_metrics, publish
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from certdraft.data import TraceMeta
 
 _TURNS, _CORPUS, _PROMPTS, _GENERATION = Prompts(turns="all"), Corpus(), Prompts(), Generation()
 _PROTOCOL = CertifyProtocol()
@@ -238,7 +244,8 @@ def run_certify(
         max_documents: use the first so many documents.
         min_prompt_tokens: leave out documents with a shorter prompt.
         protocol: rules, sizes and budgets to tabulate.
-        drafter: exported folder or hub name, not trained on this text; adds the joined view.
+        drafter: exported folder or hub name, not trained on this text; adds the joined view. EAGLE heads and
+            block drafters need a trace that holds the hidden states they read.
         builders: draft trees whose rounds are replayed; a chain of 4 and a best-first tree of 16 nodes when
             not given.
         top_m: drafter ranks that count as "in top-m" among its rejections.
@@ -297,7 +304,9 @@ def run_certify(
     loaded: dict[str, Any] = {}
     if drafter is not None:
         name = Path(drafter).name
-        loaded[name] = load_checked(drafter, opened, pick_device(device), drafter_dtype)
+        place = pick_device(device)
+        model = _target_of(drafter, opened.meta, drafter_dtype, place)
+        loaded[name] = load_checked(drafter, opened, place, drafter_dtype, model)
         files |= {f"drafter {name}": drafter} if Path(drafter).is_dir() else {}
     made = report_folder(path) if trace is not None else _beside_the_trace(path)
     with made as folder, StageProgress() as progress:
@@ -317,6 +326,17 @@ def run_certify(
     print(headline_of_certificates(report).text())
     print(f"report: {page}", file=sys.stderr)
     return page
+
+
+def _target_of(drafter: str, meta: TraceMeta, dtype: str, device: torch.device) -> PreTrainedModel | None:
+    """The trace's target, for an export that shares its embeddings; its hidden states come from the trace."""
+    exported = (Path(drafter) / "drafter.json").is_file()
+    kind = drafter_kinds().get(read_facts(drafter)["family"]) if exported else None
+    if kind is None or not kind.reads_target:
+        return None
+    local = meta.target == "embedded" or Path(meta.target).exists()
+    revision = None if local else meta.target_revision
+    return load_target(meta.target, revision=revision, dtype=getattr(torch, dtype), device=device)
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def evaluate(
     texts = greedy_documents(trace, replay_documents, max_new_tokens)
     decoded = [] if target is None else greedy_documents(trace, prompts, max_new_tokens)
     kept = {d.index for d in [*texts, *decoded] if d.index is not None}
-    features = features_for(drafters, target, kept)
+    features = features_for(drafters, target, kept, trace)
     documents = len(trace) if max_documents is None else min(max_documents, len(trace))
     tick = _ticker("acceptance", len(drafters) * documents, progress)
     acceptance = {

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -75,6 +75,7 @@ class FeatureDrafter(Drafter):
     """
 
     write = feature_folder.write
+    reads_target: ClassVar[bool] = True
     config: Any
     ends: TargetEnds | None = None
     num_target_layers: int = 0

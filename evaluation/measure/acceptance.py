@@ -36,7 +36,7 @@ from certdraft.evaluation.measure.distributions import Calibration, StepDistribu
 from certdraft.evaluation.measure.joined_steps import JoinedSteps
 from certdraft.evaluation.measure.statistics import pooled_ratio
 from certdraft.evaluation.measure.trace_reading import (
-    TargetFeatures,
+    DrafterFeatures,
     TraceLike,
     TraceRowLike,
     batches,
@@ -219,7 +219,7 @@ def measure_acceptance(
     tie_gap: float = 1e-3,
     max_documents: int | None = None,
     tokens_per_batch: int = 2048,
-    features: TargetFeatures | None = None,
+    features: DrafterFeatures | None = None,
     progress: Callable[[int], None] = lambda documents: None,
 ) -> Acceptance:
     """Measure a drafter along a trace, teacher-forced.
@@ -273,7 +273,7 @@ def _joined_steps(
     target: _RecomputedTarget | None,
     rows: list[TraceRowLike],
     first: int,
-    features: TargetFeatures | None,
+    features: DrafterFeatures | None,
 ) -> Iterator[tuple[JoinedSteps, Int[Tensor, "N 2"], int]]:
     """Yield chunks of counted steps, their (row, position), and how many recomputed greedy tokens differ."""
     length = max(len(r.input_ids) for r in rows)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from certdraft.decoding import Round, TreeBuilder, greedy_ranks, replay
 from certdraft.evaluation.measure.statistics import pooled_ratio
-from certdraft.evaluation.measure.trace_reading import Document, TargetFeatures
+from certdraft.evaluation.measure.trace_reading import Document, DrafterFeatures
 
 _BINS = 8
 _CAUSES = ("rounds", "rejected", "numerical_tie", "not_in_tree", "not_in_top_m", "unknown")
@@ -203,7 +203,7 @@ def replay_lengths(
     *,
     top_m: int = 4,
     tie_gap: float = 1e-3,
-    features: TargetFeatures | None = None,
+    features: DrafterFeatures | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Lengths]:
     """Acceptance lengths of a drafter on recorded greedy texts, without the target.

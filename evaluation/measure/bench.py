@@ -20,7 +20,12 @@ import torch
 from certdraft.decoding import DecodeResult, TargetRunner, Tree, TreeBuilder, decode, device_name, greedy
 from certdraft.evaluation.measure.acceptance_lengths import Lengths, fresh, members, ranks_of
 from certdraft.evaluation.measure.statistics import compare_ratios, pooled_ratio
-from certdraft.evaluation.measure.trace_reading import Document, TargetFeatures, features_for
+from certdraft.evaluation.measure.trace_reading import (
+    Document,
+    DrafterFeatures,
+    TargetFeatures,
+    features_for,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +120,7 @@ def benchmark(
     top_m: int = 4,
     tie_gap: float = 1e-3,
     warmup: int = 1,
-    features: Mapping[str, TargetFeatures | None] | None = None,
+    features: Mapping[str, DrafterFeatures | None] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> Benchmark:
     """Decode every prompt plainly and with every drafter and builder, and compare.
@@ -137,7 +142,10 @@ def benchmark(
     plain = Timings()
     methods = {(d, b): Timings() for d in drafters for b in builders}
     features = features_for(drafters, target) if features is None else features
-    runners = {name: found.runner if found else TargetRunner(target) for name, found in features.items()}
+    runners = {
+        name: given.runner if isinstance(given, TargetFeatures) else TargetRunner(target)
+        for name, given in features.items()
+    }
     alone = TargetRunner(target)
     made = {(d, b): fresh(builders[b]) for d, b in methods}
     found = Benchmark(plain, methods, device_name(alone.device))
@@ -210,7 +218,9 @@ def _wait(runner: TargetRunner) -> None:
         torch.cuda.synchronize(runner.device)
 
 
-def _ranks(drafter: Any, document: Document, tokens: list[int], features: TargetFeatures | None) -> list[int]:
+def _ranks(
+    drafter: Any, document: Document, tokens: list[int], features: DrafterFeatures | None
+) -> list[int]:
     along = None
     if features is not None and drafter.kind == "conditional":
         along = features.along([*document.prompt, *tokens[:-1]], document.index)

@@ -196,7 +196,44 @@ def evenly_spaced(total: int, limit: int | None) -> list[int]:
     return [i * total // limit for i in range(limit)]
 
 
-class TargetFeatures:
+class DrafterFeatures:
+    """Hidden states of the target's layers that a drafter reads, along documents of a trace."""
+
+    def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
+        """Return the features at every token of a text; `document` is its row in the trace, if it has one."""
+        raise NotImplementedError
+
+    def padded(self, rows: Sequence[TraceRowLike], first: int, length: int) -> Float[Tensor, "R T L H"]:
+        """Return the features of the documents from row `first` on, with zeros after their ends."""
+        each = [self.along(row.input_ids.tolist(), first + i) for i, row in enumerate(rows)]
+        batch = each[0].new_zeros(len(each), length, *each[0].shape[1:])
+        for index, found in enumerate(each):
+            batch[index, : len(found)] = found
+        return batch
+
+
+class RecordedFeatures(DrafterFeatures):
+    """The features that a trace holds, of its documents and their prefixes; the target does not run.
+
+    Args:
+        trace: recorded with these layers among its `feature_layers`.
+        layers: the layers, see `certdraft.drafters.Drafter.taps`.
+    """
+
+    def __init__(self, trace: TraceLike, layers: Sequence[int]) -> None:
+        self._trace = trace
+        self._columns = [_recorded_layers(trace).index(layer) for layer in layers]
+
+    def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
+        """See `DrafterFeatures.along`; raise ValueError for a text that the trace does not hold."""
+        row: Any = None if document is None else self._trace.row(document)
+        if row is None or row.input_ids[: len(ids)].tolist() != list(ids):
+            raise ValueError("a text that is not in the trace has no recorded features; give the target")
+        features: Tensor = row.features[: len(ids), self._columns]
+        return features
+
+
+class TargetFeatures(DrafterFeatures):
     """Hidden states of the target's layers that a drafter reads, one target pass per document.
 
     Args:
@@ -214,7 +251,7 @@ class TargetFeatures:
 
     @torch.inference_mode()
     def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
-        """Return the features at every token of a text; `document` is its row in the trace, if it has one."""
+        """See `DrafterFeatures.along`."""
         ids = list(ids)
         if document in self._kept:
             known, kept = self._kept[document]
@@ -228,34 +265,40 @@ class TargetFeatures:
             self._bytes += found.nbytes
         return found
 
-    def padded(self, rows: Sequence[TraceRowLike], first: int, length: int) -> Float[Tensor, "R T L H"]:
-        """Return the features of the documents from row `first` on, with zeros after their ends."""
-        each = [self.along(row.input_ids.tolist(), first + i) for i, row in enumerate(rows)]
-        batch = each[0].new_zeros(len(each), length, *each[0].shape[1:])
-        for index, found in enumerate(each):
-            batch[index, : len(found)] = found
-        return batch
-
 
 def features_for(
-    drafters: Mapping[str, Any], model: PreTrainedModel | None, keep: Collection[int] = ()
-) -> dict[str, TargetFeatures | None]:
+    drafters: Mapping[str, Any],
+    model: PreTrainedModel | None,
+    keep: Collection[int] = (),
+    trace: TraceLike | None = None,
+) -> dict[str, DrafterFeatures | None]:
     """Return what each drafter reads of the target: None, or features shared by drafters of equal layers.
 
+    They are computed by the target where it is given, else read from the trace.
+
     Raises:
-        ValueError: a drafter reads the target's layers and there is no target.
+        ValueError: a drafter reads layers that the trace does not hold, and there is no target.
     """
-    shared: dict[tuple[int, ...], TargetFeatures] = {}
-    found: dict[str, TargetFeatures | None] = {}
+    shared: dict[tuple[int, ...], DrafterFeatures] = {}
+    found: dict[str, DrafterFeatures | None] = {}
     for name, drafter in drafters.items():
         layers = tuple(getattr(drafter, "taps", ()))
-        if layers and model is None:
+        recorded = _recorded_layers(trace)
+        if layers and model is None and not set(layers) <= set(recorded):
+            held = f"holds those of layers {list(recorded)}" if recorded else "holds none"
             raise ValueError(
-                f"the drafter {name} reads the target's layers {layers}; give the target too (--target), "
-                "which computes them along the texts"
+                f"the drafter {name} reads the target's layers {list(layers)}, and the trace {held}. "
+                f"Record a trace with --feature_layers '{list(layers)}', or use `certdraft evaluate "
+                "--target`, which computes them along the texts."
             )
         if layers and layers not in shared:
-            assert model is not None
-            shared[layers] = TargetFeatures(model, layers, keep)
+            if model is not None:
+                shared[layers] = TargetFeatures(model, layers, keep)
+            elif trace is not None:
+                shared[layers] = RecordedFeatures(trace, layers)
         found[name] = shared.get(layers)
     return found
+
+
+def _recorded_layers(trace: TraceLike | None) -> tuple[int, ...]:
+    return tuple(getattr(getattr(trace, "meta", None), "feature_layers", ()))

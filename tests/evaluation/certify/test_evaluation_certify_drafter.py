@@ -14,13 +14,15 @@ from certdraft.data import (
     load_target,
     load_tokenizer,
     open_trace,
+    record_trace,
     tokenizer_fingerprint,
 )
 from certdraft.data.targets import embedded_target_path
 from certdraft.decoding import Chain
-from certdraft.drafters import CardFacts, CausalDrafter, export
+from certdraft.drafters import CardFacts, CausalDrafter, EagleConfig, EagleDrafter, export
 from certdraft.evaluation import run_certify
-from certdraft.evaluation.measure.acceptance import MARGIN_EDGES
+from certdraft.evaluation.measure.acceptance import MARGIN_EDGES, measure_acceptance
+from certdraft.evaluation.measure.trace_reading import features_for
 
 CORPUS, PROMPTS = Corpus(split="test", max_rows=4), Prompts(prompt_tokens=16)
 
@@ -180,3 +182,29 @@ def test_wrong_numbers_are_refused_before_anything_is_recorded(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_certify(str(tmp_path / "out"), target="embedded", **wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_eagle_head_reads_the_hidden_states_of_the_trace(certified: Path, tmp_path: Path) -> None:
+    """The joined view is that of features computed by the target, up to the trace's bf16."""
+    target, tokenizer = load_target("embedded"), load_tokenizer()
+    torch.manual_seed(0)
+    head = EagleDrafter(EagleConfig(target_layer_ids=(1, 3, 5))).build(target.config.vocab_size, target)
+    facts = CardFacts("embedded", target.config.vocab_size, tokenizer_fingerprint(tokenizer))
+    exported = export(head.eval(), tmp_path / "eagle", tokenizer=tokenizer, draft_length=3, card=facts)
+    record_trace(
+        str(tmp_path / "trace"), "embedded", CORPUS, PROMPTS, Generation(max_new_tokens=12, loops="keep"),
+        num_kept=32, accelerator="cpu", feature_layers=(0, 1, 3, 5),
+    )  # fmt: skip
+    run_certify(
+        str(tmp_path / "out"), trace=str(tmp_path / "trace"), drafter=str(exported), builders=[Chain(3)],
+        device="cpu",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "out" / "certify.json").read_text())["drafter"]["acceptance"]
+    features = features_for({"eagle": head}, target)["eagle"]
+    expected = measure_acceptance(head, open_trace(tmp_path / "trace"), features=features).summary(0)
+    assert found["steps"] == expected["steps"] > 0
+    assert found["kl"]["mean"] == pytest.approx(expected["kl"]["mean"], rel=1e-2)
+    with pytest.raises(ValueError, match=r"layers \[1, 3, 5\], and the trace holds none"):
+        run_certify(
+            str(tmp_path / "none"), trace=str(certified / "trace"), drafter=str(exported), device="cpu"
+        )
