@@ -16,6 +16,7 @@ from certdraft.train.optim import check_precision
 from certdraft.train.plan import formulas
 from certdraft.train.plan.formulas import DEVICES, GB
 from certdraft.train.plan.model_sizes import ModelSizes, drafter_sizes, sizes_of
+from certdraft.train.plan.this_machine import measured_cpu
 from certdraft.train.runs.config_files import fill_in_groups
 
 _SHIPPED = Path(__file__).parents[2] / "configs"
@@ -49,7 +50,7 @@ def plan(
     run: str | None = None,
     target: str | None = None,
     drafter: str | None = None,
-    device: Literal["a100-80gb", "h100", "h200", "b200"] = "h100",
+    device: Literal["a100-80gb", "h100", "h200", "b200", "cpu"] | None = None,
     nodes: int | None = None,
     devices: int | None = None,
     prompts: int = 50_000,
@@ -69,7 +70,8 @@ def plan(
         run: config of `certdraft fit`; configs/qwen3-8b-0.6b.yaml when not given.
         target: model that is recorded; the config's when not given. A folder with config.json is enough.
         drafter: causal LM that is trained; the config's drafter, of any kind, when not given.
-        device: data sheet of the accelerator.
+        device: data sheet of the accelerator; "cpu" measures this machine's processor. When not given, the
+            CPU for a config with `trainer.accelerator: cpu`, else an H100.
         nodes: machines; the config's when not given.
         devices: accelerators a machine; the config's when not given.
         prompts: prompts recorded.
@@ -102,9 +104,12 @@ def plan(
         )
     precision = str(trainer.get("precision", "32-true"))
     check_precision(precision)
-    init, sheet = chosen.get("init_args") or {}, DEVICES[device]
+    init = chosen.get("init_args") or {}
+    device = device or ("cpu" if trainer.get("accelerator") == "cpu" else "h100")
+    on_cpu, kind = device == "cpu", "cpu" if device == "cpu" else "cuda"
+    sheet = measured_cpu(precision) if on_cpu else DEVICES[device]
     of_target, sizes = sizes_of(target), drafter_sizes(chosen, target)
-    nodes, devices = nodes or int(trainer.get("num_nodes", 1)), devices or int(trainer.get("devices", 1))
+    nodes, devices = nodes or int(trainer.get("num_nodes", 1)), devices or _count(trainer.get("devices", 1))
     world, link = nodes * devices, link_gb_s or (25.0 if nodes > 1 else 300.0)
     rows, seq_len = batch_size or int(data.get("batch_size", 8)), int(data.get("seq_len", 512))
     recompute = bool(init.get("gradient_checkpointing")) if checkpointing is None else checkpointing
@@ -125,10 +130,15 @@ def plan(
         + (2 * 4 * (sizes.embedding + sizes.body / sizes.layers) if shards > 1 else 0.0),
         "activations": formulas.activation_bytes(sizes, tokens, recompute),
         "loss": formulas.loss_bytes(
-            sizes, int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, "cuda")), int(learned)
+            sizes,
+            int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, kind)),
+            int(learned),
         ),
         "batch and masks": formulas.batch_bytes(tokens, kept, features) + formulas.mask_bytes(rows, seq_len),
-        "CUDA context, fragmentation": 2.5 * GB,
+        "Python, libraries, fragmentation" if on_cpu else "CUDA context, fragmentation": (
+            0.8 if on_cpu else 2.5
+        )
+        * GB,
     }
     flop = formulas.step_flop(sizes, tokens, learned, seq_len, sizes.trained, recompute)
     if beside:
@@ -161,12 +171,20 @@ def plan(
         device_memory_gb=sheet.memory_gb,
         assumptions={"mfu": mfu, "step_overhead_ms": step_overhead_ms, "link_gb_s": link},
     )
-    where = f"{nodes} node(s) × {devices} × {device}"
+    name = f"this CPU ({1000 * sheet.bf16_tflops:.0f} GFLOP/s measured)" if on_cpu else device
+    where = f"{nodes} node(s) × {devices} × {name}"
     print("\n".join(_report(result, where, steps, accumulate * rows * world, shards, prompts)))
     if out:
         content = asdict(result) | {"fits": result.fits}
         Path(out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _count(devices: object) -> int:
+    """Devices of a machine as the Trainer's argument gives them; "auto" stands for one."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    return int(devices) if str(devices).isdecimal() else 1
 
 
 def load_config(file: Path) -> dict[str, Any]:
@@ -189,6 +207,10 @@ def load_config(file: Path) -> dict[str, Any]:
     return fill(fill_in_groups(settings, lambda name: (file.parent / name).is_file()))
 
 
+def _time(hours: float) -> str:
+    return f"{hours:6.1f} h" if hours >= 1 else f"{60 * hours:6.0f} minutes"
+
+
 def _report(found: Plan, where: str, steps: int, rows: int, shards: int, prompts: int) -> Iterator[str]:
     yield f"{where} of {found.device_memory_gb:.0f} GB; all of it is estimated"
     for what, sizes in (("target ", found.target), ("drafter", found.drafter)):
@@ -199,7 +221,7 @@ def _report(found: Plan, where: str, steps: int, rows: int, shards: int, prompts
     yield f"\nrecording {prompts:,} prompts"
     yield f"  memory   {found.record_memory_gb:6.1f} GB a device (bf16 weights, cache, logits of 128 MiB)"
     yield f"  trace    {found.trace_gb:6.1f} GB on disk"
-    yield f"  time     {found.record_hours:6.1f} h on {found.world} device(s)"
+    yield f"  time     {_time(found.record_hours)} on {found.world} device(s)"
     yield f"\ntraining {steps:,} steps of {rows:,} rows"
     for name, value in found.train_memory_gb.items():
         share = f", 1/{shards}" if name.startswith("weights") and shards > 1 else ""
@@ -215,6 +237,6 @@ def _report(found: Plan, where: str, steps: int, rows: int, shards: int, prompts
     yield f"  step     {found.step_seconds:6.2f} s, {found.tokens_per_second:,.0f} tokens/s"
     if found.world > 1:
         yield f"  network  {found.all_reduce_seconds:6.2f} s a step for gradients, beside the backward pass"
-    yield f"  time     {found.train_hours:6.1f} h"
+    yield f"  time     {_time(found.train_hours)}"
     assumed = ", ".join(f"{name} {value:g}" for name, value in found.assumptions.items())
     yield f"\nassumed: {assumed}; formulas and their sources: docs/scaling.md"

@@ -221,3 +221,17 @@ def test_a_class_that_is_no_drafter() -> None:
     for path in ("Eagle", "torch.nn.Linear"):
         with pytest.raises(ValueError, match=f"{path} is not a drafter class; give CausalDrafter, "):
             drafter_sizes({"class_path": path}, "embedded")
+
+
+def test_a_config_for_the_cpu_is_planned_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its speed is measured, its memory read; a GPU can still be asked for."""
+    config = str(Path(certdraft.__file__).parent / "configs" / "eagle3-embedded.yaml")
+    here = plan(config)
+    shown = capsys.readouterr().out
+    assert "this CPU" in shown
+    assert "CUDA" not in shown
+    assert 1 < here.device_memory_gb < 100_000
+    there = plan(config, device="h100")
+    assert "CUDA" in capsys.readouterr().out
+    assert there.step_seconds < here.step_seconds
+    assert there.target == here.target
