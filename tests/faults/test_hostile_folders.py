@@ -21,7 +21,7 @@ from certdraft.data import load_target, load_tokenizer
 from certdraft.drafters import Drafter, register_drafter
 from certdraft.support import appearing_folder, write_text
 from certdraft.train.commands.cli import main
-from certdraft.train.commands.known_classes import refuse_foreign_classes
+from certdraft.train.commands.parsing.known_classes import refuse_foreign_classes
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from certdraft import __version__
-from certdraft.train.commands.help_cache import show_help
-from certdraft.train.runs.typed_paths import explicit
+from certdraft.train.commands.parsing.help_cache import show_help
+from certdraft.train.commands.parsing.typed_paths import explicit
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ COMMANDS = {
     "publish": Command(
         f"{_REPORT}.publish:publish", "a report and an export as a W&B run", "folder", runs=("run",)
     ),
-    "completion": Command(f"{_HERE}.completion:completion", "completion script of your shell", "shell"),
+    "completion": Command(f"{_HERE}.parsing.completion:completion", "completion script of a shell", "shell"),
 }
 
 _EXAMPLE = "certdraft fit --config configs/demo.yaml"
@@ -216,7 +216,7 @@ def _load(command: Command) -> Callable[[str, list[str], str], Any]:
     def run(name: str, args: list[str], prog: str) -> Any:
         from jsonargparse import auto_cli
 
-        from certdraft.train.commands.parser import StrictParser, check_syntax
+        from certdraft.train.commands.parsing.parser import StrictParser, check_syntax
 
         check_syntax(args)
         function = getattr(import_module(module), attribute)
@@ -246,7 +246,7 @@ def _paragraph(error: Exception) -> str:
     if type(error).__module__.startswith("wandb") and "key" in str(error).lower():
         return "W&B has no API key: `wandb login`, or keep the run on this machine with WANDB_MODE=offline"
     if str(error).startswith("Does not validate against any"):  # an error of a constructor, wrapped
-        from certdraft.train.commands.parser import explain
+        from certdraft.train.commands.parsing.parser import explain
 
         return explain(str(error))
     return str(error).strip() or type(error).__name__

@@ -11,7 +11,7 @@ import yaml
 from certdraft.data import load_target, load_tokenizer, target_config
 from certdraft.drafters import CardFacts, export, lint_export
 from certdraft.train import drafter_module
-from certdraft.train.commands.known_classes import refuse_foreign_classes
+from certdraft.train.commands.parsing.known_classes import refuse_foreign_classes
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.drafter_setup import target_source
 from certdraft.train.plan.model_sizes import drafter_sizes

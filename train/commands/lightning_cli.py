@@ -20,7 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 import certdraft.data
 import certdraft.drafters
 import certdraft.losses
-from certdraft.train.commands.parser import Strict, check_syntax
+from certdraft.train.commands.parsing.parser import Strict, check_syntax
 from certdraft.train.compiling import CompileLayers as CompileLayers
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.runs import run_folder

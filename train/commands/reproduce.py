@@ -11,7 +11,7 @@ from typing import Any
 
 from certdraft.evaluation import RECORD_FILE, provenance, sha256
 from certdraft.train.commands import cli
-from certdraft.train.commands.known_classes import refuse_foreign_classes
+from certdraft.train.commands.parsing.known_classes import refuse_foreign_classes
 from certdraft.train.runs.checkpoint_file import LAST, read_checkpoint
 from certdraft.train.runs.run_folder import find_checkpoint, read_yaml
 from certdraft.train.runs.run_record import installed_packages, record_of

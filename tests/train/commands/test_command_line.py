@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
-from certdraft.train.commands.parser import check_syntax, explain
+from certdraft.train.commands.parsing.parser import check_syntax, explain
 
 Write = Callable[..., str]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from certdraft.train.commands.cli import COMMANDS
-from certdraft.train.commands.completion import options_of, script
+from certdraft.train.commands.parsing.completion import options_of, script
 
 OPTIONS = {name: ["--config", "--out"] for name in COMMANDS} | {
     "fit": ["--trainer.max_steps", "--model.loss"]

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from certdraft.train.commands.cli import COMMANDS, captured
+from certdraft.train.commands.parsing.typed_paths import explicit
 from certdraft.train.plan.plan_command import load_config
 from certdraft.train.runs.config_files import CONFIGS, config_names, find_config, newest_run
-from certdraft.train.runs.typed_paths import explicit
 
 RECIPE = "recipes/qwen3-8b-eagle3"
 
