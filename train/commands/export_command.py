@@ -20,7 +20,7 @@ from certdraft.train.runs.checkpoint_file import read_checkpoint
 
 def export_run(
     run: str,
-    out: str,
+    out: str | None = None,
     format: str | None = None,
     draft_length: int | None = None,
     name: str | None = None,
@@ -36,12 +36,12 @@ def export_run(
 
     Args:
         run: run folder (its best checkpoint, or its last), or a checkpoint file.
-        out: folder to create.
+        out: folder to create; `export` in the run folder when not given.
         format: "transformers" (causal and block drafters), "eagle3", "dflash" or "speculators" (EAGLE heads
             and block drafters); the one that most engines read when not given.
         draft_length: draft tokens per round, written where engines read it; when not given 4, or a whole
             block.
-        name: what to call the drafter; the folder's name when not given.
+        name: what to call the drafter; when not given the name of `out`, or of the run where that is missing.
         license: SPDX identifier of the drafter's weights.
         dtype: of the weights in the file; the drafter's when not given.
         adapter: also write the LoRA adapter alone.
@@ -58,6 +58,9 @@ def export_run(
             as the same drafter.
     """
     checkpoint = find(run)
+    if out is None:
+        folder = checkpoint.parent.parent
+        out, name = str(folder / "export"), name or folder.parent.name
     module, content = load_module(checkpoint, trust_classes)
     card, drafter = card_facts(module, content, name, license), module.drafter
     if draft_length is None:

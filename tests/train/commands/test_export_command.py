@@ -48,6 +48,8 @@ def test_a_run_becomes_a_folder(
     main(["fit", "--config", write(settings)])
     run, out = next((tmp_path / "runs" / "tiny").iterdir()), tmp_path / "out"
     main(["export", "--run", str(run), "--out", str(out)])
+    main(["export", str(run)])
+    assert read_facts(run / "export")["facts"]["name"] == "tiny"
     facts = read_facts(out)
     assert (facts["format"], facts["draft_length"]) == (format, length)
     assert facts["facts"]["target_architecture"] == "Qwen3ForCausalLM"
