@@ -127,9 +127,10 @@ def real(
         stage(
             f"train: {kind}" + (" (the target's answers are recorded first)" if kind == drafters[0] else "")
         )
-        run = _fit(folder, kind, name, prompts, sizes)
         exports[kind] = folder / "exports" / kind
-        export_run(str(run), str(exports[kind]), name=f"{kind}-smollm2", overwrite=True)
+        if not exports[kind].exists():
+            run = _fit(folder, kind, name, prompts, sizes)
+            export_run(str(run), str(exports[kind]), name=f"{kind}-smollm2")
     stage("certify the target")
     if not (folder / "certify").exists():
         run_certify(str(folder / "certify"), trace=str(folder / "traces" / "validation"), device="cpu")
