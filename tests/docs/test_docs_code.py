@@ -114,6 +114,7 @@ def place(tmp_path: Path, tiny_trace: Path, world: dict[str, Any], monkeypatch: 
     (tmp_path / "traces").mkdir()
     (tmp_path / "traces" / "train").symlink_to(tiny_trace)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "my-run.yaml").symlink_to(ROOT / "configs" / "demo.yaml")
     (tmp_path / "drafter").symlink_to(world["exported"])
     run = tmp_path / "runs" / "demo" / "2026-01-01_00-00-00"
     run.mkdir(parents=True)

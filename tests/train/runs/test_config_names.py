@@ -79,8 +79,8 @@ def test_a_copy_elsewhere_finds_its_groups_and_prefers_its_own() -> None:
     copy.write_bytes((CONFIGS / f"{RECIPE}.yaml").read_bytes())
     loss = settings_of("--config", str(copy))["model"]["init_args"]["loss"]
     assert loss == settings_of("--config", RECIPE)["model"]["init_args"]["loss"]
-    assert load_config(copy)["model"]["loss"]["class_path"] == "MarginDiscountedCE"
-    own = Path("mine/loss/margin-discounted.yaml")
+    assert load_config(copy)["model"]["loss"]["class_path"] == "Mixture"
+    own = Path("mine/loss/ce-kl.yaml")
     own.parent.mkdir()
     own.write_text("class_path: HardCE")
     assert settings_of("--config", str(copy))["model"]["init_args"]["loss"]["class_path"].endswith("HardCE")
@@ -108,7 +108,7 @@ def test_configs_lists_each_with_its_first_line() -> None:
 def test_init_copies_a_config_with_its_groups() -> None:
     code, out, err = captured(["init", RECIPE, "--out", "mine"])
     assert code == 0, err
-    files = ["mine/loss/margin-discounted.yaml", f"mine/{RECIPE}.yaml"]
+    files = ["mine/loss/ce-kl.yaml", f"mine/{RECIPE}.yaml"]
     assert sorted(out.split()) == files
     for file in files:
         assert Path(file).read_bytes() == (CONFIGS / file.removeprefix("mine/")).read_bytes()
@@ -116,10 +116,10 @@ def test_init_copies_a_config_with_its_groups() -> None:
 
 def test_init_overwrites_nothing() -> None:
     Path("configs/loss").mkdir(parents=True)
-    Path("configs/loss/margin-discounted.yaml").write_text("mine")
+    Path("configs/loss/ce-kl.yaml").write_text("mine")
     code, _, said = captured(["init", RECIPE])
     assert code == 2
-    assert "configs/loss/margin-discounted.yaml" in said
+    assert "configs/loss/ce-kl.yaml" in said
     assert not Path("configs/recipes").exists()
 
 
