@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from certdraft.arbitration import (
     Lockstep,
@@ -114,7 +114,8 @@ def open_env(
         )
     kind = getattr(torch, dtype)
     models = load_target(target, dtype=kind, device=device), load_causal_lm(drafter, dtype=kind)
-    models[1].to(device).eval().requires_grad_(False)
+    cast(Any, models[1]).to(device)
+    models[1].eval().requires_grad_(False)
     eos = sorted(eos_ids_of(models[0], tokenizer))
     return ArbitrationEnv(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
 

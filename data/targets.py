@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -48,7 +48,8 @@ def load_target(
         ValueError: the checkpoint lacks weights that the architecture needs, or brings unknown ones.
     """
     model = load_causal_lm(_source(name_or_path), revision=revision, dtype=dtype)
-    return model.to(device).eval().requires_grad_(False)
+    cast(Any, model).to(device)  # transformers wraps `to` in a way that type checkers misread
+    return model.eval().requires_grad_(False)
 
 
 def target_config(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PretrainedConfig:

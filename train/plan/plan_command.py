@@ -184,7 +184,7 @@ def _count(devices: object) -> int:
     """Devices of a machine as the Trainer's argument gives them; "auto" stands for one."""
     if isinstance(devices, (list, tuple)):
         return len(devices)
-    return int(devices) if str(devices).isdecimal() else 1
+    return int(str(devices)) if str(devices).isdecimal() else 1
 
 
 def load_config(file: Path) -> dict[str, Any]:
