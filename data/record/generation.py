@@ -27,6 +27,7 @@ from certdraft.data.trace.recorded_row import Finish, RecordedRow
 from certdraft.support import (
     HiddenStates,
     bits_of,
+    can_drop_rows,
     facts_of,
     growing_cache,
     project_fp32,
@@ -247,8 +248,7 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
     device = recording.head.weight.device
     slots = np.arange(len(recording.prompts))  # rows the cache still holds
     mask = recording.mask
-    # caches of linear attention cannot drop rows
-    removable = cache is not None and all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+    removable = cache is not None and can_drop_rows(cache)
     while not recording.done.all():
         assert cache is not None
         alive = ~recording.done

@@ -18,7 +18,7 @@ from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.record.generation import eos_ids_of
 from certdraft.data.record.learned_positions import loop_onset
 from certdraft.data.targets import load_target, load_tokenizer
-from certdraft.support import Progress, growing_cache, write_json, write_text
+from certdraft.support import Progress, can_drop_rows, growing_cache, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,12 +188,13 @@ class _Writer:
 def _sample_turns(
     model: PreTrainedModel, opening: list[int], ends: frozenset[int], sampling: Sampling, seed: int
 ) -> list[list[int]]:
-    """Tokens of `sampling.batch_size` turns that begin with `opening`, each to its end; ended rows leave."""
+    """Tokens of `sampling.batch_size` turns that begin with `opening`, each up to its end."""
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
     turns: list[list[int]] = [[] for _ in range(sampling.batch_size)]
+    ended = [[token] for token in ends]  # last tokens of a turn that is complete
     cache = growing_cache(model.config, len(opening) + sampling.max_new_tokens)
-    open_turns = list(range(len(turns)))
+    removable, rows = can_drop_rows(cache), list(range(len(turns)))  # the turn of each row
     ids = torch.tensor([opening] * len(turns), device=device)
     for _ in range(sampling.max_new_tokens):
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
@@ -201,14 +202,14 @@ def _sample_turns(
         probs = (top.values / sampling.temperature).softmax(-1)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
         ids = top.indices.gather(1, torch.multinomial(probs, 1, generator=generator))
-        for turn, token in zip(open_turns, ids[:, 0].tolist(), strict=True):
-            turns[turn].append(token)
-        stay = [row for row, turn in enumerate(open_turns) if turns[turn][-1] not in ends]
+        for turn, token in zip(rows, ids[:, 0].tolist(), strict=True):
+            if turns[turn][-1:] not in ended:
+                turns[turn].append(token)
+        stay = [row for row, turn in enumerate(rows) if turns[turn][-1:] not in ended]
         if not stay:
             break
-        if len(stay) < len(open_turns):
-            ids = ids[stay]
-            open_turns = [open_turns[row] for row in stay]
+        if removable and len(stay) < len(rows):
+            ids, rows = ids[stay], [rows[row] for row in stay]
             cache.batch_select_indices(torch.tensor(stay, device=device))
     return turns
 

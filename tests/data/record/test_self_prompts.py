@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles.architectures import LINEAR, V, made
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -128,3 +129,15 @@ def test_targets_without_user_turns_are_refused(
     for bad in ({"temperature": 0.0}, {"top_p": 0.0}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=f"sampling.{next(iter(bad))} is 0"):
             Sampling(**bad)
+
+
+def test_turns_end_where_rows_cannot_leave_the_batch() -> None:
+    """Layers of linear attention keep every sequence of a batch to the end."""
+    model = made("Qwen3_5Text", **LINEAR).eval()
+    ends = frozenset(range(V // 4))
+    sampling = Sampling(max_new_tokens=12, batch_size=16)
+    turns = self_prompts._sample_turns(model, [70, 71], ends, sampling, seed=1)
+    assert len({len(turn) for turn in turns}) > 1
+    for turn in turns:
+        assert not ends & {*turn[:-1]}
+        assert turn[-1] in ends or len(turn) == 12
