@@ -15,6 +15,7 @@ Letters: H hidden · V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from certdraft.train.plan.model_sizes import ModelSizes
 
@@ -23,11 +24,17 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, by its data sheet: memory, dense bf16 peak, bandwidth of its memory."""
+    """One accelerator, by its data sheet: memory, dense bf16 peak, bandwidth of its memory.
+
+    `kind` is torch's name of it; `overhead_gb` is taken by what is neither weights nor data.
+    """
 
     memory_gb: float
     bf16_tflops: float
     bandwidth_gb_s: float
+    kind: Literal["cuda", "cpu"] = "cuda"
+    overhead_gb: float = 2.5
+    overhead: str = "CUDA context, fragmentation"
 
 
 DEVICES = {  # vendors' data sheets, dense bf16
@@ -106,10 +113,16 @@ def decode_step_s(sizes: ModelSizes, rows: int, length: float, device: Device, m
     )
 
 
-def record_bytes(sizes: ModelSizes, rows: int, length: int, features: int) -> float:
+def record_bytes(sizes: ModelSizes, rows: int, length: int, features: int, device: Device) -> float:
     """Recording `rows` texts of `length` tokens at once; one layer of the longest prefill included."""
     work = rows * length * (10 * sizes.hidden + 4 * sizes.intermediate + 2 * features)
-    return 2 * sizes.parameters + cache_bytes(sizes, rows, length) + work + (1 << 27) * 3 + 2.5 * GB
+    return (
+        2 * sizes.parameters
+        + cache_bytes(sizes, rows, length)
+        + work
+        + (1 << 27) * 3
+        + device.overhead_gb * GB
+    )
 
 
 def record_batch_s(

@@ -106,8 +106,7 @@ def plan(
     check_precision(precision)
     init = chosen.get("init_args") or {}
     device = device or ("cpu" if trainer.get("accelerator") == "cpu" else "h100")
-    on_cpu, kind = device == "cpu", "cpu" if device == "cpu" else "cuda"
-    sheet = measured_cpu(precision) if on_cpu else DEVICES[device]
+    sheet = measured_cpu(precision) if device == "cpu" else DEVICES[device]
     of_target, sizes = sizes_of(target), drafter_sizes(chosen, target)
     nodes, devices = nodes or int(trainer.get("num_nodes", 1)), devices or _count(trainer.get("devices", 1))
     world, link = nodes * devices, link_gb_s or (25.0 if nodes > 1 else 300.0)
@@ -131,14 +130,11 @@ def plan(
         "activations": formulas.activation_bytes(sizes, tokens, recompute),
         "loss": formulas.loss_bytes(
             sizes,
-            int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, kind)),
+            int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, sheet.kind)),
             int(learned),
         ),
         "batch and masks": formulas.batch_bytes(tokens, kept, features) + formulas.mask_bytes(rows, seq_len),
-        "Python, libraries, fragmentation" if on_cpu else "CUDA context, fragmentation": (
-            0.8 if on_cpu else 2.5
-        )
-        * GB,
+        sheet.overhead: sheet.overhead_gb * GB,
     }
     flop = formulas.step_flop(sizes, tokens, learned, seq_len, sizes.trained, recompute)
     if beside:
@@ -152,7 +148,7 @@ def plan(
     total = prompts * (prompt_tokens + answer_tokens)
     steps = int(trainer.get("max_steps", 0)) or round(2 * total / (tokens * accumulate * world))
     recorded = int(record.get("batch_size", 32))
-    recording = formulas.record_bytes(of_target, recorded, prompt_tokens + answer_tokens, features)
+    recording = formulas.record_bytes(of_target, recorded, prompt_tokens + answer_tokens, features, sheet)
     each_batch = formulas.record_batch_s(
         of_target, recorded, prompt_tokens, answer_tokens, sheet, mfu, step_overhead_ms / 1000
     )
@@ -171,7 +167,7 @@ def plan(
         device_memory_gb=sheet.memory_gb,
         assumptions={"mfu": mfu, "step_overhead_ms": step_overhead_ms, "link_gb_s": link},
     )
-    name = f"this CPU ({1000 * sheet.bf16_tflops:.0f} GFLOP/s measured)" if on_cpu else device
+    name = f"this CPU ({1000 * sheet.bf16_tflops:.0f} GFLOP/s measured)" if device == "cpu" else device
     where = f"{nodes} node(s) × {devices} × {name}"
     print("\n".join(_report(result, where, steps, accumulate * rows * world, shards, prompts)))
     if out:

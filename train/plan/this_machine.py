@@ -27,7 +27,14 @@ def measured_cpu(precision: str) -> Device:
     target = torch.empty_like(source)
     copy_s = _best(lambda: target.copy_(source))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device(memory / GB, 2 * _SIDE**3 / product_s / 1e12, 2 * _BYTES / copy_s / GB)
+    return Device(
+        memory_gb=memory / GB,
+        bf16_tflops=2 * _SIDE**3 / product_s / 1e12,
+        bandwidth_gb_s=2 * _BYTES / copy_s / GB,
+        kind="cpu",
+        overhead_gb=0.8,
+        overhead="Python, libraries, fragmentation",
+    )
 
 
 def _best(work: Callable[[], object], repeats: int = 5) -> float:
