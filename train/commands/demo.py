@@ -24,8 +24,8 @@ from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.runs import run_folder
 
-# Changes to the config: the baseline has another loss, the other drafter is the config's.
-LOSSES = {"hard-ce": ("--model.loss", "HardCE"), "runner-up": ()}
+# Changes to the config: the baseline has another loss and no weights, the other drafter is the config's.
+LOSSES = {"hard-ce": ("--model.loss", "HardCE", "--model.step_weights", "null"), "runner-up": ()}
 
 
 def demo(
