@@ -54,16 +54,17 @@ class PackedLinear(nn.Linear):
 
     def _packed(self) -> Tensor | None:
         identity, packed = self.__dict__.get("packed", (None, None))
-        return packed if identity == _identity(self.weight) else None
+        return packed if packed is not None and identity == _identity(self.weight) else None
 
 
 def _identity(weight: Tensor) -> tuple[int, int]:
     """Changes when the weight is replaced or written to."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), weight._version
 
 
 def _packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    # changes of inference tensors are not counted, so their packed copies could go stale
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not weight.is_inference()
 
 
 def _can_pack() -> bool:
