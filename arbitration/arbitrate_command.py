@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from certdraft.arbitration import (
     Lockstep,
@@ -24,7 +24,6 @@ from certdraft.arbitration.arbitration_report import (
 )
 from certdraft.arbitration.environment import ArbitrationEnv, ArbitrationSettings
 from certdraft.data import eos_ids_of, load_target, load_tokenizer, tokenizer_fingerprint
-from certdraft.drafters import load_causal_lm
 from certdraft.evaluation import provenance, write_json
 
 
@@ -113,9 +112,7 @@ def open_env(
             "different text; use a drafter with the target's tokenizer"
         )
     kind = getattr(torch, dtype)
-    models = load_target(target, dtype=kind, device=device), load_causal_lm(drafter, dtype=kind)
-    cast(Any, models[1]).to(device)
-    models[1].eval().requires_grad_(False)
+    models = [load_target(name, dtype=kind, device=device) for name in (target, drafter)]
     eos = sorted(eos_ids_of(models[0], tokenizer))
     return ArbitrationEnv(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from certdraft.certificates import Additive, Multiplicative, TopM, Typical
-from certdraft.data import load_target, load_tokenizer
+from certdraft.data import eos_ids_of, load_target, load_tokenizer
 from certdraft.decoding import (
     Acceptor,
     BestFirst,
@@ -105,12 +105,11 @@ def main() -> None:
     name = args.target or str(next((args.run / "model").glob("*.gguf")))
     target, tokenizer = load_target(name, dtype=torch.bfloat16), load_tokenizer(name)
     drafter = load_drafter(args.run / "exports" / args.drafter, target=target, dtype="bfloat16").eval()
-    runner, builder = TargetRunner(target, drafter.taps), Chain(4)
-    if args.nodes:
-        builder = BestFirst(args.nodes, max_depth=7)
+    runner = TargetRunner(target, drafter.taps)
+    builder = BestFirst(args.nodes, max_depth=7) if args.nodes else Chain(4)
     acceptors: dict[str, Acceptor] = {"strict": Strict(), **{str(rule): Relaxed(rule) for rule in RULES}}
     found = {label: Sums() for label in acceptors}
-    eos = tokenizer.eos_token_id
+    eos = eos_ids_of(target, tokenizer)
     for number, question in enumerate(read_questions(str(held_out_prompts()), args.prompts)):
         chat = [{"role": "user", "content": question.turns[0]}]
         prompt: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)

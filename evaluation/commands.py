@@ -334,9 +334,8 @@ def _target_of(drafter: str, meta: TraceMeta, dtype: str, device: torch.device) 
     kind = drafter_kinds().get(read_facts(drafter)["family"]) if exported else None
     if kind is None or not kind.reads_target:
         return None
-    local = meta.target == "embedded" or Path(meta.target).exists()
-    revision = None if local else meta.target_revision
-    return load_target(meta.target, revision=revision, dtype=getattr(torch, dtype), device=device)
+    kept = getattr(torch, dtype)
+    return load_target(meta.target, revision=meta.target_revision, dtype=kept, device=device)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Axis letters: R documents of a batch · T tokens · L aux hidden-state layers ·
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -196,12 +197,12 @@ def evenly_spaced(total: int, limit: int | None) -> list[int]:
     return [i * total // limit for i in range(limit)]
 
 
-class DrafterFeatures:
+class DrafterFeatures(ABC):
     """Hidden states of the target's layers that a drafter reads, along documents of a trace."""
 
+    @abstractmethod
     def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
         """Return the features at every token of a text; `document` is its row in the trace, if it has one."""
-        raise NotImplementedError
 
     def padded(self, rows: Sequence[TraceRowLike], first: int, length: int) -> Float[Tensor, "R T L H"]:
         """Return the features of the documents from row `first` on, with zeros after their ends."""
@@ -281,9 +282,9 @@ def features_for(
     """
     shared: dict[tuple[int, ...], DrafterFeatures] = {}
     found: dict[str, DrafterFeatures | None] = {}
+    recorded = _recorded_layers(trace)
     for name, drafter in drafters.items():
         layers = tuple(getattr(drafter, "taps", ()))
-        recorded = _recorded_layers(trace)
         if layers and model is None and not set(layers) <= set(recorded):
             held = f"holds those of layers {list(recorded)}" if recorded else "holds none"
             raise ValueError(

@@ -102,7 +102,8 @@ def real(
         ValueError: unknown drafters, or too few minutes.
         FileNotFoundError: neither the hub nor the package index has the model.
     """
-    if unknown := set(drafters) - set(_DRAFTERS):
+    unknown = set(drafters) - set(_DRAFTERS)
+    if unknown or not drafters:
         raise ValueError(f"--drafters {sorted(unknown)}: there are {', '.join(_DRAFTERS)}")
     folder, console, start = Path(out), Console(stderr=True, highlight=False), time.monotonic()
     sizes = _sizes(folder, minutes)
