@@ -1,6 +1,7 @@
 """Prompts that an instruct model writes itself, for when there are no chats to record.
 
-Its chat template is opened at the user's turn, and the rest is sampled.
+Its chat template is opened at the user's turn, followed by first words where these are given, and the rest is
+sampled.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Sampling:
         min_characters: shortest turn.
         batch_size: turns sampled side by side.
         seed: of the sampling; the same seed gives the same prompts on the same machine.
+        openings: text file of first words, one opening a line; turn after turn begins with the next one.
+            Without it a model writes mostly what it was asked most often in its training.
     """
 
     temperature: float = 1.0
@@ -49,6 +52,7 @@ class Sampling:
     min_characters: int = 16
     batch_size: int = 64
     seed: int = 0
+    openings: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "max_new_tokens", "batch_size"):
@@ -132,6 +136,7 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.opening, ends = _user_turn(tokenizer)
+        self.first_words = _first_words(sampling.openings, tokenizer)
         self.ends = sorted(eos_ids_of(model, tokenizer) | ends)
         self.prompts: list[str] = []
         self.accounting = Accounting("turns")
@@ -156,11 +161,21 @@ class _Writer:
     def sample(self, batch: int) -> int:
         """Sample one batch, seeded by its number; returns the number of tokens sampled."""
         seed = self.sampling.seed * 1_000_003 + batch
-        turns = _sample_turns(self.model, self.opening, frozenset(self.ends), self.sampling, seed)
+        first = batch * self.sampling.batch_size
+        given = [
+            self.first_words[(first + turn) % len(self.first_words)]
+            for turn in range(self.sampling.batch_size)
+        ]
+        turns = _sample_turns(self.model, self.opening, given, frozenset(self.ends), self.sampling, seed)
         for turn in turns:
             ended = turn[-1] in self.ends
             self._judge(np.array(turn[:-1] if ended else turn), ended)
         return sum(map(len, turns))
+
+    def given(self, batch: int) -> list[list[int]]:
+        """First tokens of every turn of a batch."""
+        size, words = self.sampling.batch_size, self.first_words
+        return [words[turn % len(words)] for turn in range(batch * size, (batch + 1) * size)]
 
     def _judge(self, ids: Any, ended: bool) -> None:
         text = str(self.tokenizer.decode(ids)).strip()
@@ -186,22 +201,30 @@ class _Writer:
 
 @torch.inference_mode()
 def _sample_turns(
-    model: PreTrainedModel, opening: list[int], ends: frozenset[int], sampling: Sampling, seed: int
+    model: PreTrainedModel,
+    opening: list[int],
+    given: list[list[int]],
+    ends: frozenset[int],
+    sampling: Sampling,
+    seed: int,
 ) -> list[list[int]]:
-    """Tokens of `sampling.batch_size` turns that begin with `opening`, each up to its end."""
+    """Token ids of one turn for each of `given`, its first tokens, up to its end; without `opening`."""
     device = model.device
     generator = torch.Generator(device).manual_seed(seed)
-    turns: list[list[int]] = [[] for _ in range(sampling.batch_size)]
+    turns: list[list[int]] = [[] for _ in given]
     ended = [[token] for token in ends]  # last tokens of a turn that is complete
     cache = growing_cache(model.config, len(opening) + sampling.max_new_tokens)
     removable, rows = can_drop_rows(cache), list(range(len(turns)))  # the turn of each row
     ids = torch.tensor([opening] * len(turns), device=device)
-    for _ in range(sampling.max_new_tokens):
+    for step in range(sampling.max_new_tokens):
         logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         top = logits.topk(min(sampling.top_k, logits.shape[-1]))  # descending
         probs = (top.values / sampling.temperature).softmax(-1)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
         ids = top.indices.gather(1, torch.multinomial(probs, 1, generator=generator))
+        for row, turn in enumerate(rows):
+            if step < len(given[turn]):
+                ids[row] = given[turn][step]
         for turn, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if turns[turn][-1:] not in ended:
                 turns[turn].append(token)
@@ -234,6 +257,24 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], frozenset
     ends = frozenset(first) & frozenset([*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder])
     ids: list[int] = tokenizer(opening, add_special_tokens=False)["input_ids"]
     return ids, ends
+
+
+def _first_words(file: str | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every opening in `file`; one empty opening without a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no opening in it.
+    """
+    if file is None:
+        return [[]]
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"sampling.openings: there is no file {file}.")
+    lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    openings = [line.strip() for line in lines if line.strip()]
+    if not openings:
+        raise ValueError(f"sampling.openings: {file} is empty; write one opening a line.")
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings]
 
 
 def _key(text: str) -> str:

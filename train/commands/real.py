@@ -271,7 +271,7 @@ def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
     """The prompts that the target wrote."""
     file = folder / "prompts.jsonl"
     if not file.exists():
-        sampling = Sampling(max_new_tokens=64, batch_size=128)
+        sampling = Sampling(max_new_tokens=64, batch_size=128, openings=str(_CONFIGS / "openings.txt"))
         write_prompts(str(file), target=target, count=sizes.prompts, sampling=sampling, dtype="bfloat16")
     return file
 

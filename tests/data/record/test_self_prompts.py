@@ -13,7 +13,7 @@ from oracles.architectures import LINEAR, V, made
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from certdraft.data import Accounting, Sampling, read_rows, write_prompts
+from certdraft.data import Accounting, Sampling, load_target, read_rows, write_prompts
 from certdraft.data.corpus.corpora import Corpus
 from certdraft.data.record import self_prompts
 
@@ -136,8 +136,35 @@ def test_turns_end_where_rows_cannot_leave_the_batch() -> None:
     model = made("Qwen3_5Text", **LINEAR).eval()
     ends = frozenset(range(V // 4))
     sampling = Sampling(max_new_tokens=12, batch_size=16)
-    turns = self_prompts._sample_turns(model, [70, 71], ends, sampling, seed=1)
+    turns = self_prompts._sample_turns(model, [70, 71], [[]] * 16, ends, sampling, seed=1)
     assert len({len(turn) for turn in turns}) > 1
     for turn in turns:
         assert not ends & {*turn[:-1]}
         assert turn[-1] in ends or len(turn) == 12
+
+
+def test_turns_begin_with_the_openings_in_order(
+    target_dir: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    openings = tmp_path / "openings.txt"
+    openings.write_text("the quick\n\n  add the lazy dog\nfox\n", encoding="utf-8")
+    sampling = Sampling(max_new_tokens=8, batch_size=4, openings=str(openings))
+    model = load_target(target_dir)
+    writer = self_prompts._Writer(model, tokenizer, sampling)
+    texts = ["the quick", "add the lazy dog", "fox"]
+    for batch, first in enumerate((0, 1, 2)):  # four turns a batch, three openings
+        expected = [texts[(first + turn) % 3] for turn in range(4)]
+        given = writer.given(batch)
+        assert [tokenizer.decode(ids) for ids in given] == expected
+        turns = self_prompts._sample_turns(model, writer.opening, given, frozenset(), sampling, seed=batch)
+        assert [turn[: len(ids)] for turn, ids in zip(turns, given, strict=True)] == given
+        assert all(len(turn) == 8 for turn in turns)
+    assert len({tuple(turn[len(ids) :]) for turn, ids in zip(turns, given, strict=True)}) == 4
+
+
+def test_a_file_of_openings_must_hold_some(tmp_path: Path, target_dir: str) -> None:
+    missing, empty = tmp_path / "missing.txt", tmp_path / "empty.txt"
+    empty.write_text("\n \n", encoding="utf-8")
+    for file, error, words in ((missing, FileNotFoundError, "no file"), (empty, ValueError, "is empty")):
+        with pytest.raises(error, match=f"sampling.openings: .*{words}"):
+            write_prompts(str(tmp_path / "o.jsonl"), target_dir, 1, Sampling(openings=str(file)))
