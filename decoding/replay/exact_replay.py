@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.decoding.acceptors import Verdict
-from certdraft.decoding.cost.cost_model import CostModel, TableClock
+from certdraft.decoding.cost.cost_model import Clock, CostModel, TableClock
 from certdraft.decoding.loop import DecodeResult, Round, cut, decode, eos_set
 from certdraft.decoding.replay.parallel_replay import OnePass, grow_everywhere, marginal_tree, walk_text
 from certdraft.decoding.trees.builders import BestFirst, Chain, StaticTree, TreeBuilder
@@ -46,6 +46,7 @@ def replay(
     max_new_tokens: int | None = None,
     eos: int | Collection[int] | None = None,
     features: Float[Tensor, "T L H"] | None = None,
+    clock: Clock | None = None,
 ) -> DecodeResult:
     """The rounds of `decode(..., acceptor=Strict())` on a prompt whose greedy continuation is known.
 
@@ -58,9 +59,12 @@ def replay(
         eos: as in `decode`.
         features: tapped target layers along prompt and tokens, the last token excepted; for drafters that
             read them. `TargetRunner(model, drafter.taps)` gives them: `runner.features(runner.start(ids))`.
+        clock: prices the rounds, as a `TableClock` does with costs of another machine; they then come from
+            the loop, whatever the tree.
 
     Returns:
-        Rounds without seconds; chains and static trees of conditional drafters also without `expected`.
+        Rounds, without seconds unless a clock is given; chains and static trees of conditional drafters
+        also without `expected`, unless a clock is given.
 
     Raises:
         ValueError: features missing or of another length; `tokens` ends neither with a stop token nor after
@@ -81,10 +85,12 @@ def replay(
             f"replay: {len(tokens)} tokens, the text ends after {len(cut_short)}, max_new_tokens is {limit}; "
             "pass the whole greedy continuation up to its stop token or its limit"
         )
-    with torch.inference_mode():
-        rounds = _at_once(drafter, prompt_ids, tokens, builder, limit, features)
+    rounds = None
+    if clock is None:
+        with torch.inference_mode():
+            rounds = _at_once(drafter, prompt_ids, tokens, builder, limit, features)
     if rounds is None:
-        return _through_the_loop(drafter, prompt_ids, tokens, builder, limit, eos, features)
+        return _through_the_loop(drafter, prompt_ids, tokens, builder, limit, eos, features, clock)
     return DecodeResult(list(tokens), rounds, "eos" if stopped else "length")
 
 
@@ -136,16 +142,16 @@ def _through_the_loop(
     limit: int,
     eos: int | Collection[int] | None,
     features: Float[Tensor, "T L H"] | None,
+    clock: Clock | None,
 ) -> DecodeResult:
     """The live loop, its target a text."""
     text = _Text(tokens, drafter, features)
-    free = TableClock(CostModel.table([1.0], 0.0))
     seen = _Observed(drafter, text) if drafter.kind == "marginal" else drafter
-    result = decode(text, cast(Drafter, seen), prompt_ids, builder, text, limit, eos, clock=free)
-    rounds = [
-        replace(r, draft_s=0.0, verify_s=0.0, host_s=0.0, bonus_rank=rank)
-        for r, rank in zip(result.rounds, text.ranks, strict=True)
-    ]
+    timed = clock or TableClock(CostModel.table([1.0], 0.0))
+    result = decode(text, cast(Drafter, seen), prompt_ids, builder, text, limit, eos, clock=timed)
+    rounds = [replace(r, bonus_rank=rank) for r, rank in zip(result.rounds, text.ranks, strict=True)]
+    if clock is None:
+        rounds = [replace(r, draft_s=0.0, verify_s=0.0) for r in rounds]
     return DecodeResult(result.tokens, rounds, result.stopped, fallbacks=result.fallbacks)
 
 

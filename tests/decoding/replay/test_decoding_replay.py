@@ -21,6 +21,7 @@ from certdraft.decoding import (
     CostModel,
     RealClock,
     StaticTree,
+    TableClock,
     TargetRunner,
     decode,
     greedy,
@@ -63,6 +64,17 @@ def test_replay_is_the_live_loop_round_by_round(builder: str, scale: float, text
     assert key(again.rounds) == key(live.rounds)
     assert again.acceptance_length == live.acceptance_length
     assert again.stopped == live.stopped
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_a_clock_prices_replayed_rounds_as_it_does_live_ones(builder: str, text: list[int]) -> None:
+    drafter = NetworkDrafter(perturbed(TARGET.model, 0.1))
+    clock = TableClock(CostModel.table([1 + 0.5 * n for n in range(9)], 0.25, draft_node_s=0.125))
+    live = decode(TARGET, drafter, PROMPT, BUILDERS[builder](), max_new_tokens=30, clock=clock)
+    again = replay(drafter, PROMPT, text, BUILDERS[builder](), clock=clock)
+    assert [(r.draft_s, r.verify_s) for r in again.rounds] == [(r.draft_s, r.verify_s) for r in live.rounds]
+    assert all(r.verify_s > 0 for r in again.rounds)
+    assert key(again.rounds) == key(replay(drafter, PROMPT, text, BUILDERS[builder]()).rounds)
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
