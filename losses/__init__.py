@@ -18,7 +18,6 @@ from certdraft.losses.imitation import HardCE as HardCE
 from certdraft.losses.imitation import JensenShannon as JensenShannon
 from certdraft.losses.imitation import RenyiHalf as RenyiHalf
 from certdraft.losses.imitation import ReverseKL as ReverseKL
-from certdraft.losses.imitation import SharpenedKL as SharpenedKL
 from certdraft.losses.imitation import SoftTopK as SoftTopK
 from certdraft.losses.imitation import TokenCE as TokenCE
 from certdraft.losses.imitation import TopKCE as TopKCE
@@ -39,6 +38,8 @@ from certdraft.losses.reduction import depth_decay as depth_decay
 from certdraft.losses.reduction import low_margin_weight as low_margin_weight
 from certdraft.losses.reduction import reduce as reduce
 from certdraft.losses.reduction import step_coefficients as step_coefficients
+from certdraft.losses.sharpened import AdaptiveSharpenedKL as AdaptiveSharpenedKL
+from certdraft.losses.sharpened import SharpenedKL as SharpenedKL
 from certdraft.losses.step_weights import BudgetWeights as BudgetWeights
 from certdraft.losses.step_weights import DepthWeights as DepthWeights
 from certdraft.losses.step_weights import LowMarginWeights as LowMarginWeights
@@ -51,12 +52,12 @@ from certdraft.losses.target import OnlineTarget as OnlineTarget
 from certdraft.losses.target import TargetBatch as TargetBatch
 
 __all__ = [
-    "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin", "DepthWeights",
-    "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss", "LowMarginWeights",
-    "MarginDiscountedCE", "Mixture", "OnlineTarget", "PathWeights", "PoolDiscountedCE", "PrefixWeights",
-    "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf", "ReverseKL", "RunnerUpForgivingCE",
-    "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch", "TokenCE", "TopKCE",
-    "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights", "certain_budget_nats",
+    "AdaptiveSharpenedKL", "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin",
+    "DepthWeights", "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss",
+    "LowMarginWeights", "MarginDiscountedCE", "Mixture", "OnlineTarget", "PathWeights", "PoolDiscountedCE",
+    "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf", "ReverseKL",
+    "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch", "TokenCE",
+    "TopKCE", "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights", "certain_budget_nats",
     "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens", "path_mask",
     "prefix_weights", "reduce", "step_coefficients", "windows",
 ]  # fmt: skip

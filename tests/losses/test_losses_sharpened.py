@@ -1,4 +1,6 @@
-"""SharpenedKL: its definition, its two ends, and what a top-m miss costs."""
+"""KL from a sharpened target: its definition, its two ends, what a miss costs, and exponents that adapt."""
+
+import math
 
 import oracles.losses as oracle
 import pytest
@@ -6,7 +8,7 @@ import torch
 from oracles.loss_cases import full_target, head_target, target_probs
 
 from certdraft.certificates import Coverage, Head, radius
-from certdraft.losses import ForwardKL, HardCE, SharpenedKL
+from certdraft.losses import AdaptiveSharpenedKL, Chunked, ForwardKL, HardCE, SharpenedKL
 
 VOCAB, K = 12, 7
 
@@ -89,3 +91,76 @@ def test_refuses_exponents_below_one_and_infinity() -> None:
     for a in (0.5, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="SharpenedKL: a="):
             SharpenedKL(a)
+
+
+def test_the_exponent_is_that_of_the_noise_measured_over_the_head() -> None:
+    p = target_probs(50, VOCAB)
+    z, target = drafter_logits(p, spread=0.8), head_target(p, K)
+    loss = AdaptiveSharpenedKL(decay=0.5)
+    before = loss(z, target)
+    torch.testing.assert_close(before, ForwardKL()(z, target), rtol=1e-6, atol=1e-9)
+    loss.at(0.1)
+    total = weight = 0.0
+    for row, logits in zip(p.tolist(), z.tolist(), strict=True):
+        order = sorted(range(VOCAB), key=lambda v: -row[v])[:K]
+        for v in order[1:]:
+            gap = math.log(row[order[0]] / row[v])
+            total += row[v] * (logits[order[0]] - logits[v] - gap) ** 2
+            weight += row[v]
+    expected = math.pi / math.sqrt(3 * total / weight)
+    assert 1.0 < expected < 8.0
+    assert loss.a == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(loss(z, target), SharpenedKL(expected)(z, target), rtol=1e-4, atol=1e-6)
+
+
+def test_better_drafters_get_harder_labels_within_the_limits() -> None:
+    p = target_probs(50, VOCAB)
+    found = []
+    for spread in (0.0, 0.3, 0.6, 20.0):
+        loss = AdaptiveSharpenedKL(most=5.0)
+        loss(drafter_logits(p, spread), full_target(p, K))
+        loss.at(0.5)
+        found.append(loss.a)
+    assert found == sorted(found, reverse=True)
+    assert (found[0], found[-1]) == (5.0, 1.0)
+
+
+def test_the_running_error_is_in_checkpoints_and_the_same_in_chunks() -> None:
+    p = target_probs(50, VOCAB).float()
+    target = head_target(p, K)
+    hidden, weight = drafter_logits(p).float(), torch.eye(VOCAB)
+    losses = [AdaptiveSharpenedKL(), AdaptiveSharpenedKL(), AdaptiveSharpenedKL()]
+    for loss, size in zip(losses, (7, 50, 50), strict=True):
+        for progress in (0.1, 0.2):
+            Chunked(loss, chunk_tokens=size)(hidden.clone().requires_grad_(), weight, target)
+            loss.at(progress)
+    assert losses[0].a == pytest.approx(losses[1].a, rel=1e-5)
+    losses[0](hidden, target)
+    resumed = AdaptiveSharpenedKL()
+    resumed.load_state_dict(losses[0].state_dict())
+    for loss in (resumed, losses[0]):
+        loss.at(0.3)
+    assert resumed.a == losses[0].a
+    frozen = losses[2].eval()
+    known = frozen.a
+    frozen(5 * hidden, target)
+    frozen.at(0.4)
+    assert frozen.a == pytest.approx(known)
+
+
+def test_tokens_that_cannot_be_proposed_do_not_count_as_errors() -> None:
+    p = target_probs(30, VOCAB)
+    z, target = drafter_logits(p, 0.5), head_target(p, K)
+    whole, narrow = AdaptiveSharpenedKL(), AdaptiveSharpenedKL()
+    absent = z.scatter(1, target.top_ids[:, 3:4], -1e4)
+    whole(z, target)
+    narrow(absent, target)
+    for loss in (whole, narrow):
+        loss.at(0.5)
+    assert narrow.a == pytest.approx(whole.a, rel=0.5)
+
+
+@pytest.mark.parametrize("bad", [{"most": 1.0}, {"most": math.inf}, {"decay": 1.0}, {"decay": -0.1}])
+def test_adaptive_settings_are_checked(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"AdaptiveSharpenedKL: {next(iter(bad))}="):
+        AdaptiveSharpenedKL(**bad)

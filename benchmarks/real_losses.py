@@ -1,0 +1,225 @@
+"""Losses compared on a real target: EAGLE-3 heads trained from one trace, judged on held-out prompts.
+
+    certdraft real --drafters '[eagle3]'
+    python benchmarks/real_losses.py --run runs/real --seeds 3      # hours on one core; goes on where killed
+    python benchmarks/real_losses.py --run runs/real --table        # the table of what is stored
+
+Every head starts from the same weights (a seed's), sees the same batches for the same number of steps, and
+is trained by `certdraft fit` with `configs/real/eagle3.yaml`; only the loss and its step weights differ.
+The test text is the target's greedy answers to prompts that nothing was trained on (`configs/real/held-out-
+prompts.jsonl`), recorded once with hidden states. Chains and trees are replayed exactly.
+
+Counts are stored a prompt, so intervals are paired: 95 % bootstrap, prompts and seeds resampled
+independently of each other. "Against" is the baseline that is best at that number among hard CE, CE + KL,
+top-k CE (HASS) and LK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from certdraft.data import Corpus, Generation, Prompts, load_target, open_trace, record_trace
+from certdraft.decoding import BestFirst, Chain, StaticTree
+from certdraft.drafters import load_drafter
+from certdraft.evaluation import (
+    Table,
+    compare_ratios,
+    greedy_documents,
+    measure_acceptance,
+    replay_lengths,
+)
+from certdraft.evaluation.measure.trace_reading import features_for
+from certdraft.support import write_json
+from certdraft.train.commands import lightning_cli
+from certdraft.train.commands.export_command import export_run
+from certdraft.train.commands.real import held_out_prompts
+from certdraft.train.runs import run_folder
+
+DEPTH = {"class_path": "DepthWeights", "init_args": {"gamma": 4.48}}
+LOW = {"class_path": "LowMarginWeights", "init_args": {"threshold": 0.1, "boost": 2.0}}
+LOW_DEPTH = {"class_path": "ProductWeights", "init_args": {"factors": [DEPTH, LOW]}}
+
+
+def part(name: str, **settings: float) -> dict[str, Any]:
+    """One loss as a config names it."""
+    return {"class_path": name, "init_args": settings}
+
+
+def half(*parts: dict[str, Any]) -> dict[str, Any]:
+    """A mixture of equal shares."""
+    shares = [1 / len(parts)] * len(parts)
+    return {"class_path": "Mixture", "init_args": {"losses": list(parts), "weights": shares}}
+
+
+CE, KL = part("HardCE"), part("ForwardKL")
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ce+kl": (half(CE, KL), DEPTH),
+    "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), DEPTH),
+    "runner-up-4+adaptive": (half(part("RunnerUpForgivingCE", m=4), part("AdaptiveSharpenedKL")), DEPTH),
+    "adaptive": (part("AdaptiveSharpenedKL"), DEPTH),
+    "ce": (CE, DEPTH),
+    "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), LOW_DEPTH),
+    "top-10 ce": (half(CE, part("TopKCE", k=10)), DEPTH),
+    "lk": (part("LK"), DEPTH),
+}
+BASELINES = ("ce", "ce+kl", "top-10 ce", "lk")
+BUILDERS = {
+    "chain 4": Chain(4),
+    "4-ary": StaticTree((4, 4, 4, 4)),
+    "best-first 8": BestFirst(8, max_depth=5),
+    "best-first 32": BestFirst(32, max_depth=7),
+}
+RATES = {"top-1": (1, False), "coverage@4": (4, False), "low-margin misses@4": (4, True)}
+
+
+class Study:
+    """Traces of the run, trained heads under RUN/losses, counts in one JSON file a head."""
+
+    def __init__(self, run: Path, results: Path, steps: int, target: str, prompts: int) -> None:
+        self.run, self.results, self.steps, self.target = run, results, steps, target
+        self.test = run / "losses" / "test-trace"
+        if not (self.test / "trace.json").exists():
+            record_trace(
+                str(self.test), target=target,
+                corpus=Corpus(str(held_out_prompts()), split="all", max_rows=prompts),
+                prompts=Prompts(max_prompt_tokens=160), generation=Generation(128, max_length=512),
+                dtype="bfloat16", feature_layers=self.layers, accelerator="cpu",
+            )  # fmt: skip
+
+    @cached_property
+    def model(self) -> Any:
+        """The target, whose embeddings the heads share."""
+        return load_target(self.target)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Target layers that the heads read."""
+        return tuple(open_trace(self.run / "traces" / "train").meta.feature_layers)
+
+    def counted(self, name: str, seed: int) -> dict[str, Any]:
+        """The counts of one head, trained first where it is missing."""
+        file = self.results / f"{name.replace(' ', '_')}-{seed}.json"
+        if not file.is_file():
+            counts = self.count(self.trained(name, seed))
+            write_json(file, {"loss": name, "seed": seed, "steps": self.steps, **counts})
+            print(
+                f"{file}: tau { ({k: round(sum(t) / sum(p), 3) for k, (t, p) in counts['lengths'].items()}) }"
+            )
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    def trained(self, name: str, seed: int) -> Path:
+        """The exported head."""
+        label = f"{name.replace(' ', '_')}-{seed}"
+        out = self.run / "losses" / "exports" / label
+        if not out.exists():
+            loss, weights = LOSSES[name]
+            typed = [
+                "--config", str(held_out_prompts().parent / "eagle3.yaml"),
+                "--name", label, f"--seed_everything={seed}",
+                "--runs_dir", str(self.run / "losses" / "runs"),
+                "--data.train", str(self.run / "traces" / "train"),
+                "--data.validation", str(self.run / "traces" / "validation"),
+                "--data.record", "null", f"--data.seed={seed}",
+                "--model.drafter.init_args.config.target_layer_ids", str(list(self.layers)),
+                "--model.loss", json.dumps(loss), "--model.step_weights", json.dumps(weights),
+                "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
+            ]  # fmt: skip
+            lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+            found = run_folder.find_checkpoint(self.run / "losses" / "runs" / label, "last")
+            assert found is not None
+            export_run(str(found), str(out), name="eagle3-smollm2")
+        return out
+
+    @torch.inference_mode()
+    def count(self, export: Path) -> dict[str, Any]:
+        """Tokens and target passes of every tree, hits and steps of every rate, a prompt each."""
+        trace = open_trace(self.test)
+        drafter = load_drafter(export, target=self.model, dtype="float32").eval()
+        features = features_for({"": drafter}, None, trace=trace)[""]
+        found = replay_lengths(drafter, greedy_documents(trace), BUILDERS, features=features)
+        acceptance = measure_acceptance(drafter, trace, features=features, max_documents=None)
+        rates = {}
+        for rate, (m, low) in RATES.items():
+            hits, steps = acceptance.coverage_counts(m, low)
+            rates[rate] = [(steps - hits if "miss" in rate else hits).tolist(), steps.tolist()]
+        lengths = {label: [list(map(int, c)) for c in one.counts()] for label, one in found.items()}
+        return {"lengths": lengths, "rates": rates, "ece": acceptance.summary()["calibration"]["ece"]}
+
+
+Stored = Mapping[str, Mapping[int, dict[str, Any]]]
+
+
+def arrays(
+    stored: Stored, name: str, number: tuple[str, str], seeds: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numerator and denominator of a number, a prompt each; a row a seed where there are several."""
+    kind, label = number
+    both = np.array([stored[name][seed][kind][label] for seed in seeds], dtype=float)
+    return (both[:, 0], both[:, 1]) if len(seeds) > 1 else (both[0, 0], both[0, 1])
+
+
+def value(stored: Stored, name: str, number: tuple[str, str]) -> float:
+    """A number over all prompts and seeds."""
+    above, below = arrays(stored, name, number, sorted(stored[name]))
+    return float(above.sum() / below.sum())
+
+
+def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
+    """Per cent by which a number differs from that of the best baseline, on the seeds that both have."""
+    sign = -1 if "misses" in number[1] else 1
+    best = max((b for b in BASELINES if b in stored), key=lambda b: sign * value(stored, b, number))
+    seeds = sorted(set(stored[name]) & set(stored[best]))
+    if name in BASELINES or not seeds:
+        return ""
+    ratio = compare_ratios(arrays(stored, name, number, seeds), arrays(stored, best, number, seeds), "ratio")
+    shown = [f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high)]
+    return f" ({shown[0]} % [{shown[1]}, {shown[2]}])"
+
+
+def table(stored: Stored) -> Table:
+    """Every number of every loss, and its ratio to the best baseline."""
+    numbers = [*(("lengths", label) for label in BUILDERS), *(("rates", rate) for rate in RATES)]
+    rows = [
+        [name, str(len(stored[name]))]
+        + [f"{value(stored, name, n):.3f}{against_best(stored, name, n)}" for n in numbers]
+        for name in stored
+    ]
+    return Table("Test prompts", ["loss", "seeds", *(label for _, label in numbers)], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
+    parser.add_argument("--target", help="as given to `certdraft real`; else what it fetched")
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-losses"))
+    parser.add_argument("--table", action="store_true", help="only print what is stored")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        name = args.target or str(next((args.run / "model").glob("*.gguf")))
+        study = Study(args.run, args.results, args.steps, name, args.prompts)
+        for seed in range(args.seeds):
+            for loss in args.losses:
+                study.counted(loss, seed)
+    stored: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in sorted(args.results.glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        stored.setdefault(data["loss"], {})[data["seed"]] = data
+    sys.stdout.write(table(stored).markdown() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Forward KL from the target sharpened by an exponent, which is fixed or follows the drafter's error.
+
+Axes: N steps · V vocabulary · K head entries · C classes seen (V, or K + 1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from certdraft.losses.coarse_logits import ABSENT
+from certdraft.losses.imitation import Divergence, Vocabulary, kl_nats
+from certdraft.losses.target import TargetBatch
+
+
+class SharpenedKL(Divergence):
+    """KL(r‖q) with r = p^a / Σ p^a, nats; 0 iff q = r.
+
+    *Where it comes from.* Any reference with the target's own order may stand in a certificate: r has the
+    greedy token and the top-m of p, so KL(r‖q) < κ_m(r) proves coverage as well as KL(p‖q) < κ_m(p) does.
+    Sharpening multiplies every log-gap by a, hence widens the radius, while it takes weight off the
+    tokens that decide nothing: the reference is chosen to be certified easily.
+
+    *What it bounds.* Top-m miss ⇒ loss ≥ κ_m(r), for every m at once. At an exact tie of the target κ_m(r) is
+    0 whatever a is; there is nothing to be certified.
+
+    *When to use.* Where the target's near-ties carry information that hard labels lack (little data, a small
+    drafter) and decoding is greedy.
+
+    On a head, the tail's sharpened mass is bounded from above: Σ_tail p^a ≤ p_tail · min(p_tail, p_K)^(a−1).
+
+    Args:
+        a: exponent, ≥ 1; 1 is `ForwardKL`.
+        vocabulary: see `Divergence`.
+
+    Source: theory notes §3.4 and §6.6 (references other than p), §8.3 (changed teachers).
+    """
+
+    def __init__(self, a: float = 2.0, vocabulary: Vocabulary = "auto") -> None:
+        super().__init__(vocabulary)
+        if not 1.0 <= a < math.inf:
+            raise ValueError(f"SharpenedKL: a={a} must be finite and at least 1; at infinity use HardCE.")
+        self.a = a
+
+    def teacher(self, target: TargetBatch) -> Float[Tensor, "N C"]:
+        """log r over the head and one bucket."""
+        logp = target.coarse_logp
+        if logp.shape[-1] > target.num_kept:
+            kept, tail = logp[:, :-1], logp[:, -1:]
+            bound = torch.minimum(tail, kept[:, -1:])  # no tail token exceeds the last kept one
+            return torch.cat([self.a * kept, tail + (self.a - 1.0) * bound], -1).log_softmax(-1)
+        return (self.a * logp).log_softmax(-1)
+
+    def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
+        return kl_nats(self.teacher(target), coarse_logits.log_softmax(-1))
+
+    def between(self, logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:
+        return kl_nats((self.a * logp).log_softmax(-1), logq)
+
+    def extra_repr(self) -> str:
+        return f"a={self.a}, {super().extra_repr()}"
+
+
+class AdaptiveSharpenedKL(SharpenedKL):
+    """KL(r‖q) with r = p^a / Σ p^a, where a follows the error of the drafter's own logits, nats.
+
+    *Where it comes from.* A best-first tree spends its nodes by the drafter's probabilities, so q(v) should
+    be the chance that v is the target's greedy token, given what the drafter can know. Suppose it knows the
+    target's logits z up to an error: then the right q is the law of argmax(z + σ·noise). With Gumbel noise
+    of scale σ that law is softmax(z / σ), the target sharpened by a = 1/σ. The difference of two such noises
+    is logistic, with standard deviation σ π / √3, and this deviation is measured: s is the root mean square
+    of drafter minus target log-gaps to the greedy token over the head, each token weighted by its target
+    probability. Hence a = π / (√3 s): soft labels while the drafter is poor, hard ones as it becomes able,
+    and no schedule to tune.
+
+    The running mean of s² over training steps is part of checkpoints and does not depend on the chunk size.
+
+    *What it bounds.* As `SharpenedKL` at the present a: top-m miss ⇒ loss ≥ κ_m(r).
+
+    *When to use.* In place of `SharpenedKL` where no exponent was tuned; docs/losses.md has the measurements.
+
+    Args:
+        most: largest exponent, > 1; the smallest is 1.
+        decay: weight of the running mean against one training step, in [0, 1).
+        vocabulary: see `Divergence`.
+
+    Source: theory notes §8.3 (changed teachers); the noise argument is ours.
+    """
+
+    error: Float[Tensor, " 2"]
+    pending: Float[Tensor, " 2"]
+
+    def __init__(self, most: float = 8.0, decay: float = 0.98, vocabulary: Vocabulary = "auto") -> None:
+        super().__init__(1.0, vocabulary)
+        if not 1.0 < most < math.inf:
+            raise ValueError(f"AdaptiveSharpenedKL: most={most} must be finite and above 1.")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"AdaptiveSharpenedKL: decay={decay} must be in [0, 1).")
+        self.most, self.decay = most, decay
+        # sums of (weighted squared error, weight): the running one, and that of the training step under way
+        self.register_buffer("error", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("pending", torch.zeros(2, dtype=torch.float64))
+
+    def at(self, progress: float) -> None:
+        """Take up what the last training step measured; called before each one."""
+        super().at(progress)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.pending)
+        self.error.mul_(self.decay).add_(self.pending)
+        self.pending.zero_()
+        squared, weight = self.error.tolist()
+        if weight > 0.0:
+            a = math.pi / math.sqrt(3.0 * max(squared / weight, 1e-12))
+            self.a = min(max(a, 1.0), self.most)
+
+    def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
+        self._measure(coarse_logits[:, : target.num_kept], target)
+        return super().on_coarse(coarse_logits, target)
+
+    def on_full(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Float[Tensor, " N"]:
+        self._measure(logits.gather(-1, target.top_ids), target)
+        return super().on_full(logits, target)
+
+    @torch.no_grad()
+    def _measure(self, logits: Float[Tensor, "N K"], target: TargetBatch) -> None:
+        if not self.training:
+            return
+        error = (logits[:, :1] - logits[:, 1:]) - target.head.gap[:, 1:]
+        able = (logits[:, 1:] > ABSENT / 2) & (logits[:, :1] > ABSENT / 2)  # tokens that can be proposed
+        weight = target.top_logp[:, 1:].exp() * able
+        squared = (weight * error.masked_fill(~able, 0.0).square()).sum(dtype=torch.float64)
+        self.pending += torch.stack([squared, weight.sum(dtype=torch.float64)])
+
+    def extra_repr(self) -> str:
+        return f"most={self.most}, decay={self.decay}, vocabulary={self.vocabulary!r}"
