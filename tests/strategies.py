@@ -6,6 +6,28 @@ from hypothesis import strategies as st
 
 from certdraft.certificates import Additive, Coverage, Multiplicative, Rule, StrictGreedy, TopM, Typical
 
+DIRECTIONS = ("forward", "reverse")
+RULES = (
+    StrictGreedy(),
+    Additive(0.1),
+    Additive(0.4),
+    Multiplicative(0.5),
+    Multiplicative(0.05),
+    TopM(4, t=0.1),
+    TopM(3, alpha=0.2),
+    Typical(0.1, 0.09),
+    Typical(0.3, 0.6),
+    Coverage(1),
+    Coverage(3),
+)
+
+
+def dirichlet(concentration: float, size: int, count: int) -> torch.Tensor:
+    """Distributions [count, size], float64; a low concentration gives confident ones."""
+    alpha = torch.full((size,), concentration, dtype=torch.float64)
+    return torch.distributions.Dirichlet(alpha).sample((count,))
+
+
 # Few values, so that exact ties are common; zeros; and scales far apart.
 _WEIGHTS = st.one_of(
     st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0, 8.0]),
