@@ -1,20 +1,25 @@
-"""AdamW with a warm-up and a decay that ends with the run."""
+"""AdamW, or Muon for the matrices, with a warm-up and a decay that ends with the run."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its learning-rate schedule.
+    """The optimiser and its learning-rate schedule.
 
     Args:
+        method: "adamw" for every weight, or "muon" for the matrices inside the layers and AdamW for the rest
+            (embeddings, the output head, norms, biases). Muon's updates are scaled to the size of AdamW's, so
+            that one learning rate serves both.
         lr: peak learning rate.
         warmup_steps: optimiser steps of linear warm-up from 0.
         schedule: shape of the decay from the peak to `final_lr` over the rest of `trainer.max_steps`.
@@ -22,8 +27,10 @@ class OptimizerSettings:
         weight_decay: of matrices; vectors (norms, biases) and embeddings are not decayed.
         betas: of AdamW.
         eps: of AdamW.
+        momentum: of Muon.
     """
 
+    method: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     warmup_steps: int = 50
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -31,6 +38,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.95
 
     def factor(self, step: int, max_steps: int) -> float:
         """Learning rate of an optimiser step as a fraction of the peak, in [0, 1].
@@ -56,7 +64,8 @@ class OptimizerSettings:
         """The return value of `configure_optimizers` for the trainable parameters of a module.
 
         Raises:
-            ValueError: the run has no length, nothing is trainable, or trainable weights are not fp32.
+            ValueError: the run has no length, nothing is trainable, trainable weights are not fp32, or Muon
+                is asked for sharded ones.
         """
         if max_steps <= 0:
             raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
@@ -71,18 +80,76 @@ class OptimizerSettings:
                 "are smaller than their rounding, so weights near 1, as of norms, would never move. Leave "
                 "the drafter's dtype at float32 and set trainer.precision: bf16-mixed, which is as fast"
             )
-        decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-        kept = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
-        groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=self.lr, betas=self.betas, eps=self.eps, fused=fused or None,
-        )  # fmt: skip
+        matrices = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+        others = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+        kept = {"params": others, "weight_decay": 0.0}
+        adamw: dict[str, Any] = {"lr": self.lr, "betas": self.betas, "eps": self.eps, "fused": fused or None}
+        optimizer: torch.optim.Optimizer
+        if self.method == "muon":
+            heads = {id(p) for m in module.modules() for p in _head_of(m)}
+            inner = [p for p in matrices if p.ndim == 2 and id(p) not in heads]
+            if any(isinstance(p, DTensor) for p in inner):
+                raise ValueError("optimizer.method muon needs whole matrices; a sharded drafter takes adamw")
+            outer = [p for p in matrices if p.ndim != 2 or id(p) in heads]
+            rest = [{"params": outer, "weight_decay": self.weight_decay}, kept]
+            optimizer = MuonAdamW(
+                torch.optim.Muon(
+                    inner, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum,
+                    adjust_lr_fn="match_rms_adamw",
+                ),
+                torch.optim.AdamW(_filled(rest), **adamw),
+            )  # fmt: skip
+        else:
+            optimizer = torch.optim.AdamW(
+                _filled([{"params": matrices, "weight_decay": self.weight_decay}, kept]), **adamw
+            )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Two optimisers that look like one to a scheduler and to a checkpoint: they share its groups and state.
+
+    Args:
+        parts: optimisers of different parameters.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+        self._sizes = [len(part.param_groups) for part in parts]
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for part, size in zip(self.parts, self._sizes, strict=True):
+            part.param_groups = list(islice(groups, size))
+            part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Run every part; a closure is called once, before them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def _filled(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["params"]]
+
+
+def _head_of(module: nn.Module) -> list[nn.Parameter]:
+    """Weights of a module's `lm_head`, which Muon leaves to AdamW."""
+    head = getattr(module, "lm_head", None)
+    return list(head.parameters()) if isinstance(head, nn.Module) else []
 
 
 def check_precision(precision: str) -> None:
