@@ -8,6 +8,7 @@ the lossless end: every other rule is paired with it, prompt by prompt. Quality 
 the log-probability (nats) it gives to the tokens that were committed, in an fp32 head along the text, and the
 share of texts that differ from the greedy text. Greedy text has a high log-probability by construction, so
 the loss says how far a rule leaves the target's preferred text, not how good the text is to a reader.
+Sums of two numbers that the target is asked for in words show whether answers that can be checked get worse.
 
 Methods take turns prompt by prompt; intervals are 95 % bootstrap over prompts.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from dataclasses import dataclass, field
 from datetime import date
@@ -24,7 +26,9 @@ from typing import Any
 
 import torch
 
-from certdraft.certificates import Additive, Multiplicative, TopM, Typical
+from certdraft.arbitration.tasks.problems import Problem
+from certdraft.arbitration.tasks.verifiers import verify
+from certdraft.certificates import Additive, Multiplicative, Rule, TopM, Typical
 from certdraft.data import eos_ids_of, load_target, load_tokenizer
 from certdraft.decoding import (
     Acceptor,
@@ -42,7 +46,7 @@ from certdraft.evaluation import compare_ratios, pooled_ratio, read_questions
 from certdraft.support import project_fp32, text_body, write_json
 from certdraft.train.commands.real import held_out_prompts
 
-RULES = (
+RULES: tuple[Rule, ...] = (
     *(Additive(t) for t in (0.05, 0.1, 0.2, 0.3)),
     *(Multiplicative(a) for a in (0.8, 0.5, 0.2)),
     *(TopM(m, alpha=0.2) for m in (3, 5)),
@@ -60,6 +64,7 @@ class Sums:
     seconds: list[float] = field(default_factory=list)
     log_prob: list[float] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
+    right: list[float] = field(default_factory=list)
 
     def add(self, result: DecodeResult, seconds: float, log_prob: float) -> None:
         self.tokens.append(sum(r.committed for r in result.rounds))
@@ -79,7 +84,18 @@ class Sums:
                 compare_ratios((self.log_prob, self.tokens), (strict.log_prob, strict.tokens))
             ),
             "changed_texts": sum(a != b for a, b in zip(self.texts, strict.texts, strict=True)),
+            "right_answers": vars(pooled_ratio(self.right, [1.0] * len(self.right))),
+            "right_answers_gained": vars(
+                compare_ratios((self.right, [1.0] * len(self.right)), (strict.right, [1.0] * len(self.right)))
+            ),
         }
+
+
+def sums(count: int, seed: int = 0) -> list[Problem]:
+    """Sums of two numbers of two digits, asked for in words."""
+    draw = random.Random(seed)
+    pairs = [(draw.randint(11, 99), draw.randint(11, 99)) for _ in range(count)]
+    return [Problem(f"What is {a} plus {b}?", str(a + b), "number") for a, b in pairs]
 
 
 @torch.inference_mode()
@@ -99,6 +115,7 @@ def main() -> None:
     parser.add_argument("--drafter", default="eagle3")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--sums", type=int, default=60, help="sums asked for, with at most 32 tokens")
     parser.add_argument("--nodes", type=int, default=16, help="of the best-first tree; 0 is a chain of 4")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relaxing.json"))
     args = parser.parse_args()
@@ -110,10 +127,14 @@ def main() -> None:
     acceptors: dict[str, Acceptor] = {"strict": Strict(), **{str(rule): Relaxed(rule) for rule in RULES}}
     found = {label: Sums() for label in acceptors}
     eos = eos_ids_of(target, tokenizer)
-    for number, question in enumerate(read_questions(str(held_out_prompts()), args.prompts)):
-        chat = [{"role": "user", "content": question.turns[0]}]
+
+    def rendered(text: str) -> list[int]:
+        chat = [{"role": "user", "content": text}]
         prompt: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-        ids, labels = list(prompt["input_ids"]), list(acceptors)
+        return list(prompt["input_ids"])
+
+    for number, question in enumerate(read_questions(str(held_out_prompts()), args.prompts)):
+        ids, labels = rendered(question.turns[0]), list(acceptors)
         turn = number % len(labels)
         for label in labels[turn:] + labels[:turn]:
             start = time.perf_counter()
@@ -121,15 +142,23 @@ def main() -> None:
             seconds = time.perf_counter() - start
             found[label].add(result, seconds, log_prob(target, ids, result.tokens))
         print(f"{number + 1} of {args.prompts} prompts", flush=True)
+    for number, problem in enumerate(sums(args.sums)):
+        ids = rendered(problem.prompt)
+        for label, acceptor in acceptors.items():
+            answer = decode(runner, drafter, ids, builder, acceptor, 32, eos).tokens
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            found[label].right.append(float(verify(problem, str(text))))
+        print(f"{number + 1} of {args.sums} sums", flush=True)
     strict = found["strict"]
     data = {
         "command": f"python benchmarks/relaxing.py --drafter {args.drafter} --prompts {args.prompts} "
-        f"--tokens {args.tokens} --nodes {args.nodes}",
+        f"--tokens {args.tokens} --nodes {args.nodes} --sums {args.sums}",
         "date": date.today().isoformat(),
         "device": device_name(runner.device),
         "target": Path(name).name,
         "builder": repr(builder),
         "prompts": args.prompts,
+        "sums": args.sums,
         "strict_tokens_per_s": vars(pooled_ratio(strict.tokens, strict.seconds)),
         "strict_log_prob_per_token": vars(pooled_ratio(strict.log_prob, strict.tokens)),
         "rules": {label: sums.against(strict) for label, sums in found.items()},

@@ -46,6 +46,7 @@ class Sizes:
         steps: optimiser steps of the EAGLE-3 head; a causal drafter takes a quarter, a DFlash drafter half.
         held_out: held-out prompts decoded for real.
         new_tokens: longest decoded answer.
+        minutes: how long all of it is expected to take on two idle cores.
     """
 
     prompts: int = 1500
@@ -53,6 +54,7 @@ class Sizes:
     steps: int = 900
     held_out: int = 24
     new_tokens: int = 128
+    minutes: float = 45.0
 
     @classmethod
     def scaled(cls, minutes: float) -> Sizes:
@@ -70,6 +72,7 @@ class Sizes:
             steps=max(40, round(full.steps * share)),
             held_out=max(4, min(_HELD_OUT, round(full.held_out * share))),
             new_tokens=max(32, min(128, round(full.new_tokens * share**0.5))),
+            minutes=minutes,
         )
 
 
@@ -107,7 +110,7 @@ def real(
         raise ValueError(f"--drafters {sorted(unknown)}: there are {', '.join(_DRAFTERS)}")
     folder, console, start = Path(out), Console(stderr=True, highlight=False), time.monotonic()
     sizes = _sizes(folder, minutes)
-    _print_plan(console, sizes, drafters, minutes)
+    _print_plan(console, sizes, drafters)
     if dry_run:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,11 +232,11 @@ def _sizes(folder: Path, minutes: float) -> Sizes:
     return Sizes.scaled(minutes)
 
 
-def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...], minutes: float) -> None:
+def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...]) -> None:
     tokens = sizes.prompts * sizes.answer_tokens
     disk_mb = (270 + tokens * 1.4 * 3.7e-3) + 120 * len(drafters)
     console.print(
-        f"about {minutes:.0f} minutes on two idle cores, {disk_mb / 1000:.1f} GB of disk: "
+        f"about {sizes.minutes:.0f} minutes on two idle cores, {disk_mb / 1000:.1f} GB of disk: "
         f"{sizes.prompts:,} prompts, about {tokens:,} recorded tokens, {', '.join(drafters)} trained for "
         f"up to {sizes.steps} steps, {sizes.held_out} held-out prompts of {sizes.new_tokens} tokens decoded"
     )
