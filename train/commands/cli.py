@@ -94,7 +94,7 @@ COMMANDS = {
         f"{_REPORT}.compare:compare", "runs and reports side by side on one page", "runs*", runs=("runs",)
     ),
     "publish": Command(
-        f"{_REPORT}.publish:publish", "a report and an export as a W&B run", "folder", runs=("run",)
+        f"{_REPORT}.publish:publish", "a report as a W&B run, a drafter to the hub", "folder", runs=("run",)
     ),
     "completion": Command(f"{_HERE}.parsing.completion:completion", "completion script of a shell", "shell"),
 }
