@@ -3,42 +3,33 @@
     python benchmarks/recipes.py            # rewrite all
     python benchmarks/recipes.py --check    # exit code 1 when a file is not what this script writes
 
-Costs are estimates by the formulas of `certdraft plan` (docs/scaling.md); none was measured. Parameters are
-counted on the meta device from the real sizes. What a recipe says once for all targets is said here once.
+The numbers in a header are those of `certdraft plan` for that file (docs/scaling.md): estimates all.
+What a recipe says once for all targets is said here once.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
-from dataclasses import dataclass, replace
-from functools import cache
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import certdraft
-from certdraft.train.plan import model_sizes
-from certdraft.train.plan.formulas import (
-    DEVICES,
-    GB,
-    Device,
-    activation_bytes,
-    decode_step_s,
-    loss_bytes,
-    state_bytes,
-    step_flop,
-)
-from certdraft.train.plan.model_sizes import ModelSizes
+from certdraft.train.plan.plan_command import Plan, plan
 
 FOLDER = Path(certdraft.__file__).parent / "configs" / "recipes"
 TARGETS = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B")
 FAMILIES = ("causal", "causal-lora", "eagle3", "dflash")
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 50_000, 300, 400
+DEVICES = ("h100", "h200")  # the first that holds recording and training
 STEPS, SEQ_LEN, TOKENS = 4_000, 4096, 32_768  # a step, over all devices and accumulated batches
-MFU, OVERHEAD_S = 0.4, 0.025
 DRAFT_VOCABULARY, RANK = 32_000, 32
 
 _LEADS = {
@@ -85,25 +76,10 @@ def hub_name(size: str) -> str:
     return f"Qwen/Qwen3-{size}"
 
 
-@cache
-def sizes_of(name: str) -> ModelSizes:
-    """Sizes of a model whose config ships with certdraft."""
-    return model_sizes.sizes_of(name)
-
-
 def shipped_config(size: str) -> dict[str, Any]:
     """Keys of a target's config.json."""
     file = FOLDER.parent / "models" / f"qwen3-{size.lower()}.yaml"
     return yaml.safe_load(file.read_text(encoding="utf-8"))
-
-
-def drafter_sizes(recipe: Recipe) -> tuple[ModelSizes, int]:
-    """Sizes of the drafter that the config describes, and how many of its parameters are trained."""
-    settings = yaml.safe_load("\n".join(drafter_lines(recipe)))["drafter"]
-    if isinstance(settings, str):
-        settings = yaml.safe_load((FOLDER / settings).read_text(encoding="utf-8"))
-    sizes = model_sizes.drafter_sizes(settings, hub_name(recipe.target))
-    return sizes, sizes.trained
 
 
 def fresh_config() -> dict[str, object]:
@@ -112,66 +88,26 @@ def fresh_config() -> dict[str, object]:
     return {**keys, "num_hidden_layers": 4}
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Estimates: GB on one device, hours on one device."""
+def planned(body: str) -> tuple[str, Plan]:
+    """The device a config needs, and what `certdraft plan` says of it there.
 
-    device: str
-    parameters: int
-    recording_gb: float
-    recording_h: float
-    trace_gb: float
-    training_gb: float
-    training_h: float
-
-
-def cost(recipe: Recipe) -> Cost:
-    """What a recipe takes on one accelerator, the smallest that holds it."""
-    target, (drafter, trained) = sizes_of(hub_name(recipe.target)), drafter_sizes(recipe)
-    active = active_parameters(recipe.target, target)
-    rows = micro_rows(recipe)
-    tokens = rows * SEQ_LEN
-    learned = tokens * ANSWER_TOKENS / (PROMPT_TOKENS + ANSWER_TOKENS)
-    frozen = drafter.parameters - trained
-    memory = state_bytes(trained, frozen, "bf16-mixed", 2) + activation_bytes(
-        drafter, tokens, checkpointing=True
-    )
-    memory += loss_bytes(drafter, 1024, int(learned)) + 2.5 * GB
-    flop = step_flop(drafter, TOKENS, TOKENS * learned / tokens, SEQ_LEN, trained, checkpointing=True)
-    if recipe.reads_target:
-        memory += 2 * target.parameters + tokens * 12 * target.hidden
-        flop += 2 * active * TOKENS
-        flop *= 1 if recipe.family == "dflash" else 1.5  # five unrolled steps read one layer again and again
-    recording = (
-        2 * target.parameters + 64 * (PROMPT_TOKENS + ANSWER_TOKENS) * 4 * target.layers * target.key_value
-    )
-    needed = max(memory, recording + 3 * GB)
-    device = "h100" if needed < 0.9 * 80 * GB else "h200"
-    sheet = DEVICES[device]
-    return Cost(
-        device=device,
-        parameters=trained,
-        recording_gb=(recording + 3 * GB) / GB,
-        recording_h=recording_hours(target, active, sheet),
-        trace_gb=PROMPTS * (PROMPT_TOKENS + ANSWER_TOKENS) * 204 / GB,
-        training_gb=memory / GB,
-        training_h=STEPS * flop / (sheet.bf16_tflops * 1e12 * MFU) / 3600,
-    )
-
-
-def recording_hours(target: ModelSizes, active: int, sheet: Device) -> float:
-    """Greedy answers in batches of 64 through transformers."""
-    each = decode_step_s(
-        replace(target, parameters=active), 64, PROMPT_TOKENS + ANSWER_TOKENS / 2, sheet, MFU
-    )
-    if active != target.parameters:  # 64 rows touch nearly every expert
-        each = decode_step_s(target, 1, PROMPT_TOKENS, sheet, MFU)
-    return PROMPTS / 64 * ANSWER_TOKENS * (each + OVERHEAD_S) / 3600
-
-
-def active_parameters(size: str, target: ModelSizes) -> int:
-    """Parameters a token is multiplied with; a mixture of experts uses few of those it stores."""
-    return 3_300_000_000 if size == "30B-A3B" else target.parameters
+    Args:
+        body: the config as YAML.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(body, encoding="utf-8")
+        for device in DEVICES:
+            found = plan(
+                str(file),
+                device=device,
+                prompts=PROMPTS,
+                prompt_tokens=PROMPT_TOKENS,
+                answer_tokens=ANSWER_TOKENS,
+            )
+            if found.fits and found.record_memory_gb < 0.9 * found.device_memory_gb:
+                return device, found
+    raise ValueError(f"no device of {DEVICES} holds this recipe:\n{body}")
 
 
 def micro_rows(recipe: Recipe) -> int:
@@ -181,21 +117,36 @@ def micro_rows(recipe: Recipe) -> int:
 
 def text(recipe: Recipe) -> str:
     """The file."""
-    target, found = hub_name(recipe.target), cost(recipe)
+    content = body(recipe)
+    return header(recipe, *planned(content)) + content
+
+
+def header(recipe: Recipe, device: str, found: Plan) -> str:
+    """What the file says first: its purpose, and the numbers of its plan."""
+    target = hub_name(recipe.target).partition("/")[2]
     drafter = "a fresh network of four layers" if recipe.target == "0.6B" else "Qwen3-0.6B"
-    lead = _LEADS[recipe.family].format(target=target.partition("/")[2], drafter=drafter)
+    lead = _LEADS[recipe.family].format(target=target, drafter=drafter)
     beside = ", the target included" if recipe.reads_target else ""
-    rows = micro_rows(recipe)
+    memory = sum(found.train_memory_gb.values())
+    option = "" if device == DEVICES[0] else f" --device {device}"
     lines = [
         f"# {lead[0].upper()}{lead[1:]}.",
-        f"# Hardware: one {found.device.upper()}. Time and memory are estimates at {MFU:.0%} of its peak:",
-        f"#   recording {PROMPTS:,} answers of {ANSWER_TOKENS} tokens: {found.recording_gb:.0f} GB, "
-        f"{found.recording_h:.0f} hours, {found.trace_gb:.0f} GB of trace;",
-        f"#   training {STEPS:,} steps of {TOKENS:,} tokens: {found.training_gb:.0f} GB{beside}, "
-        f"{found.training_h:.1f} hours, {found.parameters / 1e6:,.0f} M trained parameters.",
-        f"#   certdraft fit --config configs/recipes/{recipe.path.name} \\",
-        "#       --data.record.corpus.source prompts.jsonl",
+        f"# Hardware: one {device.upper()}. Time, memory and disk as estimated by",
+        f"#       certdraft plan --run recipes/{recipe.name}{option}",
+        f"#   recording {PROMPTS:,} answers of {ANSWER_TOKENS} tokens: {found.record_memory_gb:.0f} GB, "
+        f"{found.record_hours:.1f} hours, {found.trace_gb:.0f} GB of trace;",
+        f"#   training {STEPS:,} steps of {TOKENS:,} tokens: {memory:.0f} GB{beside}, "
+        f"{found.train_hours:.1f} hours, {found.drafter.trained / 1e6:,.0f} M trained parameters.",
+        f"#   certdraft fit --config recipes/{recipe.name} --data.record.corpus.source prompts.jsonl",
         "# Written by benchmarks/recipes.py; nobody has run it to the end.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def body(recipe: Recipe) -> str:
+    """The settings."""
+    target, rows = hub_name(recipe.target), micro_rows(recipe)
+    lines = [
         f"name: {recipe.name}",
         "seed_everything: 0",
         "model:",
@@ -263,8 +214,9 @@ def drafter_lines(recipe: Recipe) -> list[str]:
             "  drafter:", "    class_path: EagleDrafter", "    init_args:", "      unroll: 5",
             f"      config: {{draft_vocab_size: {DRAFT_VOCABULARY}}}",
         ]  # fmt: skip
+    recompute = ["      gradient_checkpointing: true"] if micro_rows(recipe) == 1 else []  # the large targets
     return [
-        "  drafter:", "    class_path: BlockDrafter", "    init_args:", "      num_anchors: 512",
+        "  drafter:", "    class_path: BlockDrafter", "    init_args:", "      num_anchors: 512", *recompute,
         "      config: {num_hidden_layers: 5, block_size: 16, mask_token_id: 151669}",
     ]  # fmt: skip
 

@@ -176,6 +176,10 @@ class Drafter(nn.Module, ABC):
         """Sizes of the network, as attributes with the names of a transformers config; None: not known."""
         return None
 
+    def passes(self, seq_len: int) -> tuple[float, float]:
+        """Times its layers run over a token of full rows of `seq_len`: mean of a training, most of a step."""
+        return 1.0, 1.0
+
     def at(self, progress: float) -> None:
         """Set the share of the training that is done, in [0, 1]; called before every training step."""
 

@@ -87,6 +87,20 @@ def test_every_config_is_packaged() -> None:
     assert {path for path in folder.rglob("*") if path.is_file()} == packaged
 
 
+def test_the_container_builds_from_what_ships() -> None:
+    """No package is left out of the build, and its Python is one that the metadata promise."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    ignored = {
+        line
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    }
+    assert not ignored & (TOP | {"configs", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"})
+    base = re.search(r"^FROM python:(3\.\d+)-", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.M)
+    assert base is not None
+    assert f"Programming Language :: Python :: {base[1]}" in project["project"]["classifiers"]
+
+
 def test_no_remote_code_no_machine_paths() -> None:
     bad = re.compile(r"trust_remote_code\s*=\s*True|(?<![\w.])/(?:work|root|home)/\w")
     texts = [

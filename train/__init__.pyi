@@ -1,7 +1,9 @@
 from .drafter_module import DrafterModule as DrafterModule
 from .drafter_setup import fit_to_target as fit_to_target
 from .optim import OptimizerSettings as OptimizerSettings
+from .runs.trackio_logger import TrackioLogger as TrackioLogger
 from .target_module import TargetModule as TargetModule
 from .target_outputs import Online as Online
 from .target_outputs import TargetSettings as TargetSettings
 from .validation import ValidationSettings as ValidationSettings
+from .validation_metric import ValidationMetric as ValidationMetric

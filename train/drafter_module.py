@@ -29,7 +29,7 @@ from certdraft.losses import (
 )
 from certdraft.train.accumulation import Accumulation
 from certdraft.train.drafter_setup import fit_to_target
-from certdraft.train.optim import OptimizerSettings, check_precision
+from certdraft.train.optim import OptimizerSettings, check_precision, gradient_norm
 from certdraft.train.restricted_target import DraftVocabulary
 from certdraft.train.sharding import shard
 from certdraft.train.target_outputs import Online, TargetOutputs, TargetSettings, recorded
@@ -103,8 +103,7 @@ class DrafterModule(pl.LightningModule):
         else:
             per_step = self.loss(self._logits(hidden, weight, target), target[:])
             loss = reduce(per_step, weight=step_weight, denominator=total)
-        # A log call costs milliseconds, so only values that are written are logged.
-        if (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0:
+        if self._is_logged():
             rate = self.trainer.optimizers[0].param_groups[0]["lr"]
             self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1, sync_dist=several)
         return self._accumulation.scaled(loss, total, self.trainer.accumulate_grad_batches)
@@ -114,6 +113,12 @@ class DrafterModule(pl.LightningModule):
         if not self._gradients_checked:
             self._gradients_checked = True
             self._check_gradients()
+        if self._is_logged():
+            self.log("train/grad_norm", gradient_norm(self.parameters()), batch_size=1)
+
+    def _is_logged(self) -> bool:
+        """Whether this step is written: a log call costs milliseconds."""
+        return (self.global_step + 1) % max(getattr(self.trainer, "log_every_n_steps", 1), 1) == 0
 
     def on_train_start(self) -> None:
         self._accumulation.forget()
@@ -167,7 +172,7 @@ class DrafterModule(pl.LightningModule):
                 target = outputs.at(paths.steps[index, depth])[:]
                 logits = self.drafter.head(paths.hidden[index, depth])
                 if depth == 0:
-                    hits[index, 0] = self._sums.add_steps(logits, target.head, target.logp, self.vocabulary)
+                    hits[index, 0] = self._sums.add_steps(logits, target, self.vocabulary)
                 else:
                     hits[index, depth] = first_choice(logits, target.greedy)
         counted = torch.zeros(*batch.loss_mask.shape, hits.shape[1], dtype=torch.bool, device=self.device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
@@ -163,3 +165,9 @@ def check_precision(precision: str) -> None:
             f"trainer.precision is {precision}: most updates of half-precision weights are rounded away. Use "
             "bf16-mixed (or 16-mixed), which keeps fp32 weights"
         )
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """The 2-norm of all gradients together, of sharded parameters over all their shards."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

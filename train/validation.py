@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,12 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from certdraft.certificates import Head, coarse_kl, coarse_radius, kl_divergence_logp, margin, num_tail_above
+from certdraft.certificates import coarse_kl, coarse_radius, kl_divergence_logp, margin, num_tail_above
+from certdraft.losses import TargetBatch
 from certdraft.train.restricted_target import DraftVocabulary
+from certdraft.train.validation_metric import ValidationMetric
+
+_BUILT_IN = re.compile(r"(low_margin_)?coverage@\d+|certified@\d+|kl_nats|tau_expected")
 
 
 @dataclass(frozen=True)
@@ -24,16 +29,30 @@ class ValidationSettings:
         low_margin: positions with a target margin below this also have their own coverage.
         certified_width: m for the certified fraction and the low-margin coverage.
         depth: draft tokens a round of the chain whose acceptance length is expected.
+        extra: metrics of your own, reported beside these.
+
+    Raises:
+        ValueError: a count below 1; an extra metric without a name, or with one that is taken.
     """
 
     widths: tuple[int, ...] = (1, 2, 4, 8)
     low_margin: float = 0.1
     certified_width: int = 4
     depth: int = 4
+    extra: Sequence[ValidationMetric] = ()
 
     def __post_init__(self) -> None:
         if self.depth < 1 or min(self.widths, default=0) < 1 or self.certified_width < 1:
             raise ValueError("validation: depth, widths and certified_width count tokens; give 1 or more")
+        names = [getattr(metric, "name", "") for metric in self.extra]
+        for place, name in enumerate(names):
+            if not re.fullmatch(r"[\w@.-]+", name):
+                raise ValueError(
+                    f"validation.extra: {type(self.extra[place]).__name__} has the name {name!r}; set `name` "
+                    "to what it is logged as, of letters, digits and _@.-"
+                )
+            if _BUILT_IN.fullmatch(name) or name in names[:place]:
+                raise ValueError(f"validation.extra: the name {name!r} is taken; give another one")
 
 
 class ValidationSums:
@@ -48,6 +67,8 @@ class ValidationSums:
         self.settings = settings
         widths = (f"covered@{m}" for m in settings.widths)
         self.names = ("steps", *widths, "low", "low_covered", "certified", "kl", "tokens", "rounds")
+        for metric in settings.extra:
+            self.names += (f"sum {metric.name}", f"count {metric.name}")
         # float64 counts to 2^53; MPS has no float64
         dtype = torch.float32 if torch.device(device).type == "mps" else torch.float64
         self.sums = torch.zeros(len(self.names), dtype=dtype, device=device)
@@ -55,16 +76,14 @@ class ValidationSums:
     def add_steps(
         self,
         logits: Float[Tensor, "N V"],
-        head: Head,
-        logp: Float[Tensor, "N V"] | None = None,
+        target: TargetBatch,
         vocabulary: DraftVocabulary | None = None,
     ) -> Bool[Tensor, " N"]:
         """Add some token positions.
 
         Args:
             logits: the drafter's, fp32.
-            head: the target's top-k probabilities there.
-            logp: the target's full log-probabilities; without them KL is that of head and one bucket.
+            target: the target's distributions there; without the full one KL is that of head and one bucket.
             vocabulary: the drafter's; KL is then to the target renormalised over it, since to the target
                 itself it is infinite. Everything else is of the whole vocabulary.
 
@@ -72,8 +91,9 @@ class ValidationSums:
             Whether the target's greedy token is the drafter's first choice; a tie is a miss.
 
         Raises:
-            ValueError: the drafter's logits hold NaN.
+            ValueError: the drafter's logits hold NaN, or an extra metric has not one value a position.
         """
+        head, logp = target.head, target.logp
         m, logq = self.settings.certified_width, logits.log_softmax(-1)
         if bool(torch.isnan(logq).any()):
             raise ValueError("the drafter's logits hold NaN: training has diverged; lower the learning rate")
@@ -93,6 +113,8 @@ class ValidationSums:
             "certified": coarse < radius,
             "kl": kl,
         }
+        for metric in self.settings.extra:
+            values |= _summands(metric, logits, target)
         for name, value in values.items():
             self.sums[self.names.index(name)] += value.sum()
         return rank == 1
@@ -126,7 +148,8 @@ class ValidationSums:
 
         Returns:
             `coverage@m`, `low_margin_coverage@m` and `certified@m` in [0, 1], `kl_nats` (of the head and one
-            bucket when the target is a trace), `tau_expected` ≥ 1. Empty when no step was added.
+            bucket when the target is a trace), `tau_expected` ≥ 1, and the extra metrics. Empty when no
+            step was added.
         """
         sums = dict(zip(self.names, total(self.sums).tolist(), strict=True))
         if not sums["steps"]:
@@ -138,7 +161,24 @@ class ValidationSums:
         values[f"certified@{m}"] = sums["certified"] / steps
         values["kl_nats"] = sums["kl"] / steps
         values["tau_expected"] = sums["tokens"] / max(sums["rounds"], 1)
+        for metric in self.settings.extra:
+            if sums[f"count {metric.name}"]:
+                values[metric.name] = sums[f"sum {metric.name}"] / sums[f"count {metric.name}"]
         return values
+
+
+def _summands(metric: ValidationMetric, logits: Tensor, target: TargetBatch) -> dict[str, Tensor]:
+    """The values of a metric of the user's, and which positions have one."""
+    found = metric(logits, target)
+    if found.shape != logits.shape[:1]:
+        raise ValueError(
+            f"validation metric {metric.name} ({type(metric).__name__}) returned "
+            f"shape {list(found.shape)} for {len(logits)} token positions; return one value for each, "
+            "and NaN for those that do not count"
+        )
+    found = found.double() if found.device.type != "mps" else found.float()
+    known = ~found.isnan()
+    return {f"sum {metric.name}": found.nan_to_num(nan=0.0), f"count {metric.name}": known}
 
 
 def chain_rounds(hits: NDArray[np.bool_], depth: int) -> int:

@@ -250,7 +250,7 @@ def write_docs(summary: dict[str, Any], page: Path) -> None:
 
 def figure(summary: dict[str, Any], path: Path) -> None:
     """Misses and best-first τ of every loss against hard cross-entropy, with intervals."""
-    from certdraft.evaluation.report.plots import MARKERS, OKABE_ITO, canvas
+    from certdraft.evaluation.report.figure_style import MARKERS, SERIES, canvas
 
     groups = {name: group for name, group in summary["groups"].items() if "ce" in group["losses"]}
     losses = [x for x in LOSSES if x != "ce" and any(x in g["losses"] for g in groups.values())]
@@ -261,7 +261,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         ("tau best-first-32", "τ of best-first trees, 32 nodes, against CE (%)\nmore is better →"),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with canvas(path, 1, 2, (9.0, 1.2 + 0.42 * len(losses)), sharey=True) as axes:
+    with canvas(path, 1, 2, (9.0, 1.2 + 0.42 * len(losses)), vector=False, sharey=True) as axes:
         for ax, (metric, label) in zip(axes[0], panels, strict=True):
             ax.axvline(0, color="#000000", lw=1)
             for i, (name, group) in enumerate(groups.items()):
@@ -277,7 +277,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
                     [100 * (f["high"] - f["value"]) for _, f in found],
                 ]
                 ax.errorbar(
-                    value, y, xerr=spread, fmt=MARKERS[i], ms=4.5, lw=1.2, color=OKABE_ITO[i], label=name
+                    value, y, xerr=spread, fmt=MARKERS[i], ms=4.5, lw=1.2, color=SERIES[i], label=name
                 )
             ax.set(xlabel=label, yticks=range(len(losses)), yticklabels=losses)
         axes[0, 0].invert_yaxis()

@@ -174,6 +174,11 @@ class BlockDrafter(FeatureDrafter):
         """See `FeatureDrafter.first_drafts`; every token is an anchor, at the cost of B causal passes."""
         return self._everywhere(ids, positions, documents, features, 1)[:, :, 0]
 
+    def passes(self, seq_len: int) -> tuple[float, float]:
+        """See `Drafter.passes`: blocks at the anchors, as many tokens in short ones as in full ones."""
+        share = min(self.num_anchors, seq_len) * self.config.block_size / seq_len
+        return share, share
+
     def paths(
         self,
         input_ids: Int[Tensor, "R T"],

@@ -218,6 +218,10 @@ class EagleDrafter(FeatureDrafter):
         (first,), _ = self._rollouts(ids, positions, documents, features, 1)
         return first
 
+    def passes(self, seq_len: int) -> tuple[float, float]:
+        """See `Drafter.passes`: once for every draft step that is unrolled."""
+        return self.short_until + (1 - self.short_until) * self.unroll, self.unroll
+
     def paths(
         self,
         input_ids: Int[Tensor, "R T"],

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from certdraft.evaluation.evaluate import SCHEMA, EvaluationReport
+from certdraft.evaluation.report.figure_style import canvas, marks
 from certdraft.evaluation.report.page import (
     Figure,
     Page,
@@ -32,9 +33,13 @@ from certdraft.evaluation.report.page import (
     write_json,
     write_page,
 )
-from certdraft.evaluation.report.plots import canvas, marks
 from certdraft.evaluation.report.provenance import provenance
 
+_CURVES = {  # what is drawn, and its axis
+    "val/tau_expected": "expected acceptance length τ (tokens per target pass)",
+    "val/coverage@4": "share of token positions",
+    "val/low_margin_coverage@4": "share of low-margin token positions",
+}
 _KINDS = _RUN, _REPORT = "metrics.csv", "report.json"
 _TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
 # Settings that say where a run lies, not what it is.
@@ -233,7 +238,7 @@ def training_section(trained: Sequence[Run], folder: Path) -> Section:
             value, step = run.best(metric) if metric in run.curves else (None, 0)
             cells.append("–" if value is None else f"{number(value, 4)} @ {step:,}")
         rows.append([metric.removeprefix("val/"), *cells])
-    shown = [m for m in ("val/tau_expected", "val/coverage@4", "val/low_margin_coverage@4") if m in metrics]
+    shown = [metric for metric in _CURVES if metric in metrics]
     path = _draw_curves(folder / "training.png", shown, trained)
     figure = Figure(
         path, "Validation along training.", "Validation metrics against optimiser steps", wide=True
@@ -295,8 +300,9 @@ def _draw_curves(path: Path, metrics: Sequence[str], trained: Sequence[Run]) -> 
         for ax, metric in zip(axes[0], metrics, strict=True):
             for number_, run in enumerate(r for r in trained if metric in r.curves):
                 ax.plot(*run.curves[metric], **marks(number_), label=run.label)
-            ax.set(title=metric.removeprefix("val/"), xlabel="optimiser steps")
+            ax.set(title=metric.removeprefix("val/"), xlabel="optimiser steps", ylabel=_CURVES[metric])
             ax.set_xlim(left=0)
+            ax.set_ylim(bottom=0)
         axes[0, 0].legend(loc="lower right")
     return path
 
@@ -315,7 +321,8 @@ def _draw_taus(path: Path, taus: Sequence[str], drafters: Mapping[str, Mapping[s
                     ax.plot(found["value"], place, **style)
             ax.plot([], [], **style, ls="-", label=name)
         ax.set_yticks(range(len(taus)), [quantity.removeprefix("τ ") for quantity in taus])
-        ax.set(xlabel="acceptance length τ, tokens per target pass")
+        ax.set(xlabel="acceptance length τ (tokens per target pass)")
+        ax.set_xlim(left=0)
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18 if height > 3 else -0.3))

@@ -201,9 +201,9 @@ def _figures(data: Data, out: Path) -> dict[str, Figure]:
     if rows := expected_rows(data):
         add(
             "expected", "promises.png", plots.expected_accepted, rows,
-            "Rounds in groups of equal size by what their tree expected; bars: 95 % of the mean. On the "
-            "diagonal a tree's expected length can be trusted.",
-            "Accepted against expected draft tokens", wide=False,
+            "Rounds in groups of equal size by what their tree expected; bars: 95 % of the mean; square-root "
+            "axes. On the diagonal a tree's expected length can be trusted.",
+            "Accepted against expected draft tokens",
         )  # fmt: skip
     if data["bench"]:
         add(

@@ -1,68 +1,30 @@
 """The figures of `certify` and `evaluate`, each drawn from the numbers in certify.json or report.json.
 
-Every function writes the PNG `path` and returns it; its other arguments are entries of the JSON. Colours are
-Okabe–Ito's for categories and a cut cividis for an ordered parameter, readable with colour blindness and in
-grey. matplotlib is imported inside, on the Agg canvas: no display is needed.
+Every function writes the PNG `path`, an SVG and a PDF beside it, and returns `path`; its other arguments are
+entries of the JSON. Shares of token positions begin at 0: no axis makes a small difference look large.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
-MARKERS = "osD^vPX*"
-_STYLE: dict[Any, Any] = {
-    "figure.dpi": 100,
-    "savefig.dpi": 170,
-    "figure.constrained_layout.use": True,
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "hatch.linewidth": 0.6,
-}
+import numpy as np
 
-
-@contextmanager
-def canvas(
-    path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.9), **grid: Any
-) -> Iterator[Any]:
-    """Yield the axes [rows, columns] of a figure in the house style; save it to `path` on leaving."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size)
-        FigureCanvasAgg(figure)
-        yield figure.subplots(rows, columns, squeeze=False, **grid)
-        figure.savefig(path, metadata={"Software": None})
-
-
-def _ordered(count: int) -> list[Any]:
-    """`count` colours from dark to light for an ordered parameter."""
-    from matplotlib import colormaps
-
-    return [colormaps["cividis"](0.02 + 0.83 * i / max(count - 1, 1)) for i in range(count)]
-
-
-def marks(index: int) -> dict[str, Any]:
-    """Return colour and marker of the series number `index`."""
-    return {"color": OKABE_ITO[index % 8], "marker": MARKERS[index % 8], "ms": 5}
+from certdraft.evaluation.report.figure_style import (
+    CAUSES,
+    CERTIFIED,
+    LINES,
+    REALISED,
+    SERIES,
+    TARGET,
+    TIMES,
+    canvas,
+    marks,
+    shades,
+)
 
 
 def error_sides(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
@@ -105,16 +67,16 @@ def _stacked_bars(
 def greedy_mass(path: Path, p0: Mapping[str, Any], margin: Mapping[str, Any]) -> Path:
     """Histograms of the greedy token's probability p(x0) and of the margin p(x0) − p(x1)."""
     with canvas(path, 1, 2, (7.6, 3.2), sharey=True) as axes:
-        for ax, data, colour, label in (
-            (axes[0, 0], p0, OKABE_ITO[0], "probability of the greedy token  p(x₀)"),
-            (axes[0, 1], margin, OKABE_ITO[2], "margin  p(x₀) − p(x₁)"),
+        for ax, data, label in (
+            (axes[0, 0], p0, "probability of the greedy token  p(x₀)"),
+            (axes[0, 1], margin, "margin  p(x₀) − p(x₁)"),
         ):
             edges, share = data["edges"], [100 * f for f in data["fraction"]]
             ax.bar(
-                edges[:-1], share, width=edges[1] - edges[0], align="edge", color=colour, ec="white", lw=0.4
+                edges[:-1], share, width=edges[1] - edges[0], align="edge", color=TARGET, ec="white", lw=0.4
             )
             ax.set(xlabel=label, xlim=(0, 1))
-        axes[0, 0].set_ylabel("steps (%)")
+        axes[0, 0].set_ylabel("token positions (%)")
     return path
 
 
@@ -135,7 +97,7 @@ def survival(
         ordered: the curves are one family with an ordered parameter (else categories).
         ceilings: (nats, label) of universal ceilings, drawn as vertical lines.
     """
-    colours = _ordered(len(curves)) if ordered else OKABE_ITO
+    colours = shades(len(curves)) if ordered else SERIES
     with canvas(path) as axes:
         ax = axes[0, 0]
         for i, (label, budgets, fraction) in enumerate(curves):
@@ -144,7 +106,7 @@ def survival(
                 [100 * f for f in fraction],
                 color=colours[i % len(colours)],
                 label=label,
-                ls=("-", "--", "-.", ":")[i % 4] if not ordered else "-",
+                ls=LINES[i % 4] if not ordered else "-",
             )
         for x, name in ceilings:
             ax.axvline(x, color="#555555", lw=0.9, ls=(0, (2, 2)))
@@ -156,7 +118,7 @@ def survival(
             xlim=(0, right),
             ylim=(0, 103),
             xlabel="KL budget ε (nats)",
-            ylabel="steps with certificate > ε (%)",
+            ylabel="token positions with certificate > ε (%)",
         )
         ax.set_title(title)
         if len(curves) > 1:
@@ -175,10 +137,8 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
             realised = [100 * (v or 0) for v in panel["realised"]]
             ends = ([100 * (v or 0) for v in panel[end]] for end in ("low", "high"))
             error = error_sides(realised, *ends)
-            ax.bar(x, realised, 0.76, color="#a9d6f0", label="realised")
-            ax.bar(
-                x, [100 * (v or 0) for v in panel["certified"]], 0.42, color=OKABE_ITO[0], label="certified"
-            )
+            ax.bar(x, realised, 0.76, color=REALISED, label="realised")
+            ax.bar(x, [100 * (v or 0) for v in panel["certified"]], 0.42, color=CERTIFIED, label="certified")
             ax.errorbar(
                 [i + 0.3 for i in x], realised, error, fmt="none", elinewidth=1, capsize=2, ecolor="#333333"
             )
@@ -190,9 +150,9 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
             ax.grid(axis="x", visible=False)
             ax.set_title(panel["title"])
         for ax in axes[:, 0]:
-            ax.set_ylabel("steps (%)")
+            ax.set_ylabel("token positions (%)")
         for ax in axes[-1]:
-            ax.set_xlabel("margin p(x₀) − p(x₁), and share of all steps")
+            ax.set_xlabel("margin p(x₀) − p(x₁), and share of all token positions")
         for ax in flat[len(panels) :]:
             ax.axis("off")
         flat[0].legend(
@@ -209,8 +169,8 @@ def certified_realised(path: Path, panels: Sequence[Mapping[str, Any]]) -> Path:
 
 
 def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) -> Path:
-    """Coverage of the greedy token by the drafter's top-m, over all steps and over low-margin steps."""
-    panels = (("all", "all steps"), ("low_margin", "low-margin steps (margin < 0.1)"))
+    """Coverage of the greedy token by the drafter's top-m, over all and over low-margin positions."""
+    panels = (("all", "all token positions"), ("low_margin", "low-margin positions (margin < 0.1)"))
     with canvas(path, 1, 2, (8.4, 3.5)) as axes:
         widths = [row["m"] for row in next(iter(drafters.values()))]
         for ax, (key, title) in zip(axes[0], panels, strict=True):
@@ -221,8 +181,8 @@ def coverage(path: Path, drafters: Mapping[str, Sequence[Mapping[str, Any]]]) ->
                 error = error_sides(y, low, high)
                 ax.errorbar(x, y, error, **marks(i), capsize=2.5, elinewidth=1, label=name)
             ax.set_xticks(range(len(widths)), [str(m) for m in widths])
-            ax.set(xlabel="m (drafter's most probable tokens)", title=title)
-        axes[0, 0].set_ylabel("greedy token covered (%)")
+            ax.set(xlabel="m (drafter's most probable tokens)", title=title, ylim=(0, 102))
+        axes[0, 0].set_ylabel("coverage@m (% of positions)")
         axes[0, 0].legend(loc="lower right")
     return path
 
@@ -241,7 +201,7 @@ def acceptance_lengths(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
                 y,
                 tau["value"],
                 thick * 0.88,
-                color=OKABE_ITO[d % 8],
+                color=SERIES[d % len(SERIES)],
                 label=row["drafter"] if b == builders.index(rows[0]["builder"]) else None,
                 xerr=[[tau["value"] - tau["low"]], [tau["high"] - tau["value"]]],
                 error_kw={"elinewidth": 1.1, "capsize": 2.5, "ecolor": "#222222"},
@@ -302,70 +262,75 @@ def calibration(path: Path, drafters: Mapping[str, Mapping[str, Any]]) -> Path:
             )
             total = max(sum(data["steps"]), 1)
             share = [100 * n / total for n in data["steps"]]
-            bottom.stairs(share, [100 * e for e in data["edges"]], color=OKABE_ITO[i % 8], lw=1.5)
+            bottom.stairs(share, [100 * e for e in data["edges"]], color=SERIES[i % len(SERIES)], lw=1.5)
         top.set(ylabel="it was the target's greedy token (%)", ylim=(0, 102), xlim=(0, 100))
         top.legend(loc="upper left")
-        bottom.set(xlabel="drafter's probability of its own first choice (%)", ylabel="steps (%)")
+        bottom.set(xlabel="drafter's probability of its own first choice (%)", ylabel="token positions (%)")
     return path
 
 
 def rejection_causes(path: Path, rows: Sequence[Mapping[str, Any]], top_m: int) -> Path:
-    """Rejections by cause, one stacked bar a tree: the share of all steps or rounds (`row["of"]`)."""
+    """Rejections by cause, one stacked bar a tree: the share of all positions or rounds (`row["of"]`)."""
     causes = (
-        ("not_in_top_m", f"not in the drafter's top-{top_m}", OKABE_ITO[5]),
-        ("not_in_tree", f"in top-{top_m}, not in the tree", OKABE_ITO[1]),
-        ("numerical_tie", "numerical tie of the target", OKABE_ITO[6]),
+        ("not_in_top_m", f"not in the drafter's top-{top_m}", CAUSES[0]),
+        ("not_in_tree", f"in top-{top_m}, not in the tree", CAUSES[1]),
+        ("numerical_tie", "numerical tie of the target", CAUSES[2]),
     )
     parts = [
         (label, colour, [100 * row[key] / max(row["of"], 1) for row in rows]) for key, label, colour in causes
     ]
-    xlabel = "rejected, of all steps (first choices) or rounds (trees)  (%)"
+    xlabel = "rejected, of all token positions (first choices) or rounds (trees) (%)"
     return _stacked_bars(path, [row["label"] for row in rows], parts, True, xlabel=xlabel)
 
 
 def expected_accepted(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Accepted against expected draft tokens of a round: a colour per drafter, a marker per tree.
+    """Accepted against expected draft tokens of a round: a panel per tree, a colour per drafter.
 
+    Both axes are drawn by their square roots: most rounds expect little, and would lie on each other near 0.
     `rows` hold "drafter", "builder" and "bins", a list of {"expected", "accepted", "error"}.
     """
     drafters = list(dict.fromkeys(row["drafter"] for row in rows))
     builders = list(dict.fromkeys(row["builder"] for row in rows))
-    with canvas(path, size=(6.4, 4.2 + 0.1 * len(rows))) as axes:
-        ax = axes[0, 0]
-        for row in rows:
-            d, b = drafters.index(row["drafter"]), builders.index(row["builder"])
-            name = row["builder"] if len(drafters) == 1 else f"{row['drafter']}, {row['builder']}"
-            ax.errorbar(
-                [part["expected"] for part in row["bins"]],
-                [part["accepted"] for part in row["bins"]],
-                [1.96 * part["error"] for part in row["bins"]],
-                color=OKABE_ITO[(b if len(drafters) == 1 else d) % 8],
-                marker=MARKERS[b % 8],
-                ls=("-", "--", "-.", ":")[b % 4],
-                ms=5,
-                capsize=2.5,
-                elinewidth=1,
-                label=name,
-            )
-        top = 1.05 * max(max(p["expected"], p["accepted"]) for row in rows for p in row["bins"])
-        ax.plot([0, top], [0, top], color="#555555", lw=0.9, ls=(0, (2, 2)))
-        ax.set(
-            xlim=(0, top),
-            ylim=(0, None),
-            xlabel="expected accepted draft tokens (drafter's own probabilities)",
-        )
-        ax.set_ylabel("accepted draft tokens of a round")
-        ax.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=2, handlelength=2.4)
+    columns = min(len(builders), 3)
+    lines = -(-len(builders) // columns)
+    top = 1.05 * max(p["accepted"] + 1.96 * p["error"] for row in rows for p in row["bins"])
+    top = max(top, 1.05 * max(p["expected"] for row in rows for p in row["bins"]))
+    ticks = [t for t in (0, 0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16) if t <= top]
+    root = {"functions": (lambda x: np.sqrt(np.maximum(x, 0.0)), np.square)}
+    size = (0.9 + 3.0 * columns, 0.9 + 3.0 * lines)
+    with canvas(path, lines, columns, size, sharex=True, sharey=True) as axes:
+        flat = list(axes.flat)
+        for ax, builder in zip(flat, builders, strict=False):
+            ax.plot([0, top], [0, top], color="#555555", lw=0.9, ls=(0, (2, 2)))
+            for row in (row for row in rows if row["builder"] == builder):
+                x, y = ([part[key] for part in row["bins"]] for key in ("expected", "accepted"))
+                error = [1.96 * part["error"] for part in row["bins"]]
+                sides = [[min(e, v) for e, v in zip(error, y, strict=True)], error]
+                style = marks(drafters.index(row["drafter"]))
+                ax.errorbar(x, y, sides, **style, lw=1.2, capsize=2.5, elinewidth=1, label=row["drafter"])
+            ax.set_xscale("function", **root)
+            ax.set_yscale("function", **root)
+            ax.set(xlim=(0, top), ylim=(0, top), title=builder)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
+        for ax in flat[len(builders) :]:
+            ax.axis("off")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("accepted draft tokens of a round")
+        for ax in flat[max(0, len(builders) - columns) : len(builders)]:
+            ax.set_xlabel("expected draft tokens of a round")
+        if len(drafters) > 1:
+            flat[0].legend(loc="upper left")
     return path
 
 
 def time_split(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Milliseconds a token by part ("prefill", "draft", "verify", "host" of a row), plain decoding first."""
     parts = (
-        ("prefill", "prefill", OKABE_ITO[6]),
-        ("draft", "drafter", OKABE_ITO[1]),
-        ("verify", "target and verdict", OKABE_ITO[0]),
-        ("host", "everything else", OKABE_ITO[2]),
+        ("prefill", "prefill", TIMES[0]),
+        ("draft", "drafter", TIMES[1]),
+        ("verify", "target and verdict", TIMES[2]),
+        ("host", "everything else", TIMES[3]),
     )
     widths = [(label, colour, [row[key] for row in rows]) for key, label, colour in parts]
     return _stacked_bars(path, [row["label"] for row in rows], widths, False, xlabel="milliseconds per token")

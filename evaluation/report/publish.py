@@ -1,4 +1,4 @@
-"""Reports as W&B runs: tables, figures, the page itself, and what was measured with which files.
+"""Reports as W&B runs: tables, figures, the page, and what was measured with which files; exports on the hub.
 
 Nothing is sent unless this is called, and WANDB_MODE=offline keeps everything on the disk.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from certdraft.evaluation.report.provenance import read_parts
+from certdraft.evaluation.report.publish_hub import publish_to_hub
 
 _KINDS = {"report.json": "evaluation", "certify.json": "certificates", "compare.json": "comparison"}
 Rows = tuple[Sequence[str], list[list[Any]]]
@@ -84,22 +85,33 @@ def publish(
     export: str | None = None,
     run: str | None = None,
     name: str | None = None,
+    hub: str | None = None,
+    private: bool = True,
 ) -> None:
-    """Send a report to W&B: its tables and figures, the page, and the drafter with what it was made from.
+    """Send a report to W&B, or an exported drafter to the Hugging Face hub.
 
-    With WANDB_MODE=offline, or without an account, nothing leaves the machine: `wandb sync` sends it later.
+    To W&B go the report's tables and figures, the page, and the drafter with what it was made from. With
+    WANDB_MODE=offline, or without an account, nothing leaves the machine: `wandb sync` sends it later. With
+    `hub` the drafter's folder is uploaded, model card included, and W&B is not asked.
 
     Args:
-        folder: folder of a report that `certdraft evaluate`, `certify` or `compare` wrote.
+        folder: folder of a report that `certdraft evaluate`, `certify` or `compare` wrote; with `hub` that of
+            an exported drafter.
         project: W&B project.
         export: folder of the exported drafter; becomes an artifact of type "model".
         run: folder of the training run it came from: its settings become the W&B run's, its traces are named
             in the artifact's lineage.
         name: of the W&B run; the folder's name when not given.
+        hub: repository "USER/NAME" of the hub that the drafter is uploaded to.
+        private: whether a repository that does not exist yet is made a private one.
 
     Raises:
         FileNotFoundError: no report in `folder`, no export, no run.
+        ValueError: the hub cannot be reached or refuses, or the export is one that engines read wrongly.
     """
+    if hub is not None:
+        publish_to_hub(Path(export or folder), hub, private)
+        return
     import wandb
 
     place = Path(folder)

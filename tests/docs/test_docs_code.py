@@ -37,6 +37,7 @@ FOREIGN = {
     "git",
     "export",
     "curl",
+    "docker",
     "uv",
     "source",
     "llama-server",

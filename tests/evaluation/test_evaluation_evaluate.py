@@ -199,6 +199,8 @@ def test_the_page_is_self_contained_and_shows_the_numbers(report: EvaluationRepo
     tau = report.data["drafters"]["perfect"]["lengths"]["chain(depth=3)"]["tau"]
     assert f"{tau['value']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}]" in text
     assert "not lossless" not in text
+    for kind in ("svg", "pdf"):
+        assert {p.stem for p in tmp_path.glob(f"*.{kind}")} == {p.stem for p in tmp_path.glob("*.png")}
     assert {p.name for p in tmp_path.glob("*.png")} == {
         "acceptance-length.png", "certified-realised.png", "coverage.png", "depth.png", "calibration.png",
         "promises.png", "time.png"

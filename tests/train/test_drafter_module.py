@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from certdraft.certificates import Head
 from certdraft.data import TraceDataModule, load_target, open_trace
 from certdraft.drafters import CausalDrafter
+from certdraft.losses import TargetBatch
 from certdraft.train import DrafterModule, OptimizerSettings, ValidationSettings
 from certdraft.train.commands.cli import main
 from certdraft.train.runs.run_callbacks import step_seed
@@ -125,13 +126,13 @@ def test_sums_add_up_over_batches() -> None:
 def test_a_tie_is_a_miss_and_nan_is_an_error() -> None:
     head = Head.from_probs(torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]]), 5)
     sums = ValidationSums(ValidationSettings(widths=(1, 4, 5), certified_width=2))
-    assert not sums.add_steps(torch.zeros(1, 5), head).item()
-    assert sums.add_steps(torch.tensor([[1.0, 0, 0, 0, 0]]), head).item()
+    assert not sums.add_steps(torch.zeros(1, 5), TargetBatch(head)).item()
+    assert sums.add_steps(torch.tensor([[1.0, 0, 0, 0, 0]]), TargetBatch(head)).item()
     found = sums.metrics()
     assert [found[f"coverage@{m}"] for m in (1, 4, 5)] == [0.5, 0.5, 1.0]
     assert found["certified@2"] <= 0.5
     with pytest.raises(ValueError, match="diverged"):
-        sums.add_steps(torch.tensor([[1.0, float("nan"), 0, 0, 0]]), head)
+        sums.add_steps(torch.tensor([[1.0, float("nan"), 0, 0, 0]]), TargetBatch(head))
 
 
 def test_online_target_and_trace_give_the_same_loss(tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,30 @@ def test_the_files_are_what_the_script_writes() -> None:
     subprocess.run(command, check=True, cwd=ROOT)
 
 
+@pytest.mark.parametrize("family", ["causal", "causal-lora", "eagle3", "dflash"])
+def test_headers_are_written_from_the_plan(family: str, script: ModuleType) -> None:
+    recipe = script.Recipe("8B", family)
+    assert script.text(recipe) == recipe.path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b-eagle3", "qwen3-32b-dflash"])
+def test_the_command_in_a_header_prints_its_numbers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "configs" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    command = re.search(r"^# +certdraft (plan .+)$", text, re.M)
+    header = re.search(
+        r"recording .*: (\d+) GB, ([\d.]+) hours(?s:.*)training .*: (\d+) GB.*, ([\d.]+) hours", text
+    )
+    assert command is not None
+    assert header is not None
+    main(command[1].split())
+    told = capsys.readouterr().out
+    memory = re.findall(r"([\d.]+) GB +a device", told)
+    hours = re.findall(r"time +([\d.]+) h", told)
+    assert [f"{float(memory[0]):.0f}", hours[0]] == [header[1], header[2]]
+    assert [f"{float(memory[1]):.0f}", hours[1]] == [header[3], header[4]]
+    assert "DOES NOT FIT" not in told
+
+
 @pytest.mark.parametrize("size", ["0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B"])
 def test_its_drafter_fits_a_shrunken_target(size: str, script: ModuleType) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,7 +124,8 @@ def test_its_drafter_fits_a_shrunken_target(size: str, script: ModuleType) -> No
 
 def test_parameters_are_those_of_the_real_sizes(script: ModuleType) -> None:
     """DFlash for Qwen3-8B, counted by hand: five layers, the fusion of five features, three norms."""
-    _, trained = script.drafter_sizes(script.Recipe("8B", "dflash"))
+    _, found = script.planned(script.body(script.Recipe("8B", "dflash")))
+    trained = found.drafter.trained
     attention = 4096 * (32 + 8 + 8) * 128 + 32 * 128 * 4096 + 2 * 128
     layer = attention + 3 * 4096 * 12288 + 2 * 4096
     assert trained == 5 * layer + 5 * 4096 * 4096 + 2 * 4096

@@ -31,7 +31,8 @@ class Command:
     Attributes:
         target: "module:function" to import when it is called.
         summary: one line of help.
-        argument: option that a path directly after the command belongs to; with "*" it takes a list.
+        argument: option that a path directly after the command belongs to; with "*" it takes a list, with "@"
+            names for paths.
         configs: options that take a config by its name, besides --config.
         runs: options that take a run folder, or `latest`.
     """
@@ -63,7 +64,9 @@ COMMANDS = {
         configs=("run",),
     ),
     "prompts": Command("certdraft.data:write_prompts", "prompts that an instruct model writes itself"),
-    "trace": Command("certdraft.data:record_trace", "record a target's outputs along its greedy text"),
+    "trace": Command(
+        "certdraft.data:record_trace", "record a target's outputs along its greedy text", "out_dir"
+    ),
     "certify": Command(
         "certdraft.evaluation:run_certify", "how hard a target is to draft for, from a trace", "trace"
     ),
@@ -88,13 +91,15 @@ COMMANDS = {
     "profile": Command(
         "certdraft.evaluation:run_profile", "cost of drafting and verifying on this machine", "drafter"
     ),
-    "evaluate": Command("certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed"),
+    "evaluate": Command(
+        "certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed", "drafters@"
+    ),
     "arbitrate": Command("certdraft.arbitration:run_arbitrate", "a learned policy that settles mismatches"),
     "compare": Command(
         f"{_REPORT}.compare:compare", "runs and reports side by side on one page", "runs*", runs=("runs",)
     ),
     "publish": Command(
-        f"{_REPORT}.publish:publish", "a report and an export as a W&B run", "folder", runs=("run",)
+        f"{_REPORT}.publish:publish", "a report as a W&B run, a drafter to the hub", "folder", runs=("run",)
     ),
     "completion": Command(f"{_HERE}.parsing.completion:completion", "completion script of a shell", "shell"),
 }

@@ -25,9 +25,11 @@ from certdraft.train.compiling import CompileLayers as CompileLayers
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.runs import run_folder
 from certdraft.train.runs.checkpoint_file import WholeCheckpointIO, first_whole
+from certdraft.train.runs.loggers import Speed, name_loggers
 from certdraft.train.runs.metrics_csv import RunMetrics
 from certdraft.train.runs.progress_bar import RunProgress
 from certdraft.train.runs.run_callbacks import GracefulStop, Provenance, RunCheckpoint, RunFolder, StepRNG
+from certdraft.train.runs.trackio_logger import TrackioLogger as TrackioLogger
 from certdraft.train.target_module import TargetModule as TargetModule
 
 _DEFAULT_CLASS = {"model": DrafterModule, "data": certdraft.data.TraceDataModule}
@@ -79,7 +81,7 @@ class CertdraftCLI(LightningCLI):
             run_folder.pass_on(self.folder)
             if settings.trainer.default_root_dir is None:
                 settings.trainer.default_root_dir = str(self.folder)
-            _point_wandb_at(settings.trainer.logger, self.folder)
+            name_loggers(settings.trainer.logger, self.folder)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         given = self._get(self.config_init, "trainer", default={})
@@ -88,7 +90,7 @@ class CertdraftCLI(LightningCLI):
         if given.get("enable_progress_bar") is not False:
             own.append(RunProgress())
         if self.subcommand == "fit":
-            own += [StepRNG(), GracefulStop(), Provenance(text)]
+            own += [StepRNG(), GracefulStop(), Provenance(text), Speed()]
         if self.folder is not None:
             own.append(RunFolder(self.folder, text, settings))
             named = [c for c in given.get("callbacks") or [] if isinstance(c, ModelCheckpoint)]
@@ -206,14 +208,6 @@ def _as_list(value: Any) -> list[Any]:
     if value is None or value is True or value is False:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _point_wandb_at(logger: Any, folder: Path) -> None:
-    """W&B writes into the run's folder unless the config says where."""
-    for entry in _as_list(logger):
-        if isinstance(entry, Namespace) and str(entry.get("class_path", "")).endswith("WandbLogger"):
-            if str(entry.init_args.get("save_dir", ".")) == ".":
-                entry.init_args.save_dir = str(folder)
 
 
 def _quieten() -> None:

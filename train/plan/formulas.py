@@ -109,7 +109,7 @@ def decode_step_s(sizes: ModelSizes, rows: int, length: float, device: Device, m
     read = 2 * sizes.parameters + cache_bytes(sizes, rows, int(length))
     return max(
         read / (device.bandwidth_gb_s * GB * 0.7),
-        2 * sizes.parameters * rows / (device.bf16_tflops * 1e12 * mfu),
+        2 * sizes.active * rows / (device.bf16_tflops * 1e12 * mfu),
     )
 
 
@@ -129,7 +129,7 @@ def record_batch_s(
     sizes: ModelSizes, rows: int, prompt: int, answer: int, device: Device, mfu: float, overhead_s: float
 ) -> float:
     """Prefill of a batch of prompts and its greedy answers."""
-    read = 2 * sizes.parameters * prompt * rows + attention_flop(sizes, prompt * rows, prompt)
+    read = 2 * sizes.active * prompt * rows + attention_flop(sizes, prompt * rows, prompt)
     each = decode_step_s(sizes, rows, prompt + answer / 2, device, mfu) + overhead_s
     return read / (device.bf16_tflops * 1e12 * mfu) + answer * each
 

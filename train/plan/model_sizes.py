@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -36,6 +36,9 @@ class ModelSizes:
         key_value: key-value heads × head size.
         intermediate: of the MLP.
         vocabulary: V, of the lm_head.
+        active: parameters that one token is multiplied with: of a mixture of experts those it is routed to.
+        passes: times a drafter's layers run over a token, on average over the training.
+        most_passes: the same in the steps with the most.
     """
 
     name: str
@@ -48,6 +51,9 @@ class ModelSizes:
     key_value: int
     intermediate: int
     vocabulary: int
+    active: int
+    passes: float = 1.0
+    most_passes: float = 1.0
 
     @property
     def body(self) -> int:
@@ -77,12 +83,13 @@ def sizes_of(model: str | dict[str, Any]) -> ModelSizes:
     return _measured(name, network, config, network.get_output_embeddings().weight)
 
 
-def drafter_sizes(settings: dict[str, Any], target: str) -> ModelSizes:
+def drafter_sizes(settings: dict[str, Any], target: str, seq_len: int = 4096) -> ModelSizes:
     """Count the network that `fit` builds from the `model.drafter` of a config, of any registered kind.
 
     Args:
         settings: `class_path` and `init_args`.
         target: as in `sizes_of`.
+        seq_len: tokens of a row, which `passes` may depend on.
 
     Raises:
         FileNotFoundError: the config of the target, or of a `pretrained` drafter, is not here.
@@ -102,7 +109,9 @@ def drafter_sizes(settings: dict[str, Any], target: str) -> ModelSizes:
     )
     drafter = kind.on_meta(source, read_config, **vars(parsed.drafter))
     head = getattr(drafter, "head_weight", None)
-    return _measured(settings["class_path"].rpartition(".")[2], drafter, drafter.network_config, head)
+    sizes = _measured(settings["class_path"].rpartition(".")[2], drafter, drafter.network_config, head)
+    passes, most = drafter.passes(seq_len)
+    return replace(sizes, passes=passes, most_passes=most)
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -141,11 +150,14 @@ def _measured(name: str, network: nn.Module, config: Any, head: Tensor | None) -
     own = {id(parameter): parameter for parameter in network.parameters()}
     ends = [part.weight for part in network.modules() if isinstance(part, nn.Embedding)]
     ends += [] if head is None else [head]
+    experts = sum(part.numel() for name, part in network.named_parameters() if ".experts." in name)
+    idle = 1 - size("num_experts_per_tok") / max(size("num_experts"), 1)
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     head_size = size("head_dim", hidden // max(heads, 1))
+    parameters = sum(parameter.numel() for parameter in own.values())
     return ModelSizes(
         name=name,
-        parameters=sum(parameter.numel() for parameter in own.values()),
+        parameters=parameters,
         trained=sum(parameter.numel() for parameter in own.values() if parameter.requires_grad),
         embedding=sum(own[end].numel() for end in {id(end) for end in ends} & own.keys()),
         layers=size("num_hidden_layers", 1),
@@ -154,6 +166,7 @@ def _measured(name: str, network: nn.Module, config: Any, head: Tensor | None) -
         key_value=size("num_key_value_heads", heads) * head_size,
         intermediate=size("intermediate_size"),
         vocabulary=0 if head is None else len(head),
+        active=parameters - round(experts * idle),
     )
 
 

@@ -107,10 +107,10 @@ def plan(
     init = chosen.get("init_args") or {}
     device = device or ("cpu" if trainer.get("accelerator") == "cpu" else "h100")
     sheet = measured_cpu(precision) if device == "cpu" else DEVICES[device]
-    of_target, sizes = sizes_of(target), drafter_sizes(chosen, target)
+    rows, seq_len = batch_size or int(data.get("batch_size", 8)), int(data.get("seq_len", 512))
+    of_target, sizes = sizes_of(target), drafter_sizes(chosen, target, seq_len)
     nodes, devices = nodes or int(trainer.get("num_nodes", 1)), devices or _count(trainer.get("devices", 1))
     world, link = nodes * devices, link_gb_s or (25.0 if nodes > 1 else 300.0)
-    rows, seq_len = batch_size or int(data.get("batch_size", 8)), int(data.get("seq_len", 512))
     recompute = bool(init.get("gradient_checkpointing")) if checkpointing is None else checkpointing
     shards = world if (("ModelParallel" in str(trainer.get("strategy"))) if fsdp2 is None else fsdp2) else 1
     kept = int(record.get("num_kept", 32))
@@ -127,19 +127,19 @@ def plan(
         )
         / shards
         + (2 * 4 * (sizes.embedding + sizes.body / sizes.layers) if shards > 1 else 0.0),
-        "activations": formulas.activation_bytes(sizes, tokens, recompute),
+        "activations": formulas.activation_bytes(sizes, int(sizes.most_passes * tokens), recompute),
         "loss": formulas.loss_bytes(
             sizes,
             int(model.get("chunk_tokens") or auto_chunk_tokens(sizes.vocabulary, sheet.kind)),
-            int(learned),
+            int(sizes.most_passes * learned),
         ),
         "batch and masks": formulas.batch_bytes(tokens, kept, features) + formulas.mask_bytes(rows, seq_len),
         sheet.overhead: sheet.overhead_gb * GB,
     }
-    flop = formulas.step_flop(sizes, tokens, learned, seq_len, sizes.trained, recompute)
+    flop = formulas.step_flop(sizes, tokens, learned, seq_len, sizes.trained, recompute) * sizes.passes
     if beside:
         memory["target beside the drafter"] = 2.0 * of_target.parameters + 12 * tokens * of_target.hidden
-        flop += 2 * of_target.parameters * tokens
+        flop += 2 * of_target.active * tokens
     compute = flop / (sheet.bf16_tflops * 1e12 * mfu)
     reduce = formulas.all_reduce_s(sizes.trained, world, link) if world > 1 else 0.0
     accumulate = int(trainer.get("accumulate_grad_batches", 1))

@@ -192,6 +192,29 @@ def test_every_shipped_config_has_a_plan(path: Path, capsys: pytest.CaptureFixtu
     assert found.train_hours > 0
 
 
+def test_a_mixture_of_experts_computes_with_few_of_its_parameters() -> None:
+    found = sizes_of("Qwen/Qwen3-30B-A3B")
+    assert found.parameters == pytest.approx(30.5e9, rel=0.01)
+    assert found.active == pytest.approx(3.3e9, rel=0.03)
+    dense = sizes_of("Qwen/Qwen3-8B")
+    assert dense.active == dense.parameters
+
+
+def test_how_often_a_drafter_reads_a_token() -> None:
+    """EAGLE-3: each unrolled step, half of the training one alone; DFlash: blocks at the anchors."""
+
+    def passes(kind: str, seq_len: int, **init: object) -> tuple[float, float]:
+        found = drafter_sizes({"class_path": kind, "init_args": init}, "Qwen/Qwen3-8B", seq_len)
+        return found.passes, found.most_passes
+
+    assert passes("EagleDrafter", 4096, unroll=5) == (3.0, 5.0)
+    assert passes("EagleDrafter", 4096, unroll=5, short_until=0.0) == (5.0, 5.0)
+    block = {"config": {"block_size": 16, "num_hidden_layers": 1}}
+    assert passes("BlockDrafter", 4096, num_anchors=512, **block) == (2.0, 2.0)
+    assert passes("BlockDrafter", 256, num_anchors=512, **block) == (16.0, 16.0)
+    assert passes("CausalDrafter", 4096, pretrained="Qwen/Qwen3-0.6B") == (1.0, 1.0)
+
+
 def test_sizes_of_published_shapes() -> None:
     """An EAGLE-3 head counted by hand: fusion, one layer that reads 2 H, four norms, 32,000 draft tokens."""
     recipe = load_config(CONFIGS / "recipes" / "qwen3-8b-eagle3.yaml")

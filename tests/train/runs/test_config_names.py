@@ -157,6 +157,13 @@ def test_paths_stand_directly_behind_the_command() -> None:
     assert code == 2
     assert "nowhere" in said
     assert "unrecognized" not in said
+    code, _, said = captured(["evaluate", "one/drafter", "--trace", "nowhere"])
+    assert code == 2
+    assert "unrecognized" not in said
+    assert "nowhere" in said
+    code, _, said = captured(["trace", "out", "--target", "no/where/folder"])
+    assert code == 2
+    assert "no/where/folder" in said
     code, _, said = captured(["compare", "one", "two"])
     assert code == 2
     assert "one: neither metrics.csv" in said

@@ -22,7 +22,8 @@ def explicit(
 
     Args:
         args: as typed, without the command.
-        main: option of the words directly after the command, "*" behind it if it takes a list.
+        main: option of the words directly after the command; behind it "*" if it takes a list, "@" if it
+            names paths: each is then named by its folder, with as much of its parents as tells them apart.
         configs: options that take a config, besides --config.
         runs: options that take a run folder, or a list of them.
 
@@ -34,13 +35,29 @@ def explicit(
         ['--path', 'drafter', '--target', 't']
         >>> explicit(["a", "b"], "runs*")
         ['--runs', '["a", "b"]']
+        >>> explicit(["a/drafter", "b/drafter", "small"], "drafters@")
+        ['--drafters', '{"a/drafter": "a/drafter", "b/drafter": "b/drafter", "small": "small"}']
     """
     words = list(takewhile(lambda word: not word.startswith("-"), args)) if main else []
     if main and main.endswith("*") and words:
         args = [f"--{main[:-1]}", json.dumps(words), *args[len(words) :]]
+    elif main and main.endswith("@") and words:
+        args = [f"--{main[:-1]}", json.dumps(_named(words)), *args[len(words) :]]
     elif words:
         args = [f"--{main}", *args]
     return list(_resolved(args, {"config", *configs}, runs))
+
+
+def _named(paths: Sequence[str]) -> dict[str, str]:
+    """Each path under the shortest of its endings that no other one has."""
+    found = {}
+    for path in paths:
+        parts, others = Path(path).parts, [Path(other).parts for other in paths if other != path]
+        size = next(
+            (n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in others)), len(parts)
+        )
+        found["/".join(parts[-size:])] = path
+    return found
 
 
 def _resolved(args: Sequence[str], configs: Collection[str], runs: Collection[str]) -> Iterator[str]:
