@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -65,14 +66,11 @@ def fit_to_target(
             f"the drafter has a vocabulary of {drafter.vocab_size}, its target of {vocab_size}; draft tokens "
             "are the target's tokens, so start from a model with the target's tokenizer and padded vocabulary"
         )
-    if online is None and (missing := sorted({*drafter.taps} - {*meta.feature_layers})):
-        held = f"layers {tuple(meta.feature_layers)}" if meta.feature_layers else "no features"
-        raise ValueError(
-            f"the drafter reads target layers {drafter.taps}; the trace holds {held} and lacks {missing}. "
-            f"Record it with feature_layers={list(drafter.taps)}, or run the target beside the drafter: "
-            f"--model.target.name {name}"
-        )
-    _check_positions(drafter, datamodule)
+    if online is None:
+        check_features(drafter, meta.feature_layers, name)
+    traces = [getattr(datamodule, f"{split}_trace", None) for split in ("train", "validation")]
+    lengths = [int(trace.lengths.max()) for trace in traces if trace is not None and len(trace)]
+    check_positions(drafter, max(lengths, default=0), getattr(datamodule, "seq_len", None))
 
 
 def target_source(name: str, vocab_size: int, load: Any, greedy_counts: Any = lambda: None) -> TargetSource:
@@ -92,17 +90,32 @@ def greedy_counts(trace: Any) -> Int[Tensor, " V"]:
     return counts
 
 
-def _check_positions(drafter: Drafter, datamodule: Any) -> None:
-    """Refuse a drafter with fewer positions than the longest document, or the row that cuts it."""
-    limit, seq_len = drafter.max_context, getattr(datamodule, "seq_len", None)
-    traces = [getattr(datamodule, f"{split}_trace", None) for split in ("train", "validation")]
-    lengths = [int(trace.lengths.max()) for trace in traces if trace is not None and len(trace)]
-    if limit is None or seq_len is None or not lengths or min(max(lengths), seq_len) <= limit:
+def check_features(drafter: Drafter, layers: Sequence[int], target: str) -> None:
+    """Raise ValueError for a drafter that reads target layers which the trace does not hold."""
+    if missing := sorted({*drafter.taps} - {*layers}):
+        held = f"layers {tuple(layers)}" if layers else "no features"
+        raise ValueError(
+            f"the drafter reads target layers {drafter.taps}; the trace holds {held} and lacks {missing}. "
+            f"Record it with feature_layers={list(drafter.taps)}, or run the target beside the drafter: "
+            f"--model.target.name {target}"
+        )
+
+
+def check_positions(drafter: Drafter, longest: int, seq_len: int | None) -> None:
+    """Raise ValueError for a drafter with fewer positions than the longest document, or the row it is cut to.
+
+    Args:
+        drafter: what is trained.
+        longest: tokens of the longest document.
+        seq_len: tokens of a row; None where the data have no rows.
+    """
+    limit = drafter.max_context
+    if limit is None or seq_len is None or min(longest, seq_len) <= limit:
         return
     if drafter.causal_lm is not None:
-        facts_of(drafter.causal_lm).check_window(min(max(lengths), seq_len))
+        facts_of(drafter.causal_lm).check_window(min(longest, seq_len))
     raise ValueError(
-        f"the drafter has {limit} positions, but documents of the trace reach {max(lengths)} tokens and "
+        f"the drafter has {limit} positions, but documents of the trace reach {longest} tokens and "
         f"data.seq_len is {seq_len}: set max_position_embeddings of the drafter to the target's, or lower "
         f"data.seq_len to {limit}"
     )

@@ -13,7 +13,7 @@ Axis letters: N steps · R documents · T tokens · H hidden · V vocabulary · 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,16 +92,16 @@ class Acceptance:
         greedy_changed: steps at which the recomputed greedy token differs from the recorded one.
     """
 
-    documents: InitVar[int]
+    documents: int
     kl_source: str
     rules: tuple[Rule, ...]
     widths: tuple[int, ...]
-    top_m: InitVar[int] = 4
+    top_m: int = 4
     tie_gap: float = 1e-3
 
-    def __post_init__(self, documents: int, top_m: int) -> None:
+    def __post_init__(self) -> None:
         shape, counted = (
-            (documents, len(MARGIN_EDGES) - 1),
+            (self.documents, len(MARGIN_EDGES) - 1),
             (len(self.rules), len(self.rules), len(self.widths)),
         )
         self.steps = np.zeros(shape, dtype=np.int64)
@@ -109,7 +109,7 @@ class Acceptance:
         self.unknown = np.zeros(len(self.rules), dtype=np.int64)
         self.kl, self.calibration, self.greedy_changed = StepDistribution(_KL_CAP), Calibration(), 0
         causes = ("steps", "rejected", "numerical_tie", "in_top_m", "not_in_top_m")
-        self.rejections = {"top_m": top_m, **dict.fromkeys(causes, 0)}
+        self.rejections = {"top_m": self.top_m, **dict.fromkeys(causes, 0)}
 
     def add(self, joined: JoinedSteps, document: ndarray, position: ndarray) -> None:
         """Count N steps, given the document and the position of each.

@@ -42,7 +42,9 @@ def doctor(
 
     Args:
         target: also check whether this target can be loaded: "embedded", a folder or a hub name.
-        fit_config: also resolve this config of `certdraft fit`, and check the traces it names.
+        fit_config: also check whether `certdraft fit` would start with this config: classes and arguments,
+            the traces it names or how they would be recorded, and whether drafter, target and traces fit
+            together. No weights are read.
         directory: where runs will be written; its disk is checked.
         as_json: print JSON for programs.
         hub: try to reach the Hugging Face hub (one request, 5 seconds at most).
@@ -168,29 +170,18 @@ def target_access(target: str) -> Finding:
 
 
 def config_resolves(config: str) -> Finding:
-    """Whether `certdraft fit --config` accepts the file, and the traces it names are there and whole."""
+    """Whether `certdraft fit --config` would start: the file is accepted, and what it names fits together."""
 
     def check() -> str:
         import yaml
 
-        from certdraft.data import open_trace
         from certdraft.train.commands.cli import captured
+        from certdraft.train.commands.preflight import preflight
 
         code, settings, complaint = captured(["fit", "--config", config, "--print_config"])
         if code:
             raise ValueError(complaint.strip() or "refused")
-        data = (yaml.safe_load(settings).get("data") or {}).get("init_args") or {}
-        found = []
-        for key in ("train", "validation"):
-            if not (path := data.get(key)):
-                continue
-            if Path(path).exists():
-                found.append(f"{key} trace of {open_trace(path).meta.num_tokens:,} tokens")
-            else:
-                found.append(f"{key} trace is recorded by the first run" if data.get("record") else "")
-                if not found[-1]:
-                    raise ValueError(f"data.{key} {path} does not exist; record it with `certdraft trace`")
-        return "accepted; " + ", ".join(found)
+        return "accepted; " + ", ".join(preflight(yaml.safe_load(settings)))
 
     return _attempt(f"config {config}", check)
 

@@ -95,6 +95,24 @@ def drafter_sizes(settings: dict[str, Any], target: str, seq_len: int = 4096) ->
         FileNotFoundError: the config of the target, or of a `pretrained` drafter, is not here.
         ValueError: an unknown class, or arguments that do not fit it or the target.
     """
+    drafter = meta_drafter(settings, target)
+    head = getattr(drafter, "head_weight", None)
+    sizes = _measured(settings["class_path"].rpartition(".")[2], drafter, drafter.network_config, head)
+    passes, most = drafter.passes(seq_len)
+    return replace(sizes, passes=passes, most_passes=most)
+
+
+def meta_drafter(settings: dict[str, Any], target: str) -> Drafter:
+    """Return the drafter that `fit` builds from the `model.drafter` of a config, on the meta device.
+
+    Args:
+        settings: `class_path` and `init_args`.
+        target: as in `sizes_of`.
+
+    Raises:
+        FileNotFoundError: the config of the target, or of a `pretrained` drafter, is not here.
+        ValueError: an unknown class, or arguments that do not fit it or the target.
+    """
     kind, parser = _class(settings["class_path"]), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "drafter", instantiate=False, fail_untyped=False)
     parsed = parser.instantiate(parser.parse_object({"drafter": settings.get("init_args") or {}}))
@@ -107,11 +125,7 @@ def drafter_sizes(settings: dict[str, Any], target: str, seq_len: int = 4096) ->
         num_ids=lambda: vocab_size - 1,  # some spare row; which one changes no size
         greedy_counts=lambda: torch.zeros(vocab_size, dtype=torch.long),  # nor do the tokens chosen
     )
-    drafter = kind.on_meta(source, read_config, **vars(parsed.drafter))
-    head = getattr(drafter, "head_weight", None)
-    sizes = _measured(settings["class_path"].rpartition(".")[2], drafter, drafter.network_config, head)
-    passes, most = drafter.passes(seq_len)
-    return replace(sizes, passes=passes, most_passes=most)
+    return kind.on_meta(source, read_config, **vars(parsed.drafter))
 
 
 def read_config(name: str) -> PreTrainedConfig:

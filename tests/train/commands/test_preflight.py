@@ -1,0 +1,99 @@
+"""`doctor --fit_config` passes every shipped config, and refuses what `fit` refuses, in the same words."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import certdraft
+from certdraft.data.record import recording
+from certdraft.train.commands.cli import captured, main
+from certdraft.train.commands.preflight import preflight
+from certdraft.train.plan.model_sizes import read_config
+
+CONFIGS = Path(certdraft.__file__).parent / "configs"
+SHIPPED = sorted(
+    [*CONFIGS.glob("*.yaml"), *(CONFIGS / "recipes").glob("*.yaml"), *(CONFIGS / "real").glob("*.yaml")]
+)
+
+
+def resolved(config: Path) -> dict[str, Any]:
+    code, text, complaint = captured(["fit", "--config", str(config), "--print_config"])
+    assert not code, complaint
+    settings: dict[str, Any] = yaml.safe_load(text)
+    return settings
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs of Qwen3 targets are those that ship; no hub is asked."""
+    monkeypatch.setattr(recording, "target_config", lambda name, revision=None: read_config(name))
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(
+    "config", [c for c in SHIPPED if c.parent.name != "real"], ids=lambda c: str(c.relative_to(CONFIGS))
+)
+def test_every_shipped_config_would_start(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = resolved(config)
+    monkeypatch.chdir(tmp_path)  # where nothing was recorded yet
+    found = preflight(settings)
+    assert "train trace is recorded by the first run" in found
+    assert any("trainable parameters" in note for note in found)
+
+
+def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    settings = copy.deepcopy(settings)
+    for path, value in changes.items():
+        *keys, last = path.split("__")
+        part = settings
+        for key in keys:
+            part = part[key]
+        part[last] = value
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer__max_steps": -1}, "trainer.max_steps is not set"),
+        ({"trainer__precision": "bf16-true"}, "most updates of half-precision weights are rounded away"),
+        ({"data__init_args__record": None}, "does not exist; record it with `certdraft trace`"),
+        ({"data__init_args__record__feature_layers": [1]}, r"the trace holds layers \(1,\) and lacks"),
+        ({"data__init_args__record__feature_layers": [99]}, "has layers 0 to 7"),
+        ({"data__init_args__record__prompts__max_prompt_tokens": 9999}, "leaves no room"),
+        ({"model__init_args__drafter__init_args__config": {"target_layer_ids": [1, 77, 6]}}, "77"),
+    ],
+)  # fmt: skip
+def test_what_fit_would_refuse(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = resolved(CONFIGS / "eagle3-embedded.yaml")
+    monkeypatch.chdir(tmp_path)
+    preflight(settings)
+    with pytest.raises(ValueError, match=message):
+        preflight(changed(settings, **changes))
+
+
+def test_a_trace_without_the_features_is_refused_as_fit_does(
+    settings: dict[str, Any], write: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    drafter = {"class_path": "EagleDrafter", "init_args": {"config": {"target_layer_ids": [0, 1, 2]}}}
+    settings["model"]["drafter"] = drafter
+    code, _, complaint = captured(["fit", "--config", write(settings)])
+    assert code == 2
+    with pytest.raises(SystemExit):
+        main(["doctor", "--as_json", "true", "--hub", "false", "--fit_config", write(settings)])
+    rows = json.loads(capsys.readouterr().out)
+    found = next(row["found"] for row in rows if row["what"].startswith("config"))
+    words = "the trace holds no features and lacks [0, 1, 2]"
+    assert words in found
+    assert words in " ".join(complaint.split())

@@ -1,0 +1,94 @@
+"""What `certdraft fit` would refuse, found without weights: before a download, a recording or a queue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from certdraft.data import Recording, open_trace
+from certdraft.data.record.recording import check_settings
+from certdraft.support import facts_of
+from certdraft.train.drafter_setup import check_features, check_positions
+from certdraft.train.optim import check_precision
+from certdraft.train.plan.model_sizes import meta_drafter, read_config
+
+
+def preflight(settings: dict[str, Any]) -> list[str]:
+    """Check a resolved config of `certdraft fit`: traces, how they are recorded, drafter and target.
+
+    The drafter's network is made on the meta device from the target's config alone.
+
+    Args:
+        settings: as `certdraft fit --print_config` prints them.
+
+    Returns:
+        What was found, in a few words each.
+
+    Raises:
+        ValueError: what `fit` would refuse, with its own words.
+        FileNotFoundError: the config of the target, or of a pretrained drafter, is not here and on no hub.
+    """
+    trainer, model = settings.get("trainer") or {}, _arguments(settings.get("model"))
+    data = _arguments(settings.get("data"))
+    check_precision(str(trainer.get("precision")))
+    if int(trainer.get("max_steps") or 0) <= 0:
+        raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
+    recording = _recording(data.get("record"))
+    found, metas, lengths = [], [], []
+    for key in ("train", "validation"):
+        if not (path := data.get(key)):
+            continue
+        if not Path(path).expanduser().exists():
+            if recording is None:
+                raise ValueError(f"data.{key} {path} does not exist; record it with `certdraft trace`")
+            found.append(f"{key} trace is recorded by the first run")
+            continue
+        trace = open_trace(path)
+        found.append(f"{key} trace of {trace.meta.num_tokens:,} tokens")
+        metas.append(trace.meta)
+        lengths.append(int(trace.lengths.max()))
+    beside = model.get("target")
+    beside = beside.get("name") if isinstance(beside, dict) else beside
+    target = beside or (metas[0].target if metas else recording.target if recording else None)
+    if target is None or not model.get("drafter"):
+        return found
+    drafter = meta_drafter(model["drafter"], target)
+    trainable = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+    found.append(f"{type(drafter).__name__} for {target} with {trainable:,} trainable parameters")
+    if beside is None:
+        layers = metas[0].feature_layers if metas else recording.feature_layers if recording else ()
+        check_features(drafter, layers, target)
+    if lengths:
+        check_positions(drafter, max(lengths), data.get("seq_len"))
+    elif recording is not None:
+        found += _may_be_too_long(recording)
+    return found
+
+
+def _arguments(entry: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments of a class entry, with or without its class path."""
+    entry = entry or {}
+    return (entry.get("init_args") or {}) if "class_path" in entry else entry
+
+
+def _recording(record: dict[str, Any] | None) -> Recording | None:
+    """The recording of `data.record`, checked against its target's config."""
+    if not record:
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recording, "record")
+    made: Recording = parser.instantiate(parser.parse_object({"record": record})).record
+    read_config(made.target)
+    check_settings(made)
+    return made
+
+
+def _may_be_too_long(recording: Recording) -> list[str]:
+    """A note where documents could outgrow the target, which their prompts decide."""
+    generation, limit = recording.generation, facts_of(read_config(recording.target)).max_positions
+    longest = min(recording.prompts.max_prompt_tokens + generation.max_new_tokens, generation.max_length)
+    if limit is None or longest <= limit:
+        return []
+    return [f"documents may reach {longest} tokens, and {recording.target} knows {limit} positions"]
