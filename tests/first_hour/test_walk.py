@@ -71,7 +71,8 @@ def test_from_a_run_to_a_report(trained: Installed) -> None:
     assert "coverage@4" in told, "the headline table is on the terminal"
     report = json.loads((trained.home / "report" / "report.json").read_text())
     assert list(report["drafters"]) == ["drafter"]
-    assert "KL" in works(trained, "certdraft", "certify", trace, "--out", "certified")
+    works(trained, "certdraft", "certify", trace, "--out", "certified")
+    assert (trained.home / "certified" / "certify.json").is_file()
     works(trained, "certdraft", "compare", "latest", "report", "--out", "both")
     assert (trained.home / "both" / "compare.html").is_file()
 
