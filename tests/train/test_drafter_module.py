@@ -190,6 +190,8 @@ def test_fit_learns_saves_and_describes_itself(
     said = capsys.readouterr().err
     assert "training: 40/40 steps" in said
     assert "tokens/s" in said
+    assert f"best: {folder / 'checkpoints' / 'best.ckpt'}, val/tau_expected " in said
+    assert said.splitlines()[-1] == f"next: certdraft export {folder}"
 
     main(["validate", "--config", write(settings), "--ckpt_path", "best"])
     assert "val/tau_expected" in capsys.readouterr().out

@@ -299,3 +299,16 @@ class RunFolder(Callback):
         print(f"run folder: {self.folder}", file=sys.stderr)
         if stage == "fit" and (loss := getattr(pl_module, "loss", None)) is not None:
             print(f"loss: {loss}", file=sys.stderr)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say which checkpoint is best, and what to do with it."""
+        saved = next((c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)), None)
+        if not trainer.is_global_zero or saved is None:
+            return
+        if saved.best_model_score is not None:
+            print(
+                f"best: {saved.best_model_path}, {saved.monitor} {saved.best_model_score:.3f}",
+                file=sys.stderr,
+            )
+        if hasattr(pl_module, "drafter"):
+            print(f"next: certdraft export {self.folder}", file=sys.stderr)

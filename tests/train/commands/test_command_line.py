@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
-from certdraft.train.commands.parsing.parser import check_syntax, explain
+from certdraft.train.commands.parsing.parser import check_syntax, explain, place_in_files
 
 Write = Callable[..., str]
 
@@ -193,6 +193,32 @@ def test_exit_codes_of_failures(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setenv("CERTDRAFT_DEBUG", "1")
     with pytest.raises(ValueError, match="rows"):
         guard(act(ValueError("rows")), "certdraft x")
+
+
+def test_a_complaint_names_the_file_and_line_it_comes_from(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("# drafterr\nname: x\nmodel:\n  drafterr: x\n  optimizer: {lr: fast}\n")
+    args = ["--config", str(file)]
+    assert place_in_files("model: no option 'drafterr'", args) == f"{file}:4: "
+    assert place_in_files("model.optimizer.lr: expected a float", args) == f"{file}:5: "
+    assert place_in_files("model.optimizer.betas: expected floats", args) == ""
+    typed = [*args, "--model.optimizer.lr", "fast"]
+    assert place_in_files("model.optimizer.lr: expected a float", typed) == "", "typed, not read"
+
+
+def test_a_class_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason, and no class of ours that sounds alike."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_failing.py").write_text("import my_missing_package\n")
+    (tmp_path / "my_whole.py").write_text("")
+    for name, words in (
+        ("my_absent.Best", "there is no module my_absent where Python looks"),
+        ("my_failing.Best", "importing my_failing fails: No module named 'my_missing_package'"),
+        ("my_whole.HardCEE", "did you mean 'HardCE'"),
+    ):
+        said = explain(f"Unexpected import path format: {name}")
+        assert words in said
+        assert ("did you mean" in said) is (name == "my_whole.HardCEE")
 
 
 def test_explain_keeps_the_deepest_complaint() -> None:

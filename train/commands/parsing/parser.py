@@ -9,11 +9,11 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, ClassVar, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -58,9 +58,14 @@ set_loader("yaml", _read_config, (yaml.YAMLError,))
 
 
 class Strict:
-    """Mixin of argument parsers: exact flags only, and `error` in one paragraph with exit code 2."""
+    """Mixin of argument parsers: exact flags only, and `error` in one paragraph with exit code 2.
+
+    Attributes:
+        typed: the arguments of this process' command; set by `check_syntax`.
+    """
 
     prog: str
+    typed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
@@ -70,7 +75,8 @@ class Strict:
         if not getattr(self, "exit_on_error", True):
             super().error(message, ex)
         prog = self.prog.replace(" [options]", "")
-        print(f"{prog}: error: {explain(message, known_keys(self))}", file=sys.stderr)
+        complaint = explain(message, known_keys(self))
+        print(f"{prog}: error: {place_in_files(complaint, Strict.typed)}{complaint}", file=sys.stderr)
         print(f"all options: {prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
@@ -98,12 +104,8 @@ def check_syntax(args: Sequence[str]) -> None:
     Raises:
         ValueError: a file is no YAML; names file, line and column.
     """
-    for flag, value in zip(args, [*args[1:], ""], strict=False):
-        name, _, attached = flag.partition("=")
-        path = Path(attached or value)
-        named = name in ("-c", "--config") or path.suffix in (".yaml", ".yml")
-        if not name.startswith("-") or not named or not path.is_file():
-            continue
+    Strict.typed = tuple(args)
+    for path in _config_files(args):
         try:
             yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -112,6 +114,33 @@ def check_syntax(args: Sequence[str]) -> None:
             raise ValueError(
                 f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
             ) from error
+
+
+def _config_files(args: Sequence[str]) -> Iterator[Path]:
+    for flag, value in zip(args, [*args[1:], ""], strict=False):
+        name, _, attached = flag.partition("=")
+        path = Path(attached or value)
+        named = name in ("-c", "--config") or path.suffix in (".yaml", ".yml")
+        if name.startswith("-") and named and path.is_file():
+            yield path
+
+
+def place_in_files(complaint: str, args: Sequence[str]) -> str:
+    """Where a complaint about a setting comes from: "FILE:LINE: ", or nothing if it was typed.
+
+    Args:
+        complaint: as `explain` words it: the first word in quotes, else the last key in front, is looked for.
+        args: arguments as typed, with the files of settings among them.
+    """
+    quoted, key = re.search(r"'([\w.@-]+)'", complaint), re.match(r"[\w.]*?(\w+): ", complaint)
+    word = quoted[1] if quoted else key[1] if key else ""
+    if not word or any(word in arg for arg in args if not arg.endswith((".yaml", ".yml"))):
+        return ""
+    for path in _config_files(args):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w])", re.sub(r"(^|\s)#.*", "", line)):
+                return f"{path}:{number}: "
+    return ""
 
 
 def explain(message: str, keys: Iterable[str] = ()) -> str:
@@ -196,7 +225,7 @@ def _arguments(taker: Any) -> list[str]:
 
 
 def _no_class(name: str) -> str:
-    """Complaint about a class that cannot be imported, with the nearest of this package's."""
+    """Complaint about a class that cannot be imported: why, or the nearest of this package's."""
     classes = {
         value.__name__
         for path, module in list(sys.modules.items())
@@ -206,5 +235,24 @@ def _no_class(name: str) -> str:
     }
     if name.endswith((".yaml", ".yml", ".json")):
         return f"no such file: {name}"
+    module = name.rpartition(".")[0]
+    if module and (why := _not_imported(module)):
+        return f"no class {name!r}: {why}"
     near = get_close_matches(name.rpartition(".")[2], sorted(classes), n=1, cutoff=0.5)
     return f"no class {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; give its full import path")
+
+
+def _not_imported(module: str) -> str | None:
+    """Why a module cannot be imported; None if it can."""
+    try:
+        import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            return (
+                f"there is no module {error.name} where Python looks; install it, or name its folder, as in "
+                "`PYTHONPATH=. certdraft …`"
+            )
+        return f"importing {module} fails: {error}"
+    except Exception as error:  # whatever a user's module raises
+        return f"importing {module} fails: {type(error).__name__}: {error}"
+    return None
