@@ -151,6 +151,10 @@ class Drafter(nn.Module, ABC):
         """Draft tokens of a round at the most; None: no limit."""
         return None
 
+    def engines(self, format: str) -> Engines:
+        """Which engines read this drafter in a format: those of `export_formats` that compute its network."""
+        return self.export_formats[format]
+
     @property
     def tokenizer_source(self) -> str | None:
         """Folder or hub id whose tokenizer must be the target's; None: the drafter has the target's own."""

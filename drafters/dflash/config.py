@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+from certdraft.drafters.dflash.windows import View, views
 from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, known
 
 
@@ -18,16 +20,33 @@ class BlockConfig(LayerSizes):
             None: the first one after the tokenizer's last id is found in training.
         target_layer_ids: target layers whose outputs are read, 0-based and ascending; None: as many as the
             drafter has, evenly spread.
+        layer_types: of each layer "full_attention" or "sliding_attention"; None: full attention in all.
+        sliding_window: positions that a query of a sliding layer sees, its own included.
+        causal: inside the block positions see earlier ones alone; None: in sliding layers, not in others.
+
+    Raises:
+        ValueError: layer types that do not fit the number of layers, or the window.
     """
 
     num_hidden_layers: int = 5
     block_size: int = 16
     mask_token_id: int | None = None
     target_layer_ids: tuple[int, ...] | None = None
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    sliding_window: int | None = None
+    causal: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.views()
+
+    def views(self) -> tuple[View, ...]:
+        """What each layer lets a position see."""
+        return views(self.num_hidden_layers, self.layer_types, self.sliding_window, self.causal)
 
 
 class BlockLayer(DecoderLayer):
     """A Qwen3 layer whose keys and values also come from the context, which it does not normalise."""
 
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, config: BlockConfig, view: View) -> None:
         super().__init__(config, known(config.hidden_size), qk_norm=True)
+        self.view = view

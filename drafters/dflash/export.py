@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from certdraft.drafters.dflash.config import BlockConfig
+from certdraft.drafters.dflash.windows import FULL, read_windows
 from certdraft.drafters.features.layer_files import (
     Json,
     Weights,
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
 
 _NATIVE = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
 _IDS = "aux_hidden_state_layer_ids"
-_OWN = {"block_size", "num_target_layers", "dflash_config", "vocab_size", "num_hidden_layers"}
+_OWN = {"block_size", "num_target_layers", "dflash_config", "vocab_size", "num_hidden_layers", "is_causal"}
+_SECTION = {"mask_token_id", "target_layer_ids", "block_size", "use_swa", "swa_window_size", "causal"}
+_OFF = {"attention_sink_bias"}  # keys that may say no
 _SPECULATORS = {
     _IDS,
     *"architectures speculators_model_type speculators_version speculators_config block_size".split(),
     *"transformer_layer_config draft_vocab_size mask_token_id sample_from_anchor dtype torch_dtype".split(),
     *"sliding_window_non_causal tie_word_embeddings transformers_version auto_map".split(),
+    "target_hidden_size",
 }
 
 
@@ -53,12 +57,15 @@ def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> t
     ids = list(convert(layers, "tap", "dflash"))
     block: Json = {"block_size": config.block_size, "mask_token_id": config.mask_token_id}
     if request.format == "dflash":
+        # is_causal is read by z-lab's own code, dflash_config.causal by engines
+        order = {} if config.causal is None else {"causal": config.causal}
+        section = {"mask_token_id": config.mask_token_id, "target_layer_ids": ids} | order
         return _inner(config, vocab_size, dtype) | {
             "architectures": ["DFlashDraftModel"],
             "block_size": config.block_size,
             "num_target_layers": num,
-            "dflash_config": {"mask_token_id": config.mask_token_id, "target_layer_ids": ids},
-        }, weights
+            "dflash_config": section,
+        } | {f"is_{key}": value for key, value in order.items()}, weights
     if request.format == "speculators":
         return {
             "architectures": ["DFlashSpeculator"],
@@ -68,15 +75,22 @@ def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> t
             "draft_vocab_size": vocab_size,
             _IDS: list(convert(layers, "tap", "speculators")),
             "sample_from_anchor": False,
-            "sliding_window_non_causal": True,  # false makes vLLM 0.32 draw every layer causally
+            # false makes vLLM 0.32 draw every layer causally, so it is written only where that is meant
+            "sliding_window_non_causal": not _all_causal(config),
             "tie_word_embeddings": False,
             "dtype": str(dtype).removeprefix("torch."),
         }, weights
-    return sizes_to_json(config, dtype) | block | {
+    if any(view.causal for view in config.views()):
+        raise ValueError(
+            "transformers' own DFlash class reads blocks in both directions, and some layers of this drafter "
+            "do not (causal, or a sliding window without causal: false). Export it as dflash."
+        )
+    window = {} if config.sliding_window is None else {"sliding_window": config.sliding_window - 1}
+    return sizes_to_json(config, dtype) | block | window | {
         "architectures": ["MuseGlimmerAssistantModel"],
         "model_type": "muse_glimmer_assistant",
         "num_hidden_layers": config.num_hidden_layers,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
+        "layer_types": _layer_types(config),
         "target_layer_ids": ids,
     }, {_NATIVE.get(name, name): value for name, value in weights.items()}
 
@@ -85,11 +99,33 @@ def _inner(config: BlockConfig, vocab_size: int, dtype: torch.dtype) -> Json:
     return sizes_to_json(config, dtype) | {
         "model_type": "qwen3",
         "num_hidden_layers": config.num_hidden_layers,
-        "layer_types": ["full_attention"] * config.num_hidden_layers,
-        "sliding_window": None,
-        "use_sliding_window": False,
+        "layer_types": _layer_types(config),
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": config.sliding_window is not None,
         "vocab_size": vocab_size,
     }
+
+
+def _layer_types(config: BlockConfig) -> list[str]:
+    return list(config.layer_types or (FULL,) * config.num_hidden_layers)
+
+
+def _all_causal(config: BlockConfig) -> bool:
+    """Whether every layer reads blocks in order, which speculators can say only of layers with a window.
+
+    Raises:
+        ValueError: an order inside the block that speculators' config cannot state.
+    """
+    directions = {view.causal for view in config.views()}
+    if directions == {False}:
+        return False
+    if any(view.causal and view.window is None for view in config.views()) or len(directions) > 1:
+        raise ValueError(
+            "the layout of speculators cannot say for every reader that some layers of this drafter read "
+            "blocks in order and others in both directions, or that full attention reads in order: vLLM "
+            "takes its one flag for all layers, speculators for those with a window. Export it as dflash."
+        )
+    return True
 
 
 def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
@@ -112,14 +148,17 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
         names = {new: old for old, new in _NATIVE.items()}
         weights = {names.get(name, name): value for name, value in weights.items()}
         own = {"block_size", "mask_token_id", "target_layer_ids", "num_hidden_layers", "vocab_size"}
-        inner = {**config, "use_sliding_window": False}  # windows are in layer_types alone
+        inner = config
         settings: Json = {key: config.get(key) for key in own - {"vocab_size"}}
+        windows = _transformers_windows(config, str(file))
     elif "transformer_layer_config" in config:
         inner, own = config["transformer_layer_config"], _OWN
         settings = _from_speculators(config, str(file))
+        windows = read_windows(inner, _speculators_order(config, str(file)), str(file))
     else:
         inner, own = config, _OWN
         settings = _from_zlab(config, str(file))
+        windows = read_windows(config, config.get("dflash_config") or {}, str(file))
     sizes = sizes_from_json(inner, own, str(file))
     missing = [key for key, value in settings.items() if value is None]
     if missing:
@@ -132,13 +171,14 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
         block_size=settings["block_size"],
         mask_token_id=settings["mask_token_id"],
         target_layer_ids=check_layers(settings["target_layer_ids"]),
+        **windows,
     )
     return block, inner.get("vocab_size"), weights
 
 
 def _from_zlab(config: Json, where: str) -> Json:
     section: Json = config.get("dflash_config") or {}
-    unknown = sorted(section.keys() - {"mask_token_id", "target_layer_ids", "block_size"})
+    unknown = sorted(key for key in section.keys() - _SECTION if key not in _OFF or section[key])
     if unknown:
         raise ValueError(
             f"{where}: dflash_config has keys that certdraft does not know: {', '.join(unknown)}."
@@ -152,6 +192,26 @@ def _from_zlab(config: Json, where: str) -> Json:
         "target_layer_ids": section.get("target_layer_ids"),
         "num_hidden_layers": config.get("num_hidden_layers"),
     }
+
+
+def _transformers_windows(config: Json, where: str) -> Json:
+    """Windows of transformers' own class, which sees a key more and reads blocks in both directions."""
+    kinds, window = config.get("layer_types"), config.get("sliding_window")
+    if not kinds:
+        raise ValueError(f"{where} lacks layer_types; transformers would give every layer a window.")
+    wider = window + 1 if type(window) is int else window
+    return read_windows({**config, "sliding_window": wider}, {"causal": False}, where)
+
+
+def _speculators_order(config: Json, where: str) -> Json:
+    """What its flag says of the order inside a block, as a `dflash_config`."""
+    flag = config.get("sliding_window_non_causal")
+    if flag is None and "sliding_attention" in (config["transformer_layer_config"].get("layer_types") or ()):
+        raise ValueError(
+            f"{where} has sliding_attention layers and lacks sliding_window_non_causal, which speculators "
+            "takes for false and vLLM for true. Write the one it was trained with."
+        )
+    return {} if flag is not True else {"causal": False}
 
 
 def _from_speculators(config: Json, where: str) -> Json:

@@ -19,7 +19,10 @@ from certdraft.drafters.formats.lint_files import (
     class_names,
     decoder_shapes,
     error,
+    warning,
 )
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
@@ -31,7 +34,7 @@ def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
         yield error("block_size", f"is {size}, in dflash_config {section['block_size']}.")
     yield from check_equal(config, {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"})
     yield from check_numbers(config, ("num_target_layers",))
-    yield from _window(config)
+    yield from _window(config, section)
     ids, layers = section.get("target_layer_ids"), config.get("num_target_layers")
     mask = section.get("mask_token_id")
     yield from _body(folder, config, (ids, "dflash_config.target_layer_ids"), mask, size, layers, target)
@@ -43,9 +46,12 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     inner = config.get("transformer_layer_config") or {}
     at = "transformer_layer_config."
     yield from check_equal(inner, {"model_type": "qwen3"}, at)
-    yield from _window(inner, at)
+    yield from _window(inner, {}, at)
     yield from check_speculators(config, "dflash")
-    if config.get("sliding_window_non_causal", True) is not True:
+    kinds, flag = inner.get("layer_types") or (), config.get("sliding_window_non_causal")
+    if flag is None and _SLIDING in kinds:
+        yield error("sliding_window_non_causal", "is missing: false for speculators, true for vLLM.")
+    elif flag is False and set(kinds) != {_SLIDING}:
         yield error("sliding_window_non_causal", "is false, with which vLLM 0.32 makes every layer causal.")
     yield from check_equal(config, {"sample_from_anchor": False})
     vocab = inner.get("vocab_size")
@@ -95,10 +101,11 @@ def _body(
     if not isinstance(block_size, int) or block_size < 2:
         yield error("block_size", f"is {block_size!r}; must be at least 2 (the anchor and one draft token).")
     num = config.get("num_hidden_layers")
-    if not problems and config.get("layer_types") != ["full_attention"] * int(num or 0):
-        yield error(
-            f"{at}layer_types", f"is {config.get('layer_types')!r}; must be full_attention, {num} times."
-        )
+    kinds = config.get("layer_types")
+    if not problems and not (
+        isinstance(kinds, list) and len(kinds) == num and set(kinds) <= {_FULL, _SLIDING}
+    ):
+        yield error(f"{at}layer_types", f"is {kinds!r}; must be {_FULL} or {_SLIDING}, {num} times in all.")
     vocab = target.get("vocab_size") if target else config.get("vocab_size")
     if type(mask) is not int or mask < 0 or (isinstance(vocab, int) and mask >= vocab):
         yield error(
@@ -141,9 +148,34 @@ def _body(
     yield from check_tensors(folder, {(names or {}).get(name, name): s for name, s in required.items()})
 
 
-def _window(config: Config, at: str = "") -> Iterator[Finding]:
-    if config.get("sliding_window") is not None or config.get("use_sliding_window"):
-        yield error(f"{at}sliding_window", "is set; engines window the layers differently. Write null.")
+def _window(config: Config, section: Config, at: str = "") -> Iterator[Finding]:
+    """A window where layers slide, in every key that a reader takes it from, and none where none does."""
+    slides = _SLIDING in (config.get("layer_types") or ())
+    window, used = config.get("sliding_window"), bool(config.get("use_sliding_window"))
+    if slides and (type(window) is not int or window < 1):
+        yield error(f"{at}sliding_window", f"is {window!r}, but layers slide; must be at least 1.")
+    if slides and not used:
+        yield error(f"{at}use_sliding_window", "is not true, with which transformers drops the window.")
+    if not slides and (window is not None or used or section.get("use_swa")):
+        yield error(
+            f"{at}sliding_window", "is set, but no layer slides: readers differ. Name them in layer_types."
+        )
+    if section.get("swa_window_size", window) != window:
+        yield error(
+            "dflash_config.swa_window_size", f"is {section['swa_window_size']}, sliding_window {window}."
+        )
+    if section.get("causal") != config.get("is_causal"):
+        yield error(
+            "dflash_config.causal",
+            f"is {section.get('causal')!r}, is_causal {config.get('is_causal')!r}; engines read the one, "
+            "z-lab's own code the other. Write both, or neither.",
+        )
+    elif slides and section.get("causal") is False:
+        yield warning(
+            "dflash_config.causal", "is false, which vLLM computes; SGLang reads sliding layers in order."
+        )
+    if slides:
+        yield warning(f"{at}layer_types", "has windows, which vLLM and SGLang compute; older readers do not.")
 
 
 def _is_speculators(folder: Folder) -> bool:

@@ -1,7 +1,8 @@
 """BlockDrafter: drafts a whole block in one pass from the target's hidden states (DFlash, arXiv 2602.06036).
 
 A block is the root (the anchor) and B − 1 mask tokens. Every layer reads the fused target features of the
-committed tokens as keys and values through its own projections, and the block itself, in both directions.
+committed tokens as keys and values through its own projections, and the block itself, in both directions;
+layers with a window see the last of them alone (`windows`).
 Position k of the block drafts the token at position k: nothing is shifted. Embeddings and lm_head are the
 target's, frozen.
 
@@ -12,6 +13,7 @@ layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -146,6 +148,14 @@ class BlockDrafter(FeatureDrafter):
         """The block without its root."""
         return self.config.block_size - 1
 
+    def engines(self, format: str) -> Engines:
+        """See `Drafter.engines`: SGLang reads layers with a window in order, llama.cpp has no windows."""
+        views, found = self.config.views(), super().engines(format)
+        if any(view.causal != (view.window is not None) for view in views):
+            found = replace(found, sglang=None)
+        plain = all(view.window is None and not view.causal for view in views)
+        return found if plain else replace(found, llama_cpp=None)
+
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """See `FeatureDrafter.default_layers`."""
         return block_layers(self.num_target_layers, config.num_hidden_layers)
@@ -156,7 +166,7 @@ class BlockDrafter(FeatureDrafter):
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
         self.fc = nn.Linear(len(config.target_layer_ids or ()) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, eps)
-        self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(BlockLayer(config, view) for view in config.views())
         self.norm = RMSNorm(hidden, eps)
 
     @property
@@ -243,7 +253,7 @@ class BlockDrafter(FeatureDrafter):
         visible = (index < anchors[..., None]) & (documents[:, None] == own_document)  # [R, A, T]
         x = self.embed(tokens).flatten(1, 2)
         for layer, (keys, values) in zip(self._layers, context, strict=True):
-            run = (layer, x, keys, values, places.flatten(1), visible)
+            run = (layer, x, keys, values, places.flatten(1), visible, layer.view.first(anchors, size))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._train_layer, *run, use_reentrant=False)
             else:
@@ -252,14 +262,16 @@ class BlockDrafter(FeatureDrafter):
         return normed.unflatten(1, (-1, size))
 
     def _train_layer(
-        self, layer: BlockLayer, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, visible: Tensor
-    ) -> Tensor:
+        self, layer: BlockLayer, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, visible: Tensor,
+        first: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """One layer over all blocks of a row: [R, A·B, H]."""
         read, attention = layer.input_layernorm(x), layer.self_attn
         groups = (-1, x.shape[1] // visible.shape[1])
         own = tuple(part.unflatten(2, groups) for part in attention.keys_values(read, places))
         queries = attention.queries(read, places).unflatten(2, groups)
-        mixed = grouped_attention(queries, (keys, values), (own[0], own[1]), visible)
+        seen = layer.view.own(groups[1], x.device)
+        mixed = grouped_attention(queries, (keys, values), (own[0], own[1]), visible, first, seen)
         return layer.finish(x, mixed.flatten(2, 3))
 
     @property
@@ -295,7 +307,8 @@ class BlockDrafter(FeatureDrafter):
             read = layer.input_layernorm(x)
             queries = layer.self_attn.queries(read, positions)
             keys, values = cached.update(*layer.self_attn.keys_values(read, positions))
-            x = layer.finish(x, cached_attention(queries, keys, values, None))
+            start, mask = layer.view.cached(state.length, size, x.dtype, device)
+            x = layer.finish(x, cached_attention(queries, keys[:, :, start:], values[:, :, start:], mask))
             cached.truncate(state.length)
         return self.head(self.norm(x)[0, 1:])
 

@@ -23,23 +23,41 @@ class EagleConfig(LayerSizes):
             and a high one.
         draft_vocab_size: tokens the head can propose; None: all of the target's.
         qk_norm: normalise queries and keys per head; few engines serve such heads.
+        norm_before_residual: the normed feature, not the feature itself, starts the residual stream.
+        norm_before_fc: one norm over the features of all target layers before `fc`.
+        fc_norm: a norm over the features of each target layer before `fc`, in place of `norm_before_fc`.
+        norm_output: down a round the drafter's output stands in for features after its norm, not before.
+
+    Raises:
+        ValueError: `norm_before_fc` and `fc_norm` together.
     """
 
     target_layer_ids: tuple[int, ...] | None = None
     draft_vocab_size: int | None = None
     qk_norm: bool = False
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("norm_before_fc and fc_norm norm the same features; choose one of them.")
 
 
 class EagleLayer(DecoderLayer):
-    """The one layer: attention reads (token, feature) pairs, the residual stream is the feature."""
+    """The one layer: attention reads (token, feature) pairs, the residual stream starts as the feature."""
 
     def __init__(self, config: EagleConfig) -> None:
         hidden = known(config.hidden_size)
         super().__init__(config, 2 * hidden, config.qk_norm)
         self.hidden_norm = RMSNorm(hidden, known(config.rms_norm_eps))
+        self.norm_before_residual = config.norm_before_residual
 
     def read(
         self, embedded: Float[Tensor, "R T H"], feature: Float[Tensor, "R T H"]
-    ) -> Float[Tensor, "R T 2H"]:
-        """Input of attention: normed embedding and normed feature, side by side."""
-        return torch.cat([self.input_layernorm(embedded), self.hidden_norm(feature)], -1)
+    ) -> tuple[Float[Tensor, "R T 2H"], Float[Tensor, "R T H"]]:
+        """Input of attention (normed embedding and feature side by side), and the start of the residual."""
+        normed = self.hidden_norm(feature)
+        read = torch.cat([self.input_layernorm(embedded), normed], -1)
+        return read, normed if self.norm_before_residual else feature

@@ -33,7 +33,16 @@ if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
-_OFF = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+_FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+# Keys that ModelOpt adds to eagle_config, with the one value that is computed.
+_FIXED = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
+    "next_layer_regular": True,
+    "parallel_draft_step": 1,
+}
 _SPECULATORS = {"speculators_config", "speculators_model_type", "speculators_version", "embed_requires_grad"}
 _OWN = {
     _IDS,
@@ -42,7 +51,7 @@ _OWN = {
     "draft_vocab_size",
     "num_hidden_layers",
     "target_hidden_size",
-    *_OFF,
+    *_FLAGS,
 }
 
 
@@ -56,11 +65,12 @@ def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> t
     layers = check_layers(config.target_layer_ids or (), drafter.num_target_layers)
     inner = _inner(config, drafter.vocab_size, dtype)
     ids = list(convert(layers, "tap", "hidden_states"))
+    flags = {key: getattr(config, key) for key in _FLAGS}
     if request.format == "eagle3":
         return inner | {
             "architectures": ["Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"],
             "draft_vocab_size": config.draft_vocab_size,
-            "norm_before_residual": False,
+            **flags,
             _IDS: ids,
             "eagle_config": {_IDS: list(convert(layers, "tap", "sglang")), "use_aux_hidden_state": True},
         }, weights
@@ -74,7 +84,7 @@ def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> t
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": str(dtype).removeprefix("torch."),
-        **dict.fromkeys(_OFF, False),
+        **flags,
     }, {_renamed(name, "midlayer.", "layers.0."): value for name, value in weights.items()}
 
 
@@ -107,14 +117,12 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
             key: config[key] for key in (_IDS, "draft_vocab_size", "target_hidden_size") if key in config
         }
         inner, where = {**config["transformer_layer_config"], **extra}, f"{file} (transformer_layer_config)"
-    for key in _OFF:
-        if config.get(key):
-            raise ValueError(f"{file} has {key} {config[key]!r}, which certdraft does not compute.")
     if inner.get("model_type", "llama") not in ("llama", "qwen3") or inner.get("num_hidden_layers", 1) != 1:
         raise ValueError(
             f"{where}: {inner.get('num_hidden_layers')} layers of model_type {inner.get('model_type')!r} are "
             "not an EAGLE-3 head that certdraft knows; those have one layer, of llama or qwen3."
         )
+    _check_windows(inner, where)
     sizes = sizes_from_json(inner, _OWN, where)
     if inner.get("target_hidden_size") not in (None, sizes["hidden_size"]):
         raise ValueError(
@@ -130,6 +138,7 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
         target_layer_ids=_layers(config, where),
         draft_vocab_size=size or vocab,
         qk_norm=any("q_norm" in name for name in weights),
+        **_flags(config, where),
     )
     if (head.draft_vocab_size or 0) < vocab and "d2t" not in weights:
         raise ValueError(f"{folder} has a draft vocabulary of {size} tokens, but no d2t that lists them.")
@@ -155,9 +164,45 @@ def _layers(config: Json, where: str) -> tuple[int, ...] | None:
     return check_layers(found[0]) if found else None
 
 
+def _flags(config: Json, where: str) -> Json:
+    """The norms a head adds, by its own keys or those of its eagle_config, as vLLM reads them.
+
+    Raises:
+        ValueError: a flag that is neither true nor false, or stated twice, differently.
+    """
+    nested: Json = config.get("eagle_config") or {}
+    odd = [key for key in nested if key not in (_IDS, *_FLAGS) and _FIXED.get(key, _IDS) != nested[key]]
+    if odd:
+        said = ", ".join(f"{key} {nested[key]!r}" for key in sorted(odd))
+        raise ValueError(f"{where}: eagle_config says {said}, which certdraft does not compute.")
+    found = {}
+    for key in _FLAGS:
+        values = [section[key] for section in (config, nested) if section.get(key) is not None]
+        if not all(isinstance(value, bool) for value in values) or values.count(True) not in (0, len(values)):
+            raise ValueError(f"{where}: {key} is {' and '.join(map(str, values))}; must be true or false.")
+        found[key] = any(values)
+    return found
+
+
+def _check_windows(config: Json, where: str) -> None:
+    windowed = "sliding_attention" in (config.get("layer_types") or ())
+    if windowed or (config.get("sliding_window") and config.get("use_sliding_window", True)):
+        raise ValueError(
+            f"{where} has a sliding-window layer (layer_types {config.get('layer_types')}, sliding_window "
+            f"{config.get('sliding_window')}); only DFlash drafters may have windows, not EAGLE-3 heads."
+        )
+
+
 def _check_speculators(config: Json, where: str) -> None:
     inner: Any = config["transformer_layer_config"]
-    known = {*_SPECULATORS, *_OFF, _IDS, "transformer_layer_config", "draft_vocab_size", "target_hidden_size"}
+    known = {
+        *_SPECULATORS,
+        *_FLAGS,
+        _IDS,
+        "transformer_layer_config",
+        "draft_vocab_size",
+        "target_hidden_size",
+    }
     known |= {
         "architectures",
         "tie_word_embeddings",

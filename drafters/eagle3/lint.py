@@ -25,7 +25,13 @@ from certdraft.drafters.formats.lint_files import (
 )
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
-_OFF = ("norm_before_fc", "fc_norm", "norm_output")
+# Norms that a head may add, and the engines that compute each.
+_FLAGS = {
+    "norm_before_residual": "vLLM, speculators and llama.cpp",
+    "norm_before_fc": "vLLM, SGLang, speculators and llama.cpp",
+    "fc_norm": "vLLM, SGLang and speculators",
+    "norm_output": "vLLM, SGLang and speculators",
+}
 # The second one is served by vLLM only.
 _ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 
@@ -35,13 +41,7 @@ def lint_flat(folder: Folder, target: Config | None) -> Iterator[Finding]:
     config = folder.config
     yield from _body(folder, config, "midlayer.", target)
     yield from check_equal(config, {"architectures": [_ARCHITECTURES.get(config.get("model_type", ""), "?")]})
-    if config.get("norm_before_residual") is not False:
-        yield error(
-            "norm_before_residual",
-            f"is {config.get('norm_before_residual', 'missing')!r}; of the readers of this layout only vLLM "
-            "and llama.cpp compute true. Write false, or export as speculators.",
-        )
-    yield from _flags_off(config)
+    yield from _flags(config)
     nested = config.get("eagle_config") or {}
     ids: Any = config.get(_IDS)
     lowered = nested.get(_IDS)
@@ -60,21 +60,14 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     inner = config.get("transformer_layer_config") or {}
     body = {
         **inner,
-        **{k: config[k] for k in (_IDS, "draft_vocab_size", "target_hidden_size") if k in config},
+        **{k: config[k] for k in (_IDS, "draft_vocab_size", "target_hidden_size", *_FLAGS) if k in config},
     }
     yield from _body(folder, body, "layers.0.", target, "transformer_layer_config.")
-    yield from check_equal(
-        config, {"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3"}
-    )
+    yield from check_equal(config, {"speculators_model_type": "eagle3"})
+    if config.get("architectures") not in (["Eagle3Speculator"], ["Eagle3DraftModel"]):
+        yield error("architectures", f"is {config.get('architectures')!r}; must be ['Eagle3Speculator'].")
     yield from check_speculators(config, "eagle3")
-    flag = config.get("norm_before_residual")
-    if not isinstance(flag, bool):
-        yield error(
-            "norm_before_residual", f"is {flag!r}; vLLM reads a missing one as true, speculators as false."
-        )
-    elif flag:
-        yield warning("norm_before_residual", "is true, which only vLLM, speculators and llama.cpp compute.")
-    yield from _flags_off(config)
+    yield from _flags(config)
 
 
 def _body(
@@ -115,6 +108,7 @@ def _body(
         **decoder_shapes(config, prefix, inputs=2 * h, norms=qwen),
         "norm.weight": (h,),
         "lm_head.weight": (dv, h),
+        **_flag_tensors(config, len(ids), wide),
     }
     tables: dict[str, tuple[int, ...]] = {"d2t": (dv,), "t2d": (v,)}
     if dv < v:
@@ -165,10 +159,26 @@ def _check_pair(target: Config, ids: list[int], wide: int, v: int) -> Iterator[F
         yield error(_IDS, f"is {ids}; the target's last hidden state before the final norm is {layers - 1}.")
 
 
-def _flags_off(config: Config) -> Iterator[Finding]:
-    for key in _OFF:
-        if config.get(key):
-            yield error(key, "is true; only some engines compute it, and its tensors are not written.")
+def _flags(config: Config) -> Iterator[Finding]:
+    """Flags as booleans, the one with two defaults always there, and who computes those that are set."""
+    for key, engines in _FLAGS.items():
+        flag = config.get(key, None if key == "norm_before_residual" else False)
+        if not isinstance(flag, bool):
+            yield error(key, f"is {flag!r}; must be true or false. vLLM and speculators default differently.")
+        elif flag:
+            yield warning(key, f"is true, which only {engines} compute; others draft badly.")
+    if config.get("norm_before_fc") and config.get("fc_norm"):
+        yield error("norm_before_fc, fc_norm", "are both true; they exclude each other.")
+
+
+def _flag_tensors(config: Config, num: int, wide: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of the norms before `fc`."""
+    found: dict[str, tuple[int, ...]] = {}
+    if config.get("norm_before_fc"):
+        found["input_norm.weight"] = (num * wide,)
+    if config.get("fc_norm"):
+        found |= {f"fc_norm.{layer}.weight": (wide,) for layer in range(num)}
+    return found
 
 
 def _is_ids(ids: object) -> bool:

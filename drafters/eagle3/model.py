@@ -12,6 +12,7 @@ layers, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -173,6 +174,13 @@ class EagleDrafter(FeatureDrafter):
             return None
         return f"draft vocabulary of {len(self.draft_ids):,} tokens: {self.lost}"
 
+    def engines(self, format: str) -> Engines:
+        """See `Drafter.engines`: not every one computes the norms that a head may add."""
+        config, found = self.config, super().engines(format)
+        if config.norm_before_residual:
+            found = replace(found, sglang=None)
+        return replace(found, llama_cpp=None) if config.fc_norm or config.norm_output else found
+
     def default_layers(self, config: Any) -> tuple[int, ...]:
         """See `FeatureDrafter.default_layers`."""
         return eagle_layers(self.num_target_layers)
@@ -181,7 +189,12 @@ class EagleDrafter(FeatureDrafter):
         """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
-        self.fc = nn.Linear(len(config.target_layer_ids or ()) * hidden, hidden, bias=False)
+        num = len(config.target_layer_ids or ())
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(num * hidden, eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(hidden, eps) for _ in range(num))
+        self.fc = nn.Linear(num * hidden, hidden, bias=False)
         self.midlayer = EagleLayer(config)
         self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, known(config.draft_vocab_size), bias=False)
@@ -244,7 +257,7 @@ class EagleDrafter(FeatureDrafter):
         self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor | None, depth: int
     ) -> tuple[list[Float[Tensor, "R T H"]], Bool[Tensor, "R T"]]:
         """Normed states of each unroll step, and which rows have features before them."""
-        fused = self.fc(self._features(features).flatten(-2))
+        fused = self._fused(self._features(features))
         linked = functional.pad((documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), (1, 0))
         state = functional.pad(fused[:, :-1], (0, 0, 1, 0)) * linked[..., None]
         num = ids.shape[1]
@@ -261,6 +274,7 @@ class EagleDrafter(FeatureDrafter):
                 state, *new = self._step(*run)
             seen += new
             outputs.append(self.norm(state))
+            state = outputs[-1] if self.config.norm_output else state
         return outputs, linked
 
     def _step(
@@ -271,7 +285,7 @@ class EagleDrafter(FeatureDrafter):
         Each row attends to the first step's rows up to its own, and in later steps to its own row alone.
         """
         layer = self.midlayer
-        read = layer.read(self.embed(tokens), state)
+        read, residual = layer.read(self.embed(tokens), state)
         queries = layer.self_attn.queries(read, positions)
         keys, values = layer.self_attn.keys_values(read, positions)
         context = (seen[0], seen[1]) if seen else (keys, values)
@@ -279,7 +293,7 @@ class EagleDrafter(FeatureDrafter):
         if seen:
             own = torch.stack([*seen[2::2], keys], 3), torch.stack([*seen[3::2], values], 3)
         mixed = grouped_attention(queries[:, :, :, None], context, own, visible).squeeze(3)
-        return layer.finish(state, mixed), keys, values
+        return layer.finish(residual, mixed), keys, values
 
     # ---- decoding
 
@@ -308,22 +322,24 @@ class EagleDrafter(FeatureDrafter):
         outputs: list[Tensor] = []
         for wave in batch.waves(state):
             outputs.append(self._read(state, *wave))
-        return self.head(self.norm(torch.cat(outputs)[skip:]))
+        return self.head(torch.cat(outputs)[skip:])
 
     def _read(self, state: EagleState, tokens: list[int], parents: list[int], feature: Tensor) -> Tensor:
-        """Output [K, H] of nodes whose features are known."""
+        """Normed output [K, H] of nodes whose features are known."""
         device, layer, cache = feature.device, self.midlayer, state.cache
         old = cache.num_nodes
         cache.append(parents)
         positions = torch.tensor(cache.depths[old:], device=device)[None] + cache.length
-        read = layer.read(self.embed(torch.tensor(tokens, device=device))[None], feature[None])
+        read, residual = layer.read(self.embed(torch.tensor(tokens, device=device))[None], feature[None])
         queries = layer.self_attn.queries(read, positions)
         keys, values = cache.layers[0].update(*layer.self_attn.keys_values(read, positions))
         mask = cache.mask(len(tokens), queries.dtype, device)
         mixed = cached_attention(queries, keys, values, mask, causal=True)
-        out = layer.finish(feature[None], mixed)[0]
-        state.outputs = out if old == 0 else torch.cat([state.outputs, out])
-        return out
+        out = layer.finish(residual, mixed)[0]
+        normed: Tensor = self.norm(out)
+        feature = normed if self.config.norm_output else out
+        state.outputs = feature if old == 0 else torch.cat([state.outputs, feature])
+        return normed
 
     @torch.no_grad()
     def commit(self, state: EagleState, path: Sequence[int], features: TokenFeatures | None = None) -> None:
@@ -340,7 +356,16 @@ class EagleDrafter(FeatureDrafter):
 
     def _fuse(self, features: Tensor | None, num: int | None = None) -> Float[Tensor, "N H"]:
         with torch.no_grad():
-            fused: Tensor = self.fc(self._features(features, num).flatten(-2))
+            return self._fused(self._features(features, num))
+
+    def _fused(self, features: Float[Tensor, "*step L H"]) -> Float[Tensor, "*step H"]:
+        """One feature a token, from those of all target layers."""
+        if self.config.fc_norm:
+            features = torch.stack(
+                [norm(features[..., layer, :]) for layer, norm in enumerate(self.fc_norm)], -2
+            )
+        wide = features.flatten(-2)
+        fused: Tensor = self.fc(self.input_norm(wide) if self.config.norm_before_fc else wide)
         return fused
 
 

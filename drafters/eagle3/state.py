@@ -26,7 +26,7 @@ class EagleState:
         carry: fused features for the next rows.
         waiting: tokens whose rows come first in the next round.
         blind: nothing has features yet: a text of one token is about to start.
-        outputs: the layer's output at every node of this round.
+        outputs: what stands in for features below each node of this round.
     """
 
     carry: Float[Tensor, "C H"]

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from certdraft.drafters.features import feature_folder
 from certdraft.drafters.features.layer_files import Json, Weights, check_names
+from certdraft.drafters.features.rotary import checked_scaling
 from certdraft.drafters.features.target_layers import check_layers
 from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
@@ -347,7 +348,8 @@ def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
             f"{found.num_attention_heads} query heads do not share {found.num_key_value_heads} key-value "
             "heads evenly."
         )
-    return found
+    positions = known(found.max_position_embeddings)
+    return replace(found, rope_scaling=checked_scaling(found.rope_scaling, positions, "the drafter's config"))
 
 
 def initialise(module: nn.Module) -> None:

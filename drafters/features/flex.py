@@ -42,13 +42,15 @@ def grouped_flex_attention(
     context: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor] | None,
     visible: Bool[Tensor, "R A T"],
+    first: Int[Tensor, "R A Q"] | None = None,
+    own_visible: Bool[Tensor, "Q M"] | None = None,
 ) -> Float[Tensor, "R heads A Q D"]:
     """`grouped_attention` with one flex_attention call; same arguments and result.
 
     Keys are those of the context, then those of the groups, group after group.
     """
     num_rows, _, num_groups, num_queries, _ = queries.shape
-    keys, values, sees = joined_keys(context, own, visible, num_queries)
+    keys, values, sees = joined_keys(context, own, visible, num_queries, first, own_visible)
     mask = create_block_mask(
         sees, num_rows, None, num_groups * num_queries, keys.shape[2], device=queries.device
     )
@@ -64,6 +66,8 @@ def joined_keys(
     own: tuple[Tensor, Tensor] | None,
     visible: Bool[Tensor, "R A T"],
     num_queries: int,
+    first: Int[Tensor, "R A Q"] | None = None,
+    own_visible: Bool[Tensor, "Q M"] | None = None,
 ) -> tuple[Float[Tensor, "R N S D"], Float[Tensor, "R N S D"], Callable[..., Tensor]]:
     """Keys and values of context and groups on one axis, and which query sees which key of it.
 
@@ -81,9 +85,14 @@ def joined_keys(
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         group = query // num_queries
         shared = visible[row, group, key.clamp(max=num_context - 1)] & (key < num_context)
+        if first is not None:
+            shared = shared & (key >= first[row, group, query % num_queries])
         if not num_own:
             return shared
-        return shared | ((key >= num_context) & ((key - num_context) // num_own == group))
+        mine = (key >= num_context) & ((key - num_context) // num_own == group)
+        if own_visible is not None:
+            mine = mine & own_visible[query % num_queries, (key - num_context) % num_own]
+        return shared | mine
 
     return keys, values, sees
 

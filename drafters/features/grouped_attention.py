@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,6 +34,8 @@ def grouped_attention(
     context: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor] | None,
     visible: Bool[Tensor, "R A T"],
+    first: Int[Tensor, "R A Q"] | None = None,
+    own_visible: Bool[Tensor, "Q M"] | None = None,
 ) -> Float[Tensor, "R heads A Q D"]:
     """Each group of queries attends to the context that is visible to it and to keys of its own.
 
@@ -43,11 +45,14 @@ def grouped_attention(
     Args:
         queries: of A groups.
         context: keys and values [R, N, T, D] that all groups share.
-        own: keys and values [R, N, A, M, D] that one group alone sees, all of them; None: none.
+        own: keys and values [R, N, A, M, D] that one group alone sees; None: none.
         visible: which of the context a group sees; at least one, where it has no keys of its own.
+        first: the context before this token is hidden from a query, in order of the queries; only for groups
+            with keys of their own. None: nothing more is hidden.
+        own_visible: which of its group's own keys a query sees, at least one; None: all.
     """
     if queries.is_cuda:
-        return grouped_flex_attention(queries, context, own, visible)
+        return grouped_flex_attention(queries, context, own, visible, first, own_visible)
     num_rows, num_heads, num_groups, num_queries, size = queries.shape
     num_kv, num_context = context[0].shape[1:3]
     if own is None:
@@ -60,10 +65,12 @@ def grouped_attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
     q, *rest = (part.to(dtype) for part in (queries * size**-0.5, *context, *own))
     folded = q.unflatten(1, (num_kv, -1))
+    if first is not None:  # what no query of a group sees need not be walked
+        visible = visible & (torch.arange(num_context, device=visible.device) >= first[..., :1])
     scores = _CPU_SCORES if device == "cpu" else _DEVICE_SCORES
     step = max(1, scores // (num_rows * num_heads * num_queries * num_context))
     with torch.autocast(device, enabled=False):
-        out: Tensor = _Grouped.apply(folded, *rest, visible, list(_spans(visible, step)))
+        out: Tensor = _Grouped.apply(folded, *rest, visible, first, own_visible, list(_spans(visible, step)))
     return out.flatten(1, 2)
 
 
@@ -86,14 +93,16 @@ class _Grouped(torch.autograd.Function):
         own_keys: Float[Tensor, "R N A M D"],
         own_values: Float[Tensor, "R N A M D"],
         visible: Bool[Tensor, "R A T"],
+        first: Int[Tensor, "R A Q"] | None,
+        own_visible: Bool[Tensor, "Q M"] | None,
         spans: list[Span],
     ) -> Float[Tensor, "R N F A Q D"]:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = torch.empty_like(q), q.new_empty((*q.shape[:-1], 1), dtype=wide)
         for groups, seen in spans:
             part = q[:, :, :, groups]
-            scores = _scores(part, keys[:, :, seen], visible[:, groups, seen])
-            own_scores = _own(part, own_keys[:, :, groups].transpose(-1, -2)).to(wide)
+            scores = _scores(part, keys[:, :, seen], visible[:, groups, seen], _from(first, groups, seen))
+            own_scores = _own_scores(part, own_keys[:, :, groups], own_visible)
             top = own_scores.amax(-1, keepdim=True)
             if scores.shape[-1]:
                 top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -104,13 +113,13 @@ class _Grouped(torch.autograd.Function):
             mixed += _own(own_scores.to(q.dtype), own_values[:, :, groups])
             out[:, :, :, groups] = mixed / total
             lse[:, :, :, groups] = top + total.log()
-        ctx.save_for_backward(q, keys, values, own_keys, own_values, visible, out, lse)
+        ctx.save_for_backward(q, keys, values, own_keys, own_values, visible, first, own_visible, out, lse)
         ctx.spans = spans
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, keys, values, own_keys, own_values, visible, out, lse = ctx.saved_tensors
+        q, keys, values, own_keys, own_values, visible, first, own_visible, out, lse = ctx.saved_tensors
         (grad,) = grads
         dq, d_own_keys, d_own_values = (torch.empty_like(x) for x in (q, own_keys, own_values))
         d_keys, d_values = (torch.zeros_like(x, dtype=lse.dtype) for x in (keys, values))
@@ -119,7 +128,8 @@ class _Grouped(torch.autograd.Function):
             part, grad_part = q[:, :, :, groups], grad[:, :, :, groups]
             lse_part, dot_part = lse[:, :, :, groups], dot[:, :, :, groups]
 
-            weights = _scores(part, keys[:, :, seen], visible[:, groups, seen]).sub_(lse_part).exp_()
+            scores = _scores(part, keys[:, :, seen], visible[:, groups, seen], _from(first, groups, seen))
+            weights = scores.sub_(lse_part).exp_()
             d_scores = _shared(grad_part, values[:, :, seen].transpose(-1, -2)).to(lse.dtype)
             d_scores = d_scores.sub_(dot_part).mul_(weights).to(q.dtype)
             d_values[:, :, seen] += _gathered(weights.to(q.dtype), grad_part)
@@ -127,20 +137,47 @@ class _Grouped(torch.autograd.Function):
             d_part = _shared(d_scores, keys[:, :, seen])
 
             k, v = own_keys[:, :, groups], own_values[:, :, groups]
-            weights = _own(part, k.transpose(-1, -2)).to(lse.dtype).sub_(lse_part).exp_()
+            weights = _own_scores(part, k, own_visible).sub_(lse_part).exp_()
             d_scores = _own(grad_part, v.transpose(-1, -2)).to(lse.dtype)
             d_scores = d_scores.sub_(dot_part).mul_(weights).to(q.dtype)
             d_own_values[:, :, groups] = (weights.to(q.dtype).transpose(-1, -2) @ grad_part).sum(2)
             d_own_keys[:, :, groups] = (d_scores.transpose(-1, -2) @ part).sum(2)
             dq[:, :, :, groups] = d_part + _own(d_scores, k)
-        return dq, d_keys.to(keys.dtype), d_values.to(keys.dtype), d_own_keys, d_own_values, None, None
+        return (
+            dq,
+            d_keys.to(keys.dtype),
+            d_values.to(keys.dtype),
+            d_own_keys,
+            d_own_values,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _from(first: Int[Tensor, "R A Q"] | None, groups: slice, seen: slice) -> Int[Tensor, "R a Q"] | None:
+    """`first` of these groups, counted from the start of the context they walk."""
+    return None if first is None else first[:, groups] - seen.start
 
 
 def _scores(
-    q: Float[Tensor, "R N F a Q D"], keys: Float[Tensor, "R N t D"], visible: Bool[Tensor, "R a t"]
-) -> Float[Tensor, "R N F a Q t"]:
+    q: Float[Tensor, "R N F a Q D"], keys: Float[Tensor, "R N t D"], visible: Bool[Tensor, "R a t"],
+    first: Int[Tensor, "R a Q"] | None,
+) -> Float[Tensor, "R N F a Q t"]:  # fmt: skip
     scores = _shared(q, keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-    return scores.masked_fill_(~visible[:, None, None, :, None], -torch.inf)
+    scores.masked_fill_(~visible[:, None, None, :, None], -torch.inf)
+    if first is not None:
+        hidden = torch.arange(keys.shape[2], device=q.device) < first[..., None]
+        scores.masked_fill_(hidden[:, None, None], -torch.inf)
+    return scores
+
+
+def _own_scores(
+    q: Float[Tensor, "R N F a Q D"], keys: Float[Tensor, "R N a M D"], visible: Bool[Tensor, "Q M"] | None
+) -> Float[Tensor, "R N F a Q M"]:
+    scores = _own(q, keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
+    return scores if visible is None else scores.masked_fill_(~visible, -torch.inf)
 
 
 def _shared(x: Float[Tensor, "R N F a Q I"], y: Float[Tensor, "R N I J"]) -> Float[Tensor, "R N F a Q J"]:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from certdraft.drafters.features.transformer_layer import LayerSizes
+from certdraft.drafters.features.rotary import read_rope, rope_to_json
+from certdraft.drafters.features.transformer_layer import LayerSizes, known
 
 if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
@@ -36,9 +37,7 @@ _FIXED: Mapping[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-    "use_sliding_window": False,
     "tie_word_embeddings": False,
-    "is_causal": False,
 }
 # Keys that change nothing: what text means, how weights were drawn, who wrote the file.
 _IDLE = frozenset(
@@ -46,6 +45,11 @@ _IDLE = frozenset(
     "label2id max_window_layers modules_to_save pad_token_id pretraining_tp problem_type return_dict "
     "torch_dtype transformers_version use_cache model_max_length output_attentions output_hidden_states "
     "is_encoder_decoder chunk_size_feed_forward".split()
+)
+# Keys that are read here.
+_READ = frozenset(
+    "architectures model_type head_dim num_key_value_heads layer_types sliding_window use_sliding_window "
+    "rope_theta rope_scaling rope_parameters".split()
 )
 _SPECULATORS_VERSION = "0.9.0"  # of the library whose layout this is
 
@@ -99,15 +103,14 @@ def speculators_section(algorithm: str, request: ExportRequest) -> Json:
 
 def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
     """The keys of a transformers config for one kind of layer, the rotary base under old and new names."""
-    theta, name = sizes.rope_theta, str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
+    rope = rope_to_json(known(sizes.rope_theta), sizes.rope_scaling)
     return {
         **{key: getattr(sizes, key) for key in (*_REQUIRED, "num_key_value_heads", "head_dim")},
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": False,
-        "rope_theta": theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        **rope,
         "dtype": name,
         "torch_dtype": name,
     }
@@ -124,54 +127,28 @@ def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
     Raises:
         ValueError: a key that is missing, unknown, or asks for what certdraft does not compute.
     """
-    layer_types = config.get("layer_types") or []
-    if set(layer_types) - {"full_attention"} or (
-        config.get("sliding_window") and config.get("use_sliding_window", 1)
-    ):
-        raise ValueError(
-            f"{where} has sliding-window layers (layer_types {layer_types}, sliding_window "
-            f"{config.get('sliding_window')}); only full attention is supported."
-        )
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise ValueError(f"{where} has {key} {config[key]!r}; only {value!r} is supported.")
     missing = [key for key in _REQUIRED if not config.get(key)]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; engines would guess, certdraft does not.")
-    known = {*_REQUIRED, *_FIXED, *_IDLE, *own}
-    known |= {
-        "architectures",
-        "model_type",
-        "head_dim",
-        "num_key_value_heads",
-        "layer_types",
-        "sliding_window",
-    }
-    known |= {"rope_theta", "rope_scaling", "rope_parameters"}
-    unknown = sorted(config.keys() - known)
+    read = {*_REQUIRED, *_FIXED, *_IDLE, *_READ, *own}
+    unknown = sorted(config.keys() - read)
     if unknown:
         raise ValueError(
             f"{where} has keys that certdraft does not know: {', '.join(unknown)}. They may change what the "
             "network computes; remove them once you know that they do not."
         )
     heads = config["num_attention_heads"]
+    theta, scaling = read_rope(config, where)
     return {
         **{key: config[key] for key in _REQUIRED},
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "rope_theta": _rope_theta(config, where),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
     }
-
-
-def _rope_theta(config: Json, where: str) -> float:
-    modern, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    kinds = {section.get("rope_type", section.get("type", "default")) for section in (modern, scaling)}
-    if kinds != {"default"} or modern.keys() - {"rope_type", "rope_theta", "type", "partial_rotary_factor"}:
-        raise ValueError(f"{where} scales its rotary positions ({modern or scaling}); that is not supported.")
-    found = {value for value in (config.get("rope_theta"), modern.get("rope_theta")) if value is not None}
-    if len(found) != 1:
-        raise ValueError(f"{where}: needs one rope_theta, or the same one twice; found {sorted(found)}.")
-    return float(found.pop())
 
 
 def write_folder(directory: Path, config: Json, weights: Weights) -> None:

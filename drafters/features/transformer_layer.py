@@ -11,12 +11,14 @@ H hidden.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+from certdraft.drafters.features.rotary import Rotary
 
 Size = TypeVar("Size", int, float)
 KeysValues = tuple[Tensor, Tensor]  # [R, key-value heads, T, D] each
@@ -35,6 +37,8 @@ class LayerSizes:
         rms_norm_eps: of every norm.
         rope_theta: base of the rotary frequencies.
         max_position_embeddings: positions it may be used at.
+        rope_scaling: how rotary positions are stretched, in transformers' keys, such as {"rope_type": "yarn",
+            "factor": 4.0, "original_max_position_embeddings": 32768}; None: not, whatever the target does.
     """
 
     hidden_size: int | None = None
@@ -45,24 +49,13 @@ class LayerSizes:
     rms_norm_eps: float | None = None
     rope_theta: float | None = None
     max_position_embeddings: int | None = None
+    rope_scaling: dict[str, Any] | None = None
 
 
 def known(size: Size | None) -> Size:
     """Return a size that was completed from the target's."""
     assert size is not None
     return size
-
-
-def rotate(
-    x: Float[Tensor, "R heads T D"], positions: Int[Tensor, "R T"], theta: float
-) -> Float[Tensor, "R heads T D"]:
-    """Rotary position embedding, halves rotated against each other as in Llama; angles in fp32."""
-    half = torch.arange(0, x.shape[-1], 2, device=x.device, dtype=torch.float32) / x.shape[-1]
-    with torch.autocast(x.device.type, enabled=False):
-        angles = positions.float()[:, None, :, None] * theta**-half  # [R, 1, T, D/2]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    low, high = x.chunk(2, -1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
 
 
 class RMSNorm(nn.Module):
@@ -106,7 +99,8 @@ class Attention(nn.Module):
         super().__init__()
         heads, groups = known(sizes.num_attention_heads), known(sizes.num_key_value_heads)
         head_dim, eps = known(sizes.head_dim), known(sizes.rms_norm_eps)
-        self.head_dim, self.theta = head_dim, known(sizes.rope_theta)
+        self.head_dim, positions = head_dim, known(sizes.max_position_embeddings)
+        self.rotary = Rotary(head_dim, known(sizes.rope_theta), sizes.rope_scaling, positions)
         self.q_proj = nn.Linear(in_features, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(in_features, groups * head_dim, bias=False)
         self.v_proj = nn.Linear(in_features, groups * head_dim, bias=False)
@@ -118,16 +112,20 @@ class Attention(nn.Module):
         self, x: Float[Tensor, "R T I"], positions: Int[Tensor, "R T"]
     ) -> Float[Tensor, "R heads T D"]:
         """Normalised and rotated."""
-        return rotate(self.q_norm(self._split(self.q_proj(x))), positions, self.theta)
+        return self._rotated(self.q_norm(self._split(self.q_proj(x))), positions)
 
     def keys_values(self, x: Float[Tensor, "R T I"], positions: Int[Tensor, "R T"]) -> KeysValues:
         """Keys normalised and rotated, values as they are."""
-        keys = rotate(self.k_norm(self._split(self.k_proj(x))), positions, self.theta)
+        keys = self._rotated(self.k_norm(self._split(self.k_proj(x))), positions)
         return keys, self._split(self.v_proj(x))
 
     def output(self, mixed: Float[Tensor, "R heads T D"]) -> Float[Tensor, "R T H"]:
         """Output projection of the heads, in the residual stream."""
         out: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = self.rotary(x, positions)
         return out
 
     def _split(self, x: Tensor) -> Tensor:

@@ -197,8 +197,16 @@ def check_equal(config: Config, expected: Config, at: str = "") -> Iterator[Find
 
 
 def check_rope(config: Config, at: str = "") -> Iterator[Finding]:
-    """The rotary base, under the name of every reader: a reader that misses its own takes a default."""
+    """Rotary base and scaling, under the name of every reader: one that misses its own takes a default."""
     modern: Any = config.get("rope_parameters")
+    if isinstance(modern, Mapping) and "full_attention" not in modern:
+        scaling = {key: value for key, value in modern.items() if key != "rope_theta"}
+        plain = scaling.get("rope_type", "default") == "default"
+        legacy = config.get("rope_scaling") or {}
+        if legacy != scaling and not (plain and legacy.get("rope_type", "default") == "default"):
+            yield error(
+                f"{at}rope_scaling", f"is {legacy}, in rope_parameters {scaling}; write the same to both."
+            )
     if not isinstance(modern, Mapping) or "full_attention" not in modern:
         modern = {"full_attention": modern}  # one base for all layers; Gemma 3 has one for each kind of layer
     names = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}

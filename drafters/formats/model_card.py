@@ -60,7 +60,7 @@ def write_card(
         title=name,
         description=drafter.description,
         format=format,
-        engines=drafter.export_formats[format],
+        engines=drafter.engines(format),
         taps=list(drafter.taps),
         draft_length=request.draft_length,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),

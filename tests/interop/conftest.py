@@ -44,10 +44,12 @@ def engine() -> Callable[..., dict[str, Any]]:
     from interop.engines_run import run
     from interop.environments import ready
 
-    def answers(name: str, jobs: list[dict[str, Any]], *options: str) -> dict[str, Any]:
+    def answers(
+        name: str, jobs: list[dict[str, Any]], *options: str, script: str | None = None
+    ) -> dict[str, Any]:
         if not ready(name):
             pytest.skip(f"{name} is not installed; run `make interop`, which says why it could not be")
-        return run(name, jobs, *options)
+        return run(name, jobs, *options, script=script)
 
     return answers
 

@@ -12,14 +12,17 @@ from interop.environments import CONVERTER, ENVIRONMENTS
 SCRIPTS = Path(__file__).parent / "engines"
 
 
-def run(engine: str, jobs: list[dict[str, Any]], *options: str) -> dict[str, Any]:
-    """Results by job name, with the engine's name and version.
+def run(engine: str, jobs: list[dict[str, Any]], *options: str, script: str | None = None) -> dict[str, Any]:
+    """Results by job name, with the engine's name and version; `script` replaces `run_ENGINE.py`.
 
     A job that takes its process down is reported as an error, and the jobs after it get a new process.
     """
     if engine == "llamacpp":
         jobs = [as_gguf(job) for job in jobs]
-    python, script = ENVIRONMENTS / engine / "venv" / "bin" / "python", SCRIPTS / f"run_{engine}.py"
+    python, program = (
+        ENVIRONMENTS / engine / "venv" / "bin" / "python",
+        SCRIPTS / (script or f"run_{engine}.py"),
+    )
     found: dict[str, Any] = {"runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         jobs_file, results = Path(folder) / "jobs.json", Path(folder) / "results.json"
@@ -28,7 +31,7 @@ def run(engine: str, jobs: list[dict[str, Any]], *options: str) -> dict[str, Any
             jobs_file.write_text(json.dumps(left))
             results.unlink(missing_ok=True)
             done = subprocess.run(
-                [python, script, jobs_file, results, *options], capture_output=True, text=True, check=False
+                [python, program, jobs_file, results, *options], capture_output=True, text=True, check=False
             )
             fresh = json.loads(results.read_text()) if results.exists() else {"runs": {}}
             found = {**found, **fresh, "runs": {**found["runs"], **fresh["runs"]}}

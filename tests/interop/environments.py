@@ -40,7 +40,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], str]] = {
         (
             "install torch==2.13.0 transformers==5.19.0 datasets<=5.1.0 pydantic pydantic-settings loguru "
             "openai click typer rich tqdm safetensors numpy httpx",
-            "install --no-deps speculators==0.9.0 hs-connectors==0.9.0",
+            "install --no-deps speculators==0.9.0 hs-connectors==0.9.0 dflash==0.1.0",
         ),
         "from speculators import SpeculatorModel",
     ),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from oracles.rotary import frequencies
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
@@ -34,11 +35,12 @@ class Reader:
 
     def rope(self, x: Tensor, positions: Tensor) -> Tensor:
         size = self.sizes["head_dim"]
-        theta = self.sizes["rope_parameters"]["rope_theta"]
-        angles = positions[:, None] / theta ** (torch.arange(0, size, 2) / size)
+        rope = self.sizes["rope_parameters"]
+        turns, scale = frequencies(rope["rope_theta"], size, rope)
+        angles = positions[:, None] * torch.tensor(turns)
         angles = torch.cat([angles, angles], -1)
         turned = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1)
-        return x * angles.cos() + turned * angles.sin()
+        return (x * angles.cos() + turned * angles.sin()) * scale
 
     def project(self, prefix: str, part: str, x: Tensor) -> Tensor:
         """[N, heads, d] as [heads, N, d], with the norm of queries or keys where there is one."""
@@ -69,29 +71,37 @@ class Eagle3Reader(Reader):
         super().__init__(folder, target)
         self.prefix = "midlayer" if "midlayer.hidden_norm.weight" in self.weights else "layers.0"
         self.hidden_states = self.config["eagle_aux_hidden_state_layer_ids"]
-        assert self.config["norm_before_residual"] is False
 
     def draft(self, ids: Sequence[int], hidden_states: Sequence[Tensor], num_tokens: int) -> list[int]:
         """Tokens after `ids`, of whose last one the target's hidden states are not known."""
-        w, at = self.weights, self.prefix
-        features = (
-            torch.cat([hidden_states[k][: len(ids) - 1] for k in self.hidden_states], -1) @ w["fc.weight"].T
-        )
+        w, at, flags = self.weights, self.prefix, self.config
+        layers = [hidden_states[k][: len(ids) - 1] for k in self.hidden_states]
+        if flags["fc_norm"]:
+            layers = [norm(x, w[f"fc_norm.{number}.weight"], self.eps) for number, x in enumerate(layers)]
+        wide = torch.cat(layers, -1)
+        wide = norm(wide, w["input_norm.weight"], self.eps) if flags["norm_before_fc"] else wide
+        features = wide @ w["fc.weight"].T
         tokens, drafted = list(ids[1:]), []
         while True:
             count = len(tokens)
             embedded = norm(self.embeddings[tokens], w[f"{at}.input_layernorm.weight"], self.eps)
-            read = torch.cat([embedded, norm(features, w[f"{at}.hidden_norm.weight"], self.eps)], -1)
+            normed = norm(features, w[f"{at}.hidden_norm.weight"], self.eps)
+            read = torch.cat([embedded, normed], -1)
+            residual = normed if flags["norm_before_residual"] else features
             positions = torch.arange(count)
             queries, keys = (self.rope(self.project(at, part, read), positions) for part in "qk")
             causal = torch.ones(count, count, dtype=torch.bool).tril()
-            x = features + self.attend(at, queries, keys, self.project(at, "v", read), causal)
+            x = residual + self.attend(at, queries, keys, self.project(at, "v", read), causal)
             x = x + self.mlp(at, norm(x, w[f"{at}.post_attention_layernorm.weight"], self.eps))
-            best = int((norm(x[-1], w["norm.weight"], self.eps) @ w["lm_head.weight"].T).argmax())
+            output = norm(x[-1:], w["norm.weight"], self.eps)
+            best = int((output @ w["lm_head.weight"].T).argmax())
             drafted.append(best + int(w["d2t"][best]) if "d2t" in w else best)
             if len(drafted) == num_tokens:
                 return drafted
-            tokens, features = [*tokens, drafted[-1]], torch.cat([features, x[-1:]])
+            tokens, features = (
+                [*tokens, drafted[-1]],
+                torch.cat([features, output if flags["norm_output"] else x[-1:]]),
+            )
 
 
 class DFlashReader(Reader):
@@ -101,6 +111,9 @@ class DFlashReader(Reader):
         super().__init__(folder, target)
         section = self.config.get("dflash_config", self.config)
         self.mask = section["mask_token_id"]
+        self.causal = section.get("causal")  # of z-lab's layout; None: layers with a window are
+        if self.config.get("sliding_window_non_causal"):
+            self.causal = False
         speculators = self.config.get("aux_hidden_state_layer_ids")
         self.hidden_states = speculators or [k + 1 for k in section["target_layer_ids"]]
 
@@ -117,7 +130,14 @@ class DFlashReader(Reader):
             both = torch.cat([context, read])
             queries = self.rope(self.project(at, "q", read), positions[known:])
             keys = self.rope(self.project(at, "k", both), positions)
-            x = x + self.attend(at, queries, keys, self.project(at, "v", both), None)
+            sliding = self.sizes["layer_types"][layer] == "sliding_attention"
+            back = positions[known:, None] - positions
+            seen = torch.ones_like(back, dtype=torch.bool)
+            if sliding:
+                seen &= back.abs() < self.sizes["sliding_window"]
+            if sliding if self.causal is None else self.causal:
+                seen &= back >= 0
+            x = x + self.attend(at, queries, keys, self.project(at, "v", both), seen)
             x = x + self.mlp(at, norm(x, w[f"{at}.post_attention_layernorm.weight"], self.eps))
         logits = norm(x[1:], w["norm.weight"], self.eps) @ self.head.T
         return [int(token) for token in logits.argmax(-1)]

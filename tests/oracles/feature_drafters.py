@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from oracles.rotary import frequencies
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
@@ -33,15 +34,16 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * weight
 
 
-def rope(x: Tensor, position: int, theta: float) -> Tensor:
+def rope(x: Tensor, position: int, config: Any) -> Tensor:
     """x: [D] of one head."""
+    turns, scale = frequencies(config.rope_theta, len(x), config.rope_scaling)
     half = len(x) // 2
     out = x.clone()
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
+        angle = position * turns[i]
         out[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
         out[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
-    return out
+    return out * scale
 
 
 def heads(x: Tensor, size: int) -> list[Tensor]:
@@ -76,22 +78,31 @@ def eagle_logits(drafter: Any, text: list[int], features: Tensor, drafted: list[
     rows = []
     for place, token in enumerate([*text[1:], *drafted]):
         if place < len(features):
-            feature = w["fc.weight"] @ features[place].double().flatten()
+            layers = features[place].double()
+            if c.fc_norm:
+                layers = torch.stack(
+                    [rms(f, w[f"fc_norm.{i}.weight"], c.rms_norm_eps) for i, f in enumerate(layers)]
+                )
+            wide = layers.flatten()
+            wide = rms(wide, w["input_norm.weight"], c.rms_norm_eps) if c.norm_before_fc else wide
+            feature = w["fc.weight"] @ wide
+        elif c.norm_output:
+            feature = rms(output, w["norm.weight"], c.rms_norm_eps)
         else:
             feature = output
-        read = torch.cat(
-            [rms(w["embed"][token], norms[0], c.rms_norm_eps), rms(feature, norms[1], c.rms_norm_eps)]
-        )
+        normed = rms(feature, norms[1], c.rms_norm_eps)
+        residual = normed if c.norm_before_residual else feature
+        read = torch.cat([rms(w["embed"][token], norms[0], c.rms_norm_eps), normed])
         q, k, v = (
             heads(w[f"midlayer.self_attn.{name}_proj.weight"] @ read, c.head_dim) for name in ("q", "k", "v")
         )
         if c.qk_norm:
             q = [rms(x, w["midlayer.self_attn.q_norm.weight"], c.rms_norm_eps) for x in q]
             k = [rms(x, w["midlayer.self_attn.k_norm.weight"], c.rms_norm_eps) for x in k]
-        keys.append([rope(x, place, c.rope_theta) for x in k])
+        keys.append([rope(x, place, c) for x in k])
         values.append(v)
-        mixed = attend([rope(x, place, c.rope_theta) for x in q], keys, values)
-        hidden = feature + w["midlayer.self_attn.o_proj.weight"] @ mixed
+        mixed = attend([rope(x, place, c) for x in q], keys, values)
+        hidden = residual + w["midlayer.self_attn.o_proj.weight"] @ mixed
         normed = rms(hidden, w["midlayer.post_attention_layernorm.weight"], c.rms_norm_eps)
         output = hidden + mlp(normed, w, "midlayer.mlp")
         if place >= len(text) - 2:
@@ -121,7 +132,7 @@ def block_logits(drafter: Any, root: int, features: Tensor) -> Tensor:
             if which == "v":
                 return parts
             weight = w[f"{name}.self_attn.{which}_norm.weight"]
-            return [rope(rms(part, weight, c.rms_norm_eps), place, c.rope_theta) for part in parts]
+            return [rope(rms(part, weight, c.rms_norm_eps), place, c) for part in parts]
 
         read = [rms(x, w[f"{name}.input_layernorm.weight"], c.rms_norm_eps) for x in block]
         sources = [*context, *read]
@@ -129,8 +140,16 @@ def block_logits(drafter: Any, root: int, features: Tensor) -> Tensor:
         values = [project(x, "v", place) for place, x in enumerate(sources)]
         new = []
         for slot, x in enumerate(block):
-            queries = project(read[slot], "q", len(context) + slot)
-            hidden = x + w[f"{name}.self_attn.o_proj.weight"] @ attend(queries, keys, values)
+            at = len(context) + slot
+            sliding = c.layer_types is not None and c.layer_types[index] == "sliding_attention"
+            causal = sliding if c.causal is None else c.causal
+            seen = [
+                place for place in range(len(keys))
+                if not (causal and place > at) and not (sliding and abs(at - place) >= c.sliding_window)
+            ]  # fmt: skip
+            queries = project(read[slot], "q", at)
+            mixed = attend(queries, [keys[place] for place in seen], [values[place] for place in seen])
+            hidden = x + w[f"{name}.self_attn.o_proj.weight"] @ mixed
             normed = rms(hidden, w[f"{name}.post_attention_layernorm.weight"], c.rms_norm_eps)
             new.append(hidden + mlp(normed, w, f"{name}.mlp"))
         block = new

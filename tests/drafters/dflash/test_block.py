@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles.decoding_models import tiny_qwen3
 from oracles.feature_drafters import block_logits, enlarge
+from oracles.rotary import YARN
 from torch import Tensor
 
 from certdraft.drafters import BlockConfig, BlockDrafter
@@ -15,6 +16,14 @@ from certdraft.drafters.dflash.model import sample_anchors
 
 V = 40
 TARGET = tiny_qwen3(0, V, layers=6)
+MIXED = ("sliding_attention", "full_attention")
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"layer_types": MIXED, "sliding_window": 3},
+    {"layer_types": MIXED[::-1], "sliding_window": 2, "causal": False},
+    {"layer_types": MIXED[:1] * 2, "sliding_window": 7, "causal": True},
+    {"causal": True, "rope_scaling": YARN},
+]
 
 
 def block(seed: int = 0, num_anchors: int = 512, **config: Any) -> BlockDrafter:
@@ -33,9 +42,10 @@ def text(num: int, seed: int = 0, layers: int = 2) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("every", [False, True])
-def test_training_blocks_are_the_reference(every: bool) -> None:
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_training_blocks_are_the_reference(every: bool, config: dict[str, Any]) -> None:
     """B1 with the definition: every block of a packed row, from its context alone."""
-    drafter = block()
+    drafter = block(**config)
     ids, features = text(13)
     documents = torch.tensor([0] * 5 + [1] * 6 + [-1] * 2)
     positions = torch.tensor([*range(5), *range(6), 0, 1])
@@ -53,9 +63,10 @@ def test_training_blocks_are_the_reference(every: bool) -> None:
         torch.testing.assert_close(logits[path], wanted, rtol=1e-4, atol=2e-4, msg=f"anchor {start}")
 
 
-def test_decoding_is_the_training_forward() -> None:
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_decoding_is_the_training_forward(config: dict[str, Any]) -> None:
     """B1, A5: the cached draft equals the packed one at every round, however the text was committed."""
-    drafter = block()
+    drafter = block(**config)
     ids, features = text(16)
     args = ids[None], torch.arange(16)[None], torch.zeros(1, 16, dtype=torch.long)
     with torch.no_grad():

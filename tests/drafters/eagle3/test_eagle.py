@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles.decoding_models import tiny_qwen3
 from oracles.feature_drafters import eagle_logits, enlarge
+from oracles.rotary import LINEAR, LLAMA3, YARN
 from torch import Tensor
 
 from certdraft.drafters import EagleConfig, EagleDrafter
@@ -15,6 +16,12 @@ from certdraft.drafters.eagle3.draft_vocab import choose, coverage, from_tables,
 
 V = 40
 TARGET = tiny_qwen3(0, V, layers=7)
+VARIANTS: list[dict[str, Any]] = [
+    {"norm_before_residual": True},
+    {"norm_before_fc": True, "norm_output": True, "rope_scaling": LLAMA3},
+    {"fc_norm": True, "norm_before_residual": True, "norm_output": True, "rope_scaling": YARN},
+    {"rope_scaling": LINEAR},
+]
 COUNTS = (torch.arange(V) * 37 % 101) + 1
 
 
@@ -33,7 +40,7 @@ def text(num: int, seed: int = 0, layers: int = 3) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("config", [{}, {"draft_vocab_size": 25}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"draft_vocab_size": 25}, {"qk_norm": True}, *VARIANTS], ids=str)
 def test_unroll_is_the_sequential_rollout(config: dict[str, Any]) -> None:
     """C1: depth d of the path from t is the draft after the true tokens t + 1 … t + d, in packed rows."""
     drafter = eagle(**config)
@@ -101,9 +108,10 @@ def test_nothing_leaks() -> None:
             assert torch.equal(value, before[start, depth]) != reads, (changed, start, depth)
 
 
-def test_decoding_is_the_reference_over_rounds() -> None:
+@pytest.mark.parametrize("config", [{}, *VARIANTS], ids=str)
+def test_decoding_is_the_reference_over_rounds(config: dict[str, Any]) -> None:
     """Cached trees, rounds of every shape: each node's logits are those of its root path (A3, A5)."""
-    drafter = eagle(draft_vocab_size=33)
+    drafter = eagle(draft_vocab_size=33, **config)
     tokens, features = text(34)
     ids = tokens.tolist()
     generator = torch.Generator().manual_seed(5)

@@ -22,8 +22,9 @@ from certdraft.drafters.features.grouped_attention import grouped_attention
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
+@pytest.mark.parametrize("windows", [False, True])
 @pytest.mark.parametrize(("groups", "queries", "own"), [(19, 1, 0), (19, 1, 3), (5, 4, 4), (33, 2, 1)])
-def test_groups_as_one_flex_call(groups: int, queries: int, own: int) -> None:
+def test_groups_as_one_flex_call(groups: int, queries: int, own: int, windows: bool) -> None:
     torch.manual_seed(groups)
     rows, heads, kv, num, size = 2, 4, 2, 37, 8
     visible = torch.rand(rows, groups, num) < 0.4
@@ -31,16 +32,21 @@ def test_groups_as_one_flex_call(groups: int, queries: int, own: int) -> None:
     shapes = [(rows, heads, groups, queries, size), *[(rows, kv, num, size)] * 2]
     shapes += [(rows, kv, groups, own, size)] * 2 if own else []
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    hidden = ()
+    if windows and own:
+        last = torch.randint(num, (rows, groups, 1)) + torch.arange(queries)
+        hidden = (last - 9, torch.ones(queries, own, dtype=torch.bool).tril())
     upstream = torch.randn(shapes[0], dtype=torch.float64)
     with torch.no_grad():
         pair = tuple(inputs[3:]) if own else None
-        expected = grouped_attention(inputs[0], (inputs[1], inputs[2]), pair, visible)
-        flexed = grouped_flex_attention(inputs[0], (inputs[1], inputs[2]), pair, visible)
+        expected = grouped_attention(inputs[0], (inputs[1], inputs[2]), pair, visible, *hidden)
+        flexed = grouped_flex_attention(inputs[0], (inputs[1], inputs[2]), pair, visible, *hidden)
     torch.testing.assert_close(flexed, expected, atol=1e-6, rtol=1e-6)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         """The same mask, read entry by entry: flex_attention has no backward pass on a CPU."""
-        keys, values, sees = joined_keys((k, v), (rest[0], rest[1]) if rest else None, visible, queries)
+        pair = (rest[0], rest[1]) if rest else None
+        keys, values, sees = joined_keys((k, v), pair, visible, queries, *hidden)
         mask = create_mask(sees, rows, 1, groups * queries, keys.shape[2], device="cpu")
         mixed = functional.scaled_dot_product_attention(
             q.flatten(2, 3), keys, values, attn_mask=mask, enable_gqa=True
@@ -48,7 +54,7 @@ def test_groups_as_one_flex_call(groups: int, queries: int, own: int) -> None:
         return mixed.unflatten(2, (groups, queries))
 
     def grouped(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-        return grouped_attention(q, (k, v), (rest[0], rest[1]) if rest else None, visible)
+        return grouped_attention(q, (k, v), (rest[0], rest[1]) if rest else None, visible, *hidden)
 
     gradients = []
     for attend in (grouped, dense):

@@ -25,34 +25,43 @@ def parts(dtype: torch.dtype = torch.float64) -> Parts:
 
 
 def dense(
-    queries: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor] | None, visible: Tensor
-) -> Tensor:
+    queries: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor] | None, visible: Tensor,
+    first: Tensor | None = None, own_visible: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Every query against its own copy of every key."""
     repeats = queries.shape[1] // context[0].shape[1]
     keys, values = (x.repeat_interleave(repeats, 1)[:, :, None].expand(-1, -1, A, -1, -1) for x in context)
     mask = visible[:, None, :, None].expand(-1, -1, -1, queries.shape[3], -1)
+    if first is not None:
+        mask = mask & (torch.arange(T) >= first[:, None, ..., None])
     if own is not None:
         keys, values = (
             torch.cat([x, y.repeat_interleave(repeats, 1)], 3)
             for x, y in zip((keys, values), own, strict=True)
         )
-        mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], own[0].shape[3])], -1)
+        seen = torch.ones(queries.shape[3], own[0].shape[3], dtype=torch.bool)
+        seen = (seen if own_visible is None else own_visible).expand(*mask.shape[:-1], -1)
+        mask = torch.cat([mask, seen], -1)
     scores = (queries @ keys.transpose(-1, -2)) * queries.shape[-1] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
 
 
 @pytest.mark.parametrize("held", [1, 1000, 1 << 20], ids=["a group at a time", "three", "all"])
-@pytest.mark.parametrize("with_own", [True, False])
+@pytest.mark.parametrize(("with_own", "windows"), [(True, False), (False, False), (True, True)])
 def test_values_and_gradients_are_those_of_dense_attention(
-    held: int, with_own: bool, monkeypatch: pytest.MonkeyPatch
+    held: int, with_own: bool, windows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CPU_SCORES", held)
     queries, context, own, visible = parts()
     if not with_own:
         visible = visible | torch.eye(A, T, dtype=torch.bool)
     leaves = [queries, *context, *(own if with_own else ())]
+    hidden = ()
+    if windows:  # of four tokens, each query's starting one later, and order inside the group
+        hidden = (torch.tensor([0, 1, 3, 4, 6, 7, 11])[:, None].expand(R, A, 1) + torch.arange(Q) - 3,
+                  torch.ones(Q, M, dtype=torch.bool).tril())  # fmt: skip
     found, wanted = (
-        f(queries, context, own if with_own else None, visible) for f in (grouped_attention, dense)
+        f(queries, context, own if with_own else None, visible, *hidden) for f in (grouped_attention, dense)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(wanted)

@@ -82,6 +82,7 @@ def extra(name: str, shape: tuple[int, ...]) -> Callable[[dict[str, Any], dict[s
     return lambda config, weights: weights.update({name: torch.zeros(shape)})
 
 
+STRETCHED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
 IDS = "eagle_aux_hidden_state_layer_ids"
 INNER = "transformer_layer_config"
 METHOD, VERIFIER = "speculators_config/proposal_methods/0", "speculators_config/verifier"
@@ -92,9 +93,12 @@ BROKEN: list[tuple[str, str, Callable[..., None], str]] = [
     ("eagle3", "ids of embeddings", put(IDS, [0, 4, 5]), "each from 1 on"),
     ("eagle3", "nested missing", put("eagle_config", KeyError), f"eagle_config.{IDS}: is None"),
     ("eagle3", "use_aux off", put("eagle_config/use_aux_hidden_state", False), "must be True"),
-    ("eagle3", "residual flag wrong", put("norm_before_residual", True), "norm_before_residual: is True"),
-    ("eagle3", "residual flag missing", put("norm_before_residual", KeyError), "is 'missing'"),
-    ("eagle3", "optional flag", put("fc_norm", True), "fc_norm: is true"),
+    ("eagle3", "residual flag wrong", put("norm_before_residual", 1), "norm_before_residual: is 1"),
+    ("eagle3", "residual flag missing", put("norm_before_residual", KeyError), "residual: is None; must"),
+    ("eagle3", "optional flag", put("fc_norm", True), "fc_norm.0.weight: is missing"),
+    ("eagle3", "norm of no flag", extra("input_norm.weight", (96,)), "input_norm.weight: is not a tensor"),
+    ("eagle3", "scaling of old readers", put("rope_scaling", {"rope_type": "yarn"}), "rope_scaling: is {'ro"),
+    ("eagle3", "scaling of new readers", put("rope_parameters", STRETCHED), "write the same to both"),
     ("eagle3", "d2t absolute", absolute, "d2t: holds token ids"),
     ("eagle3", "d2t out of order", unsorted, "d2t: the token ids"),
     ("eagle3", "t2d of others", other_marks, "t2d: marks 40 tokens that are not"),
@@ -112,7 +116,7 @@ BROKEN: list[tuple[str, str, Callable[..., None], str]] = [
     ("eagle3", "tied", put("tie_word_embeddings", True), "tie_word_embeddings: must be False"),
     ("eagle3", "size", put("head_dim", KeyError), "head_dim: must be a positive integer"),
     ("eagle3", "columns of fc", put(IDS, [2, 4, 5, 6]), r"fc.weight: has shape \[32, 96\]"),
-    ("eagle3-speculators", "residual", put("norm_before_residual", KeyError), "vLLM reads a missing one"),
+    ("eagle3-speculators", "residual", put("norm_before_residual", KeyError), "speculators default diff"),
     ("eagle3-speculators", "K", put(f"{METHOD}/speculative_tokens", 0), "positive"),
     ("eagle3-speculators", "target missing", put(f"{VERIFIER}/name_or_path", ""), "verifier"),
     ("eagle3-speculators", "version", put("speculators_version", KeyError), "version: is missing"),
@@ -126,7 +130,11 @@ BROKEN: list[tuple[str, str, Callable[..., None], str]] = [
     ("dflash", "block size missing", put("block_size", KeyError), "block_size: is None"),
     ("dflash", "block sizes differ", put("dflash_config/block_size", 8), "in dflash_config 8"),
     ("dflash", "window", put("sliding_window", 128), "sliding_window: is set"),
-    ("dflash", "window layers", put("layer_types", ["sliding_attention"] * 2), "full_attention, 2 times"),
+    ("dflash", "window layers", put("layer_types", ["sliding_attention"] * 2), "is None, but layers slide"),
+    ("dflash", "window dropped", put("layer_types", ["sliding_attention"] * 2), "window: is not true"),
+    ("dflash", "kinds of layers", put("layer_types", ["full_attention"]), "or sliding_attention, 2 times"),
+    ("dflash", "order", put("dflash_config/causal", True), "dflash_config.causal: is True, is_causal None"),
+    ("dflash", "window twice", put("dflash_config/swa_window_size", 9), "swa_window_size: is 9, sliding_w"),
     ("dflash", "prefix", prefixed("model."), "drop the prefix 'model.'"),
     ("dflash", "mask_hidden", extra("mask_hidden", (32,)), "mask_hidden: is not a tensor"),
     ("dflash", "own head", extra("lm_head.weight", (96, 32)), "lm_head.weight: is not"),
@@ -175,6 +183,10 @@ def test_what_only_vllm_reads_is_a_warning(tmp_path: Path) -> None:
     config["norm_before_residual"] = True
     (finding,) = lint_export(layouts.write(tmp_path / "out", config, weights))
     assert str(finding).startswith("warning: norm_before_residual: is true, which only vLLM")
+    config, weights = layouts.dflash()
+    config |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 8, "use_sliding_window": True}
+    (finding,) = lint_export(layouts.write(tmp_path / "out", config, weights))
+    assert str(finding).startswith("warning: layer_types: has windows")
 
 
 def test_unreadable_folders(tmp_path: Path) -> None:

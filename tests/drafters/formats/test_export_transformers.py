@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from oracles import drafter_layouts as layouts
+from oracles.rotary import YARN
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -119,3 +120,37 @@ def test_native_dflash(target: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerF
     assert len(read) > 10
     assert mine[: len(read) - 2] == read[1:-1]
     assert read[-1] == mine[len(read) - 2][: len(read[-1])]
+
+
+@pytest.mark.parametrize("window", [None, 3, 6, 40])
+def test_native_dflash_windows(
+    target: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, window: int | None
+) -> None:
+    """Windows and rotary scaling as transformers' own DFlash class computes them, on one whole text."""
+    transformers = pytest.importorskip("transformers", minversion="5.19")
+    if not hasattr(transformers, "MuseGlimmerAssistantModel"):
+        pytest.skip("this transformers has no DFlash drafter of its own")
+    from transformers.cache_utils import DFlashCache
+
+    kinds = None if window is None else ("sliding_attention", "full_attention")
+    config = BlockConfig(
+        num_hidden_layers=2, block_size=5, mask_token_id=V - 1, target_layer_ids=layouts.TAPS,
+        layer_types=kinds, sliding_window=window, causal=False, rope_scaling=YARN,
+    )  # fmt: skip
+    drafter = BlockDrafter(config).build(V, target).eval()
+    enlarge(drafter, 3)
+    folder = export(drafter, tmp_path / "out", "transformers", tokenizer=tokenizer, draft_length=4)
+    theirs, info = transformers.MuseGlimmerAssistantModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    num = 12
+    features = torch.randn(num, 3, target.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    block = torch.tensor([7, *[V - 1] * 4])
+    cache = DFlashCache(config=theirs.config)
+    cache.set_previous_accepted_tokens(num)
+    with torch.no_grad():
+        hidden = theirs(
+            noise_embeds=drafter.embed(block)[None], context_hidden_states=features.flatten(1)[None],
+            past_key_values=cache,
+        ).last_hidden_state  # fmt: skip
+        mine = drafter.draft(drafter.start(list(range(num)), features), [7], [-1])
+        torch.testing.assert_close(drafter.head(hidden[0, 1:]), mine, rtol=1e-5, atol=1e-5)

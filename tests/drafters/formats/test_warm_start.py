@@ -94,8 +94,8 @@ def test_a_block_drafter_drafts_as_before(tmp_path: Path) -> None:
         ({"hidden_size": 64}, "embeddings are 40 by 64, this one.s are 40 by 32"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 3], "eagle_config": {}}, "fuses 96 .* 2 layers .* give 64"),
         ({"eagle_aux_hidden_state_layer_ids": [2, 3, 9], "eagle_config": {}}, "layers 0 to 6"),
-        ({"norm_before_residual": True}, "norm_before_residual"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scales its rotary"),
+        ({"norm_before_fc": True}, "missing: input_norm.weight"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "scales its rotary"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -122,7 +122,7 @@ def test_what_else_is_refused(tmp_path: Path) -> None:
         )
     blocks = block().state_dict()
     windows = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
-    with pytest.raises(ValueError, match="sliding-window layers"):
+    with pytest.raises(ValueError, match="transformers drops their window"):
         BlockDrafter(pretrained=folder(tmp_path / "5", DFLASH | windows, blocks)).build(V, TARGET)
     with pytest.raises(ValueError, match="target of 36 layers, this one has 7"):
         BlockDrafter(pretrained=folder(tmp_path / "6", DFLASH | {"num_target_layers": 36}, blocks)).build(
