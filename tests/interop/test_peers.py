@@ -191,7 +191,7 @@ def test_our_exports_give_their_modules_the_same_logits(
         assert all(torch.equal(theirs[key].to(ours[key].dtype), ours[key]) for key in ours), name
         first = load_file(entry["outputs"].replace("-ours", ""))["logits"]
         found = load_file(entry["outputs"])["logits"]
-        torch.testing.assert_close(found, first, rtol=1e-5, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        assert torch.allclose(found, first, rtol=1e-5, atol=1e-5), name
 
 
 def folders_of(entry: dict[str, Any]) -> tuple[str, str]:

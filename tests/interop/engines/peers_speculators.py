@@ -62,7 +62,7 @@ def load_speculators(job):
     config = SpeculatorModelConfig.from_pretrained(job["folder"])
     config.transformer_layer_config._attn_implementation = "eager"
     model = SpeculatorModel.from_pretrained(job["folder"], config=config)
-    # The target's embeddings, which speculators 0.9 draws at random where an EAGLE-3 folder does not copy them.
+    # The target's embeddings: speculators 0.9 draws them at random where an EAGLE-3 folder has no copy.
     model._load_verifier_weights(overwrite_embed_tokens=True)
     return model
 
