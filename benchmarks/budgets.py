@@ -96,6 +96,8 @@ def measured(drafter: Any, target: Any, documents: Sequence[Document], cost: Cos
     kept = ("tau", "nodes_per_pass", "tokens_per_s", "speedup", "share", "equal_texts")
     return {
         "device": found.device,
+        "prompts": len(documents),
+        "tokens": sum(len(d.text) for d in documents),
         "plain_tokens_per_s": vars(pooled_ratio(found.plain.tokens, found.plain.seconds)),
         "methods": {builder: {key: row[key] for key in kept} for builder, row in rows.items()},
         "texts_that_differ_without_a_tie": len(faults),
@@ -187,7 +189,6 @@ def main() -> None:
         f"--prompts {args.prompts} --tokens {args.tokens}",
         "date": date.today().isoformat(),
         "target": Path(name).name,
-        "prompts": args.prompts,
         "nodes_profiled": [0, *BUDGETS],
     }
     write_json(args.out, data)
