@@ -307,6 +307,7 @@ class CausalDrafter(Drafter):
 
     def _adopt(self, model: PreTrainedModel) -> None:
         split_causal_lm(model)  # refuses what training and decoding would get wrong
+        facts_of(model).check_attention()
         _freeze_bias(model)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it and warns at the old name
