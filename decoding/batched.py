@@ -86,6 +86,11 @@ def decode_batch(
             "decode_batch takes a transformers causal LM or a TargetRunner, a CausalDrafter and a Chain; got "
             f"{type(target).__name__}, {type(drafter).__name__} and {type(chain).__name__}. decode takes all."
         )
+    if runner.chains_only:
+        raise ValueError(
+            f"{runner.lm.facts.name} has linear_attention layers, which read texts of a batch in step and "
+            "take no token back; decode takes one text after the other."
+        )
     ids = [checked_prompt(runner, drafter, prompt, max_new_tokens) for prompt in prompts]
     stops, clock, num = eos_set(eos), RealClock(runner.device), len(ids)
     texts = [_Text(i, len(prompt), prompt[-1:]) for i, prompt in enumerate(ids)]

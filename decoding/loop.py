@@ -141,13 +141,19 @@ def decode(
 
     Raises:
         ValueError: empty prompt, token ids outside the vocabulary, text longer than either model's context,
-            vocabularies that differ, target logits that are not finite.
+            vocabularies that differ, target logits that are not finite, trees for a target with linear
+            attention.
 
     Warns:
         RuntimeWarning: once, when drafter logits are not finite; such rounds are decoded without a draft.
     """
     target = as_target(target, drafter.taps)
     builder, accept = builder or Chain(), as_acceptor(acceptor or Strict())
+    if getattr(target, "chains_only", False) and not isinstance(builder, Chain):
+        raise ValueError(
+            f"{type(builder).__name__} makes token trees, and the target has linear_attention layers, which "
+            "read tokens in order: it decodes chains alone. Use Chain."
+        )
     prompt, stops = checked_prompt(target, drafter, prompt_ids, max_new_tokens), eos_set(eos)
     if listen := getattr(accept, "listen", None):  # an acceptor that also reads the drafter's logits
         builder = listen(builder)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from certdraft.decoding.trees.tree import Tree
-from certdraft.drafters import CachedLM, TreeCache
+from certdraft.drafters import CachedLM, ChainCache, TreeCache
 from certdraft.support import context_limit as context_limit
 from certdraft.support import pack_linears
 
@@ -57,7 +57,8 @@ class TargetRunner:
     """A causal LM as a target.
 
     Args:
-        model: any transformers causal LM with full attention; used in its own dtype and on its own device.
+        model: any transformers causal LM with full attention, for chains with linear attention too; used
+            in its own dtype and on its own device.
         taps: decoder layers whose outputs the drafter reads; see `certdraft.drafters.Drafter.taps`.
     """
 
@@ -78,27 +79,32 @@ class TargetRunner:
         return context_limit(self.model)
 
     @property
+    def chains_only(self) -> bool:
+        """Whether layers of the model read tokens in order, so that it verifies chains and no trees."""
+        return self.lm.facts.recurrent
+
+    @property
     def device(self) -> torch.device:
         """Where the model lives."""
         return self.lm.device
 
-    def start(self, ids: Sequence[int]) -> TreeCache:
+    def start(self, ids: Sequence[int]) -> TreeCache | ChainCache:
         """See `Target.start`."""
         return self.lm.prefill(ids)
 
-    def verify(self, state: TreeCache, tree: Tree) -> Float[Tensor, "S V"]:
+    def verify(self, state: TreeCache | ChainCache, tree: Tree) -> Float[Tensor, "S V"]:
         """See `Target.verify`."""
         return self.lm.extend(state, tree.tokens, tree.parents)
 
-    def verify_greedy(self, state: TreeCache, tree: Tree) -> Float[Tensor, "S V"]:
+    def verify_greedy(self, state: TreeCache | ChainCache, tree: Tree) -> Float[Tensor, "S V"]:
         """As `verify`, exact in the greedy tokens alone, which is cheaper in bf16 on a CPU."""
         return self.lm.extend(state, tree.tokens, tree.parents, greedy_only=True)
 
-    def features(self, state: TreeCache) -> Float[Tensor, "S L H"] | None:
+    def features(self, state: TreeCache | ChainCache) -> Float[Tensor, "S L H"] | None:
         """See `Target.features`; None without taps."""
         return state.features
 
-    def keep(self, state: TreeCache, path: Sequence[int]) -> None:
+    def keep(self, state: TreeCache | ChainCache, path: Sequence[int]) -> None:
         """See `Target.keep`."""
         state.keep(path)
 

@@ -20,6 +20,7 @@ from certdraft.drafters.formats.lint_files import Finding as Finding
 from certdraft.drafters.formats.lint_files import Layout as Layout
 from certdraft.drafters.lm.cached_lm import CachedLM as CachedLM
 from certdraft.drafters.lm.cached_lm import split_causal_lm as split_causal_lm
+from certdraft.drafters.lm.chain_cache import ChainCache as ChainCache
 from certdraft.drafters.lm.tree_cache import TreeCache as TreeCache
 from certdraft.drafters.protocol import Drafter as Drafter
 from certdraft.drafters.protocol import TargetSource as TargetSource
@@ -29,8 +30,8 @@ from certdraft.drafters.training_paths import Paths as Paths
 from certdraft.support import load_causal_lm as load_causal_lm
 
 __all__ = [
-    "ABSENT", "BlockConfig", "BlockDrafter", "CachedLM", "CardFacts", "CausalDrafter", "Drafter",
-    "EagleConfig", "EagleDrafter", "Engines", "ExportError", "ExportRequest", "Finding", "Layout",
+    "ABSENT", "BlockConfig", "BlockDrafter", "CachedLM", "CardFacts", "CausalDrafter", "ChainCache",
+    "Drafter", "EagleConfig", "EagleDrafter", "Engines", "ExportError", "ExportRequest", "Finding", "Layout",
     "LoraSettings", "Paths", "TargetLayers", "TargetSource", "TreeCache", "drafter_kinds", "export",
     "lint_export", "load_causal_lm", "load_drafter", "read_facts", "register_drafter",
     "split_causal_lm",

@@ -45,6 +45,24 @@ class ModelFacts:
         """Longest text that tree decoding and packed rows can hold; None where there is no limit."""
         return min((n for n in (self.max_positions, self.window) if n), default=None)
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether layers hold a state in place of previous tokens: what they read cannot be taken back."""
+        return "linear_attention" in self.layer_types
+
+    def check_attention(self) -> None:
+        """Raise if a layer holds a state in place of previous tokens, which packed rows and trees would mix.
+
+        Raises:
+            ValueError: names model and layers.
+        """
+        if self.recurrent:
+            raise ValueError(
+                f"{self.name} has linear_attention layers, which read tokens in order: as a target it is "
+                "recorded, decodes chains, and trains EAGLE-3 and DFlash drafters; token trees and causal "
+                "drafters need attention to the previous tokens in each layer."
+            )
+
     def check_window(self, num_tokens: int) -> None:
         """Raise if a text outgrows an attention window: masks of trees and packed rows know no windows.
 

@@ -5,7 +5,7 @@ Axis letters: R rows · T tokens · L aux layers · H hidden · N token position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from certdraft.data import Batch, load_target
 from certdraft.drafters import CachedLM
 from certdraft.losses import OnlineTarget, TargetBatch, next_tokens
-from certdraft.support import HiddenStates, text_body
+from certdraft.support import HiddenStates, facts_of, text_body
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Online:
         """Move the target to where the drafter trains, and check there that its logits are lm_head(hidden).
 
         Raises:
-            ValueError: a target that decoding would refuse too: soft-capped logits, layers without attention
-                (packed documents would mix); names its class.
+            ValueError: a target that decoding would refuse too: soft-capped logits, layers of unknown kinds;
+                names its class.
         """
         torch.nn.Module.to(self.model, device)
         CachedLM(self.model)
@@ -78,24 +78,52 @@ class Online:
     def read(self, batch: Batch, taps: Sequence[int] = ()) -> TargetOutputs:
         """Run the target over a batch, up to its last hidden states.
 
-        Without a cache, transformers keeps packed documents apart where positions restart.
+        Without a cache, transformers keeps packed documents apart where positions restart; a target with
+        linear attention would not, and reads them one after the other.
 
         Args:
             batch: packed rows.
             taps: aux layers whose outputs are wanted, 0-based.
         """
         body = text_body(self.model)
+        one = _documents if facts_of(self.model).recurrent else _rows
+        parts: list[tuple[Tensor, Tensor | None]] = []
         with HiddenStates(body, taps).recorded() as states:
-            output = body(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-            features = states.take() if taps else None
+            for ids, positions in one(batch):
+                output = body(input_ids=ids, position_ids=positions, use_cache=False)
+                parts.append((output.last_hidden_state, states.take() if taps else None))
+        last, features = (_joined([part[i] for part in parts], batch.input_ids.shape) for i in (0, 1))
         if not self.settings.logits:
             return TargetOutputs(batch, features)
-        hidden = output.last_hidden_state.flatten(0, 1)
+        assert last is not None
+        hidden = last.flatten(0, 1)
         head: Any = self.model.get_output_embeddings()
         target = OnlineTarget(
             hidden, head.weight, self.settings.num_kept, self.settings.full, bias=getattr(head, "bias", None)
         )
         return TargetOutputs(batch, features, target)
+
+
+def _rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and positions of the batch as it is, in one pass."""
+    yield batch.input_ids, batch.position_ids
+
+
+def _documents(batch: Batch) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and positions of one document after the other, in the order of the packed rows."""
+    for ids, positions, documents in zip(
+        batch.input_ids, batch.position_ids, batch.document_ids, strict=True
+    ):
+        _, counts = documents.unique_consecutive(return_counts=True)
+        sizes = counts.tolist()
+        for own, places in zip(ids.split(sizes), positions.split(sizes), strict=True):
+            yield own[None], places[None]
+
+
+def _joined(parts: Sequence[Tensor | None], shape: torch.Size) -> Tensor | None:
+    """Outputs of passes as rows of a batch again."""
+    found = [part.flatten(0, 1) for part in parts if part is not None]
+    return torch.cat(found).unflatten(0, shape) if found else None
 
 
 @dataclass(frozen=True)

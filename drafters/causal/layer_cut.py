@@ -71,6 +71,7 @@ def cut_from(
     """
     body, head = split_causal_lm(target)
     facts = facts_of(target)
+    facts.check_attention()
     kept = layers.chosen(facts.num_layers)
     config = cut_config(target.config, layers)
     model: Any = AutoModelForCausalLM.from_config(

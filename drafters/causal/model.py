@@ -23,6 +23,7 @@ from certdraft.drafters.causal.lora import LoraSettings, add_adapters
 from certdraft.drafters.features.flex import ATTENTION, document_block_mask, use_block_masks
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
+from certdraft.drafters.lm.chain_cache import ChainCache
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.drafters.registry import register_drafter
@@ -284,15 +285,19 @@ class CausalDrafter(Drafter):
         head: Any = self.model.get_output_embeddings()
         return project_fp32(hidden, head.weight, head.bias)
 
-    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache:
+    def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache | ChainCache:
         """See `Drafter.start`. The drafter must be in eval mode."""
         return self._lm.prefill(ids)
 
-    def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
+    def draft(
+        self, state: TreeCache | ChainCache, tokens: TokenIds, parents: TokenIds
+    ) -> Float[Tensor, "K V"]:
         """See `Drafter.draft`."""
         return self._lm.extend(state, tokens, parents)
 
-    def commit(self, state: TreeCache, path: Sequence[int], features: TokenFeatures | None = None) -> None:
+    def commit(
+        self, state: TreeCache | ChainCache, path: Sequence[int], features: TokenFeatures | None = None
+    ) -> None:
         """See `Drafter.commit`: keys and values of the path stay, the rest goes."""
         state.keep(path)
 
@@ -307,6 +312,7 @@ class CausalDrafter(Drafter):
 
     def _adopt(self, model: PreTrainedModel) -> None:
         split_causal_lm(model)  # refuses what training and decoding would get wrong
+        facts_of(model).check_attention()
         _freeze_bias(model)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it and warns at the old name

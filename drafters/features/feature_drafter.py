@@ -43,7 +43,7 @@ class TargetEnds:
     Attributes:
         embeddings: [V, H].
         head: [V, H], weight of the lm_head; the same tensor where the target ties them.
-        norm: [H], weight of the norm before the lm_head; None where it has none to copy.
+        norm: [H], what the norm before the lm_head multiplies by; None where it has none to copy.
     """
 
     embeddings: Tensor
@@ -55,8 +55,7 @@ class TargetEnds:
         """Those of a causal LM whose logits are lm_head(hidden)."""
         body, head = split_causal_lm(target)
         parts: list[Any] = [target.get_input_embeddings(), head]
-        norm = getattr(getattr(body, "norm", None), "weight", None)
-        return cls(parts[0].weight, parts[1].weight, norm)
+        return cls(parts[0].weight, parts[1].weight, _gain(getattr(body, "norm", None)))
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> TargetEnds:
         """The same weights elsewhere; tied ones stay tied."""
@@ -350,6 +349,17 @@ def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
         )
     positions = known(found.max_position_embeddings)
     return replace(found, rope_scaling=checked_scaling(found.rope_scaling, positions, "the drafter's config"))
+
+
+@torch.no_grad()
+def _gain(norm: Any) -> Tensor | None:
+    """What a norm multiplies by: its weight, or one more (Gemma, Qwen3-Next)."""
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.is_meta:
+        return weight
+    found = norm(torch.ones_like(weight)).float()
+    gains = (weight, 1 + weight)
+    return next((gain for gain in gains if torch.allclose(found, gain.float(), 1e-2, 1e-2)), None)
 
 
 def initialise(module: nn.Module) -> None:

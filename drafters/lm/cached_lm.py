@@ -17,11 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from certdraft.drafters.lm.chain_cache import ChainCache
 from certdraft.drafters.lm.tree_cache import TreeCache
-from certdraft.drafters.lm.tree_probe import check_tree_decoding
+from certdraft.drafters.lm.tree_probe import check_decoding
 from certdraft.support import HiddenStates, PackedLinear, facts_of, project_fp32, project_greedy, text_body
 
 _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
+_IN_ORDER = {"full_attention", "linear_attention"}  # read as chains alone
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -35,8 +37,9 @@ def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
     Raises:
         ValueError: the model has no output embeddings, changes its logits after the lm_head (soft-capping,
-            scaling), or has layers without attention to previous tokens. Attention windows are refused where
-            a text outgrows them, see `ModelFacts.check_window`.
+            scaling), or has layers of unknown kinds. Attention windows are refused where a text outgrows
+            them, and linear attention where trees or packed rows meet it: see `ModelFacts.check_window` and
+            `check_attention`.
     """
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -49,11 +52,12 @@ def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
             f"{name} changes its logits after the head ({', '.join(facts.logit_changes)} in its config); use "
             "one whose logits are lm_head(hidden), such as Qwen3 or Llama."
         )
-    other = set(facts.layer_types) - _WHOLE_PAST
+    other = set(facts.layer_types) - (_IN_ORDER if facts.recurrent else _WHOLE_PAST)
     if other:
         raise ValueError(
-            f"{name} has {', '.join(sorted(other))} layers; tree decoding needs attention to the previous "
-            "tokens in each layer."
+            f"{name} has {', '.join(sorted(other))} layers"
+            f"{' beside linear_attention' * facts.recurrent}, which certdraft does not decode; use a "
+            "model with attention to the previous tokens, such as Qwen3 or Llama."
         )
     return text_body(model), head
 
@@ -94,7 +98,7 @@ class CachedLM:
             raise ValueError(f"taps {self.taps} must be layers 0 to {self.num_layers - 1} of the model.")
         self._outputs = HiddenStates(self.body, self.taps)
         if not model.training:
-            check_tree_decoding(self)
+            check_decoding(self)
 
     @property
     def vocab_size(self) -> int:
@@ -113,7 +117,7 @@ class CachedLM:
         dtype: torch.dtype = self._embeddings.weight.dtype
         return dtype
 
-    def prefill(self, ids: Int[Tensor, " N"] | Sequence[int], room: int = 256) -> TreeCache:
+    def prefill(self, ids: Int[Tensor, " N"] | Sequence[int], room: int = 256) -> TreeCache | ChainCache:
         """Return a cache holding `ids` as committed tokens.
 
         No logits: the next token's come from the first `extend`, which feeds the last known token.
@@ -133,10 +137,12 @@ class CachedLM:
                 f"{type(self.model).__name__} is in training mode; call .eval() before decoding."
             )
         ids = torch.as_tensor(ids, dtype=torch.long, device=self.device).reshape(1, -1)
-        check_tree_decoding(self)
+        check_decoding(self)
         num = ids.shape[1]
         self.facts.check_window(num)
-        cache = TreeCache(self.num_layers, num + room)
+        cache: TreeCache | ChainCache = TreeCache(self.num_layers, num + room)
+        if self.facts.recurrent:
+            cache = ChainCache(self.model.config, num + room, self.facts.name)
         if num:
             positions = torch.arange(num, device=self.device)[None]
             self._forward(cache, ids, positions, None)
@@ -145,7 +151,7 @@ class CachedLM:
 
     def extend(
         self,
-        cache: TreeCache,
+        cache: TreeCache | ChainCache,
         tokens: Int[Tensor, " K"] | Sequence[int],
         parents: Sequence[int] | Int[Tensor, " K"] | None = None,
         *,
@@ -165,7 +171,8 @@ class CachedLM:
             fp32 logits of the token after each new node, in the order given.
 
         Raises:
-            ValueError: no tokens, a parent that is not an earlier node, or lengths that differ.
+            ValueError: no tokens, a parent that is not an earlier node, lengths that differ, or a tree where
+                layers read tokens in order.
         """
         ids = torch.as_tensor(tokens, dtype=torch.long)
         num, old = ids.numel(), cache.num_nodes
@@ -177,11 +184,22 @@ class CachedLM:
             raise ValueError(
                 f"{num} tokens and {len(parents)} parents; each token, at least one, needs a parent."
             )
+        ids = ids.view(1, -1).to(self.device)
+        before = self._waiting(cache)
         cache.append(parents)
         self.facts.check_window(cache.length + max(cache.depths[old:]) + 1)
-        positions = torch.tensor(cache.depths[old:]).add_(cache.length)
+        positions = torch.tensor(cache.depths[old:]).add_(cache.length)[None].to(self.device)
+        if before is not None:
+            ids = torch.cat([before, ids], 1)
+            positions = torch.arange(cache.length - before.shape[1], cache.length + num, device=self.device)[
+                None
+            ]
         mask = cache.mask(num, self.dtype, self.device)
-        hidden = self._forward(cache, ids.view(1, -1).to(self.device), positions[None].to(self.device), mask)
+        hidden = self._forward(cache, ids, positions, mask)[:, -num:]
+        if cache.features is not None:
+            cache.features = cache.features[-num:]
+        if isinstance(cache, ChainCache):
+            cache.remember(ids[0, -num:].tolist())
         with torch.no_grad():
             if greedy_only:
                 head: Any = self.head
@@ -189,13 +207,27 @@ class CachedLM:
                 return project_greedy(hidden[0], head.weight, head.bias, product)
             return self.project(hidden[0])
 
+    def _waiting(self, cache: TreeCache | ChainCache) -> Int[Tensor, "1 W"] | None:
+        """Committed tokens to be read in front of a round that begins; too many are read here, for good."""
+        if not isinstance(cache, ChainCache) or cache.num_nodes or not cache.waiting:
+            return None
+        ids = torch.tensor([cache.waiting], device=self.device)
+        if not cache.overdue:
+            return ids
+        positions = torch.arange(cache.length - len(cache.waiting), cache.length, device=self.device)[None]
+        self._forward(cache, ids, positions, None)
+        cache.waiting = []
+        return None
+
     def project(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """fp32 logits from hidden states after the final norm."""
         head: Any = self.head
         return project_fp32(hidden, head.weight, head.bias)
 
     @torch.no_grad()
-    def _forward(self, cache: TreeCache, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(
+        self, cache: TreeCache | ChainCache, ids: Tensor, positions: Tensor, mask: Tensor | None
+    ) -> Tensor:
         """Last hidden state [1, K, H] of one pass; writes the cache and the features."""
         with self._outputs.recorded():
             hidden: Tensor = self.body(

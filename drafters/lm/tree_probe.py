@@ -1,4 +1,4 @@
-"""A numeric check that a model decodes token trees as it reads plain text, run once per model object.
+"""A numeric check that a model decodes token trees, or chains, as it reads plain text, run once per model.
 
 Configs of new architectures state their windows, logit scales and position tricks under new names; numbers
 show them all.
@@ -26,8 +26,10 @@ _checked: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.no_grad()
-def check_tree_decoding(lm: CachedLM) -> None:
+def check_decoding(lm: CachedLM) -> None:
     """Compare the logits of a small tree with those of plain passes, unless the model was checked before.
+
+    A model that reads tokens in order is compared on chains, of which some tokens are taken back.
 
     Models on the meta device, in training mode, or too small for the tree are left alone.
 
@@ -47,28 +49,51 @@ def check_tree_decoding(lm: CachedLM) -> None:
     for row, path in zip(rows, _PATHS, strict=True):
         row[: prefix + len(path)] = torch.cat([text, nodes[list(path)]])
     try:
-        tree = lm.extend(lm.prefill(text, room=1), nodes, _PARENTS)
+        if lm.facts.recurrent:
+            tree, rows = _chains(lm, text, nodes)
+        else:
+            tree = lm.extend(lm.prefill(text, room=1), nodes, _PARENTS)
         plain = model(input_ids=rows.to(lm.device), use_cache=False).logits.float()
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError) as error:
         _checked.discard(model)
         raise ValueError(
-            f"{lm.facts.name} cannot decode token trees: {type(error).__name__}: {error}. Use a causal LM "
+            f"{lm.facts.name} cannot decode {_shapes(lm)}: {type(error).__name__}: {error}. Use a causal LM "
             "whose layers attend to all previous tokens, such as Qwen3 or Llama."
         ) from error
-    expected = torch.stack(
-        [plain[_place(node)[0], prefix + _place(node)[1]] for node in range(len(_PARENTS))]
-    )
+    if lm.facts.recurrent:
+        expected = plain[0, -len(tree) :]
+    else:
+        places = [_place(node) for node in range(len(_PARENTS))]
+        expected = torch.stack([plain[row, prefix + depth] for row, depth in places])
     errors = _relative_errors(tree, expected)
     # In 16 bits a router's near-tie sends one node to other experts; a wrong mask shows at most nodes.
     error_ = float(errors.max() if lm.dtype in _TOLERANCE else errors.median())
     if error_ > _TOLERANCE.get(lm.dtype, _TOLERANCE_16_BIT):
         _checked.discard(model)
         raise ValueError(
-            f"{lm.facts.name} does not decode token trees as it reads plain text: logits differ by "
+            f"{lm.facts.name} does not decode {_shapes(lm)} as it reads plain text: logits differ by "
             f"{100 * error_:.1f} %. Its attention, its positions or its logits follow rules that certdraft "
             "does not know, so nothing decoded with it would be lossless. Use another model, such as Qwen3 "
             "or Llama."
         )
+
+
+def _chains(lm: CachedLM, text: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits after the last nodes of a text decoded in three rounds, and that text [1, T].
+
+    Of the first round everything is kept, of the second one token of three; the third reads on from there.
+    """
+    cache = lm.prefill(text, room=1)
+    lm.extend(cache, nodes[:2])
+    cache.keep([0, 1])
+    lm.extend(cache, nodes[2:5])
+    cache.keep([0])
+    logits = lm.extend(cache, nodes[5:])
+    return logits, torch.cat([text, nodes[:3], nodes[5:]])[None]
+
+
+def _shapes(lm: CachedLM) -> str:
+    return "chains" if lm.facts.recurrent else "token trees"
 
 
 def _place(node: int) -> tuple[int, int]:

@@ -81,6 +81,4 @@ REFUSED = {
         r"Gemma3\w+ changes its logits .*\(final_logit_softcapping",
     ),
     "granite": ("Granite", {"logits_scaling": 8.0}, r"GraniteForCausalLM .*\(logits_scaling"),
-    "qwen3 next": ("Qwen3Next", EXPERTS | LINEAR, "Qwen3NextForCausalLM has linear_attention layers"),
-    "qwen3.5": ("Qwen3_5Text", LINEAR, "Qwen3_5ForCausalLM has linear_attention layers"),
 }

@@ -155,8 +155,8 @@ def test_models_that_would_be_wrong_are_refused() -> None:
     with pytest.raises(ValueError, match="a text has 5"):
         lm.prefill([1, 2, 3, 4, 5])
     linear = qwen3()
-    linear.config.layer_types = ["linear_attention"] * 3
-    with pytest.raises(ValueError, match="has linear_attention layers"):
+    linear.config.layer_types = ["mamba"] * 3
+    with pytest.raises(ValueError, match="has mamba layers, which certdraft does not decode"):
         CachedLM(linear)
     with pytest.raises(ValueError, match="no separate language-model head"):
         split_causal_lm(qwen3().model)
