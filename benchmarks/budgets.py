@@ -3,17 +3,18 @@
     certdraft real
     python benchmarks/budgets.py --run runs/real          # about 20 minutes a drafter on two idle cores
 
-*Measured.* For each drafter, in fp32 and in bf16, the cost of drafting and verifying is measured, and held-
-out prompts are decoded for real with best-first trees of every fixed budget (for a block drafter that is
-DDTree) and with cost-aware trees. The question of arXiv 2606.01813 is whether the cost-aware tree finds,
+*Measured.* For each drafter, in fp32 and in bf16, the cost of drafting and verifying is measured, and
+held-out prompts are decoded for real with best-first trees of every fixed budget (for a block drafter that
+is DDTree) and with cost-aware trees. The question of arXiv 2606.01813 is whether the cost-aware tree finds,
 without a sweep, at least the speed of the best fixed budget. Methods take turns prompt by prompt; intervals
 are 95 % bootstrap over prompts, the best fixed budget is chosen on the same prompts, which favours it.
 
 *Simulated.* The same drafter's rounds are replayed on the same texts and priced as if a target of 8.2 B
 parameters and a head of 0.4 B ran on one H100 for 1 to 128 requests side by side. Prices come from the data
-sheet alone: a pass reads every weight once or is limited by arithmetic, whichever takes longer. Attention,
-the key-value cache, kernel launches and the host are left out, so only the order of the budgets is of
-interest there.
+sheet alone: a pass reads every weight once or is limited by arithmetic, whichever takes longer; the
+drafter's price is a line between 1 and 65 nodes, and a DFlash drafter is priced as the same head.
+Attention, the key-value cache, kernel launches and the host are left out, so only the order of the budgets
+is of interest there.
 
 What is measured is kept in RUN/budgets, file by file; a killed run goes on with what is missing.
 """
@@ -47,22 +48,22 @@ BYTES_S, OPERATIONS_S, TARGET, HEAD = 3.35e12, 989e12, 8.2e9, 0.4e9
 
 
 class Laps:
-    """A clock that keeps what it is asked, so that a round can be priced afterwards by any cost model."""
+    """A clock that keeps what it is asked, so that rounds can be priced afterwards by any cost model."""
 
     def __init__(self) -> None:
-        self.rounds: list[list[tuple[Phase, int, int]]] = [[]]
+        self.laps: list[tuple[Phase, int, int]] = []
 
     def lap(self, phase: Phase, nodes: int = 0, context: int = 0) -> float:
-        self.rounds[-1].append((phase, nodes, context))
+        self.laps.append((phase, nodes, context))
         return 0.0
 
     def seconds(self, cost: CostModel) -> float:
         clock = TableClock(cost)
-        return sum(clock.lap(*lap) for laps in self.rounds for lap in laps)
+        return sum(clock.lap(*lap) for lap in self.laps)
 
 
 def simulated_cost(requests: int, nodes: int = 256) -> CostModel:
-    """Seconds of a pass over one request's tree while `requests` of the same size are served, per request."""
+    """Seconds of one pass while `requests` requests, each with a tree of this size, are served together."""
 
     def seconds(parameters: float, tokens: int) -> float:
         return max(2 * parameters / BYTES_S, 2 * parameters * tokens * requests / OPERATIONS_S)
@@ -125,7 +126,6 @@ def simulated(drafter: Any, target: Any, documents: Sequence[Document]) -> dict[
     def laps(builder: Any) -> Laps:
         clock = Laps()
         for document, given in zip(documents, features, strict=True):
-            clock.rounds.append([])
             replay(drafter, document.prompt, document.text, builder, features=given, clock=clock)
         return clock
 
@@ -141,7 +141,7 @@ def simulated(drafter: Any, target: Any, documents: Sequence[Document]) -> dict[
             plain = tokens * cost.verify_s(0, 0)
             speeds = {budget: plain / clock.seconds(cost) for budget, clock in fixed.items()}
             ours = laps(CostAware(cost, budget=BUDGETS[-1], max_depth=DEPTH))
-            verified = [nodes for part in ours.rounds for phase, nodes, _ in part if phase == "verify"]
+            verified = [nodes for phase, nodes, _ in ours.laps if phase == "verify"]
             best = max(speeds, key=lambda budget: speeds[budget])
             found[f"{load} requests"] = {
                 "fixed": speeds,
@@ -172,18 +172,21 @@ def main() -> None:
         documents: list[Document] = []
         for kind in args.drafters:
             file = parts / f"{kind}-{dtype}.json"
-            if not file.is_file():
+            asked = {"prompts": args.prompts, "new_tokens": args.tokens, "threads": torch.get_num_threads()}
+            stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if stored.get("asked") != asked:
                 documents = documents or texts(target, name, args.prompts, args.tokens, dtype)
                 drafter = load_drafter(args.run / "exports" / kind, target=target, dtype=dtype).eval()
                 cost = profile(target, drafter, contexts=(32, 128, 256), nodes=(0, *BUDGETS), repeats=12)
-                part = measured(drafter, target, documents, cost)
+                part = {"asked": asked, **measured(drafter, target, documents, cost)}
                 part["verify_ms"] = [[1e3 * s for s in row] for row in cost.measured["verify_s"]]
                 part["draft_ms"] = [1e3 * s for s, _ in cost.draft]
                 if dtype == args.dtypes[0]:
                     part["simulated"] = simulated(drafter, target, documents)
                 parts.mkdir(exist_ok=True)
                 write_json(file, part)
-            data[f"{kind}, {dtype}"] = json.loads(file.read_text(encoding="utf-8"))
+                stored = json.loads(file.read_text(encoding="utf-8"))
+            data[f"{kind}, {dtype}"] = stored
     data |= {
         "command": f"python benchmarks/budgets.py --drafters {' '.join(args.drafters)} "
         f"--prompts {args.prompts} --tokens {args.tokens}",

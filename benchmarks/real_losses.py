@@ -108,6 +108,8 @@ class Study:
     def counted(self, name: str, seed: int) -> dict[str, Any]:
         """The counts of one head, trained first where it is missing."""
         file = self.results / f"{name.replace(' ', '_')}-{seed}.json"
+        if file.is_file() and (steps := json.loads(file.read_text(encoding="utf-8"))["steps"]) != self.steps:
+            raise ValueError(f"{file} is of {steps} steps, not {self.steps}; give another --results folder")
         if not file.is_file():
             counts = self.count(self.trained(name, seed))
             write_json(file, {"loss": name, "seed": seed, "steps": self.steps, **counts})
@@ -118,7 +120,7 @@ class Study:
 
     def trained(self, name: str, seed: int) -> Path:
         """The exported head."""
-        label = f"{name.replace(' ', '_')}-{seed}"
+        label = f"{name.replace(' ', '_')}-{self.steps}-{seed}"
         out = self.run / "losses" / "exports" / label
         if not out.exists():
             loss, weights = LOSSES[name]
@@ -176,9 +178,11 @@ def value(stored: Stored, name: str, number: tuple[str, str]) -> float:
 def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
     """Per cent by which a number differs from that of the best baseline, on the seeds that both have."""
     sign = -1 if "misses" in number[1] else 1
-    best = max((b for b in BASELINES if b in stored), key=lambda b: sign * value(stored, b, number))
+    best = max(
+        (b for b in BASELINES if b in stored), key=lambda b: sign * value(stored, b, number), default=name
+    )
     seeds = sorted(set(stored[name]) & set(stored[best]))
-    if name in BASELINES or not seeds:
+    if name in BASELINES or best == name or not seeds:
         return ""
     ratio = compare_ratios(arrays(stored, name, number, seeds), arrays(stored, best, number, seeds), "ratio")
     shown = [f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high)]

@@ -70,6 +70,15 @@ class Loss(nn.Module):
             if part is not self and isinstance(part, Loss):
                 part.at(progress)
 
+    def settle(self) -> None:
+        """End an optimiser step, once its gradients are there; parts that measure while they train go on."""
+        for part in self.modules():
+            if isinstance(part, Loss):
+                part.take_up()
+
+    def take_up(self) -> None:
+        """Take up what this loss, without its parts, measured in the optimiser step; nothing by default."""
+
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
         """Per-step loss from the drafter's coarse logits (`losses.coarse_logits`)."""
         raise NotImplementedError(f"{self!r} does not work on the head of the target")

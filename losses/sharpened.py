@@ -76,11 +76,11 @@ class AdaptiveSharpenedKL(SharpenedKL):
     probability. Hence a = π / (√3 s): soft labels while the drafter is poor, hard ones as it becomes able,
     and no schedule to tune.
 
-    The running mean of s² over training steps is part of checkpoints and does not depend on the chunk size.
+    The running mean of s² over optimiser steps is part of checkpoints and does not depend on the chunk size.
 
     *What it bounds.* As `SharpenedKL` at the present a: top-m miss ⇒ loss ≥ κ_m(r).
 
-    *When to use.* In place of `SharpenedKL` where no exponent was tuned; docs/losses.md has the measurements.
+    *When to use.* In place of `SharpenedKL` where no exponent was tuned.
 
     Args:
         most: largest exponent, > 1; the smallest is 1.
@@ -91,7 +91,6 @@ class AdaptiveSharpenedKL(SharpenedKL):
     """
 
     error: Float[Tensor, " 2"]
-    pending: Float[Tensor, " 2"]
 
     def __init__(self, most: float = 8.0, decay: float = 0.98, vocabulary: Vocabulary = "auto") -> None:
         super().__init__(1.0, vocabulary)
@@ -100,21 +99,25 @@ class AdaptiveSharpenedKL(SharpenedKL):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"AdaptiveSharpenedKL: decay={decay} must be in [0, 1).")
         self.most, self.decay = most, decay
-        # sums of (weighted squared error, weight): the running one, and that of the training step under way
-        self.register_buffer("error", torch.zeros(2, dtype=torch.float64))
-        self.register_buffer("pending", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("error", torch.zeros(2))  # running sums: weighted squared error, weight
+        self._measured: Float[Tensor, " 2"] | None = None  # the same of this step; no buffer, ranks differ
 
     def at(self, progress: float) -> None:
-        """Take up what the last training step measured; called before each one."""
+        """Set the exponent to what the steps so far have measured."""
         super().at(progress)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.pending)
-        self.error.mul_(self.decay).add_(self.pending)
-        self.pending.zero_()
         squared, weight = self.error.tolist()
         if weight > 0.0:
             a = math.pi / math.sqrt(3.0 * max(squared / weight, 1e-12))
             self.a = min(max(a, 1.0), self.most)
+
+    def take_up(self) -> None:
+        """See `Loss.take_up`: the sums of all micro-batches and devices."""
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        measured = torch.zeros_like(self.error) if self._measured is None else self._measured
+        if several:
+            torch.distributed.all_reduce(measured)
+        self.error.mul_(self.decay).add_(measured)
+        self._measured = None
 
     def on_coarse(self, coarse_logits: Float[Tensor, "N C"], target: TargetBatch) -> Float[Tensor, " N"]:
         self._measure(coarse_logits[:, : target.num_kept], target)
@@ -130,9 +133,10 @@ class AdaptiveSharpenedKL(SharpenedKL):
             return
         error = (logits[:, :1] - logits[:, 1:]) - target.head.gap[:, 1:]
         able = (logits[:, 1:] > ABSENT / 2) & (logits[:, :1] > ABSENT / 2)  # tokens that can be proposed
-        weight = target.top_logp[:, 1:].exp() * able
-        squared = (weight * error.masked_fill(~able, 0.0).square()).sum(dtype=torch.float64)
-        self.pending += torch.stack([squared, weight.sum(dtype=torch.float64)])
+        weight = (target.top_logp[:, 1:].exp() * able).float()
+        squared = weight * error.masked_fill(~able, 0.0).float().square()
+        sums = torch.stack([squared.sum(), weight.sum()])
+        self._measured = sums if self._measured is None else self._measured + sums
 
     def extra_repr(self) -> str:
         return f"most={self.most}, decay={self.decay}, vocabulary={self.vocabulary!r}"

@@ -110,6 +110,7 @@ class DrafterModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._accumulation.settle(self.parameters(), self.trainer.accumulate_grad_batches)
+        self.loss.settle()
         if not self._gradients_checked:
             self._gradients_checked = True
             self._check_gradients()
@@ -294,7 +295,13 @@ class DrafterModule(pl.LightningModule):
         frozen = self._frozen()
         if "state_dict" not in checkpoint:  # sharded: the strategy reads each device's part itself
             return
-        if missing := self.state_dict().keys() - frozen - checkpoint["state_dict"].keys():
+        own, saved = self.state_dict(), checkpoint["state_dict"]
+        for name in [name for name in {*own, *saved} if not name.startswith("drafter.")]:
+            if name not in own:  # of another loss
+                del saved[name]
+            elif name not in saved:
+                saved[name] = own[name]
+        if missing := own.keys() - frozen - saved.keys():
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} of the drafter's trained weights, {min(missing)} for "
                 "one; it was trained with another drafter or another LoRA setting"

@@ -69,8 +69,7 @@ class OptimizerSettings:
             ValueError: the run has no length, nothing is trainable, trainable weights are not fp32, or Muon
                 is asked for sharded ones.
         """
-        if max_steps <= 0:
-            raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
+        check_steps(max_steps)
         embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
         trainable = [p for p in module.parameters() if p.requires_grad]
         if not trainable:
@@ -94,13 +93,17 @@ class OptimizerSettings:
                 raise ValueError("optimizer.method muon needs whole matrices; a sharded drafter takes adamw")
             outer = [p for p in matrices if p.ndim != 2 or id(p) in heads]
             rest = [{"params": outer, "weight_decay": self.weight_decay}, kept]
-            optimizer = MuonAdamW(
-                torch.optim.Muon(
-                    inner, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum,
-                    adjust_lr_fn="match_rms_adamw",
-                ),
-                torch.optim.AdamW(_filled(rest), **adamw),
-            )  # fmt: skip
+            parts: list[torch.optim.Optimizer] = []
+            if inner:
+                parts.append(
+                    torch.optim.Muon(
+                        inner, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum,
+                        adjust_lr_fn="match_rms_adamw",
+                    )
+                )  # fmt: skip
+            if filled := _filled(rest):
+                parts.append(torch.optim.AdamW(filled, **adamw))
+            optimizer = MuonAdamW(*parts)
         else:
             optimizer = torch.optim.AdamW(
                 _filled([{"params": matrices, "weight_decay": self.weight_decay}, kept]), **adamw
@@ -152,6 +155,12 @@ def _head_of(module: nn.Module) -> list[nn.Parameter]:
     """Weights of a module's `lm_head`, which Muon leaves to AdamW."""
     head = getattr(module, "lm_head", None)
     return list(head.parameters()) if isinstance(head, nn.Module) else []
+
+
+def check_steps(max_steps: int) -> None:
+    """Raise ValueError for a run without a length."""
+    if max_steps <= 0:
+        raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
 
 
 def check_precision(precision: str) -> None:

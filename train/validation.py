@@ -17,7 +17,7 @@ from certdraft.losses import TargetBatch
 from certdraft.train.restricted_target import DraftVocabulary
 from certdraft.train.validation_metric import ValidationMetric
 
-_BUILT_IN = re.compile(r"(low_margin_)?coverage@\d+|certified@\d+|kl_nats|tau_expected")
+_BUILT_IN = re.compile(r"(low_margin_)?coverage@\d+|certified@\d+|kl_nats|tau_expected|step")
 
 
 @dataclass(frozen=True)

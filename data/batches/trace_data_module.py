@@ -208,6 +208,11 @@ def _record_if_missing(path: str, recording: Recording) -> None:
     if not file.exists():
         record_trace(path, **{name: getattr(recording, name) for name in Recording.__dataclass_fields__})
         return
+    check_recording(file, recording)
+
+
+def check_recording(file: Path, recording: Recording) -> None:
+    """Raise TraceError if the trace of `file`, its trace.json, was recorded with other settings."""
     then, now = with_defaults(TraceMeta.read(file).settings), recording.settings()
     differing = [f"{k}: {then.get(k)} there, {value} now" for k, value in now.items() if then.get(k) != value]
     if differing:

@@ -100,6 +100,7 @@ def write_prompts(
     model = load_target(target, revision=revision, dtype=getattr(torch, dtype), device=device)
     writer = _Writer(model, load_tokenizer(target, revision=revision), sampling)
     settings = {"target": target, "revision": revision, "dtype": dtype, **asdict(sampling)}
+    settings["openings"] = writer.first_words  # what the file holds now
     journal = file.with_name(f".{file.name}.partial.json")
     batch = writer.resume(journal, settings)
     with Progress("writing prompts", count, "prompts") as progress:
@@ -136,7 +137,7 @@ class _Writer:
     ) -> None:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.opening, ends = _user_turn(tokenizer)
-        self.first_words = _first_words(sampling.openings, tokenizer)
+        self.first_words = _first_words(sampling, tokenizer)
         self.ends = sorted(eos_ids_of(model, tokenizer) | ends)
         self.prompts: list[str] = []
         self.accounting = Accounting("turns")
@@ -160,13 +161,8 @@ class _Writer:
 
     def sample(self, batch: int) -> int:
         """Sample one batch, seeded by its number; returns the number of tokens sampled."""
-        seed = self.sampling.seed * 1_000_003 + batch
-        first = batch * self.sampling.batch_size
-        given = [
-            self.first_words[(first + turn) % len(self.first_words)]
-            for turn in range(self.sampling.batch_size)
-        ]
-        turns = _sample_turns(self.model, self.opening, given, frozenset(self.ends), self.sampling, seed)
+        seed, ends = self.sampling.seed * 1_000_003 + batch, frozenset(self.ends)
+        turns = _sample_turns(self.model, self.opening, self.given(batch), ends, self.sampling, seed)
         for turn in turns:
             ended = turn[-1] in self.ends
             self._judge(np.array(turn[:-1] if ended else turn), ended)
@@ -259,22 +255,29 @@ def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], frozenset
     return ids, ends
 
 
-def _first_words(file: str | None, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of every opening in `file`; one empty opening without a file.
+def _first_words(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of every opening in `sampling.openings`; one empty opening without a file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no opening in it.
+        ValueError: no opening in it, or one that leaves no token to be sampled.
     """
-    if file is None:
+    if sampling.openings is None:
         return [[]]
-    if not Path(file).is_file():
+    file = Path(sampling.openings)
+    if not file.is_file():
         raise FileNotFoundError(f"sampling.openings: there is no file {file}.")
-    lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
-    openings = [line.strip() for line in lines if line.strip()]
-    if not openings:
+    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in lines if text]
+    if not found:
         raise ValueError(f"sampling.openings: {file} is empty; write one opening a line.")
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings]
+    longest = max(found, key=len)
+    if len(longest) >= sampling.max_new_tokens:
+        raise ValueError(
+            f"sampling.openings: {str(tokenizer.decode(longest))!r} in {file} has {len(longest)} tokens, and "
+            f"a turn ends at sampling.max_new_tokens={sampling.max_new_tokens}; shorten it, or raise that."
+        )
+    return found
 
 
 def _key(text: str) -> str:

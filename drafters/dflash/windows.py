@@ -107,7 +107,10 @@ def read_windows(config: Mapping[str, Any], section: Mapping[str, Any], where: s
     num = config.get("num_hidden_layers") or 0
     stated = config.get("layer_types")
     kinds = tuple(stated) if stated else (FULL,) * num
-    window = section.get("swa_window_size", config.get("sliding_window"))
+    sizes = [s for s in (section.get("swa_window_size"), config.get("sliding_window")) if s is not None]
+    if len(set(map(repr, sizes))) > 1:
+        raise ValueError(f"{where}: swa_window_size {sizes[0]!r} and sliding_window {sizes[1]!r} differ.")
+    window = next(iter(sizes), None)
     if stated is None and config.get("use_sliding_window") and config.get("sliding_window"):
         raise ValueError(
             f"{where} has use_sliding_window but no layer_types; name {FULL} or {SLIDING} for each layer."

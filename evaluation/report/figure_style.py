@@ -9,7 +9,7 @@
 | `TARGET` | properties of the target alone |
 | cividis, dark to light | an ordered parameter of a rule |
 
-`SERIES` and the blues are Okabe-Ito's, readable with colour blindness; markers and line styles say it again.
+Five of `SERIES` and the dark blue are Okabe-Ito's; markers and line styles distinguish series as well.
 matplotlib is imported inside, on the Agg canvas: no display is needed.
 """
 

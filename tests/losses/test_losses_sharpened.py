@@ -8,7 +8,7 @@ import torch
 from oracles.loss_cases import full_target, head_target, target_probs
 
 from certdraft.certificates import Coverage, Head, radius
-from certdraft.losses import AdaptiveSharpenedKL, Chunked, ForwardKL, HardCE, SharpenedKL
+from certdraft.losses import AdaptiveSharpenedKL, Chunked, ForwardKL, HardCE, Mixture, SharpenedKL
 
 VOCAB, K = 12, 7
 
@@ -99,6 +99,7 @@ def test_the_exponent_is_that_of_the_noise_measured_over_the_head() -> None:
     loss = AdaptiveSharpenedKL(decay=0.5)
     before = loss(z, target)
     torch.testing.assert_close(before, ForwardKL()(z, target), rtol=1e-6, atol=1e-9)
+    loss.settle()
     loss.at(0.1)
     total = weight = 0.0
     for row, logits in zip(p.tolist(), z.tolist(), strict=True):
@@ -119,6 +120,7 @@ def test_better_drafters_get_harder_labels_within_the_limits() -> None:
     for spread in (0.0, 0.3, 0.6, 20.0):
         loss = AdaptiveSharpenedKL(most=5.0)
         loss(drafter_logits(p, spread), full_target(p, K))
+        loss.settle()
         loss.at(0.5)
         found.append(loss.a)
     assert found == sorted(found, reverse=True)
@@ -129,23 +131,40 @@ def test_the_running_error_is_in_checkpoints_and_the_same_in_chunks() -> None:
     p = target_probs(50, VOCAB).float()
     target = head_target(p, K)
     hidden, weight = drafter_logits(p).float(), torch.eye(VOCAB)
-    losses = [AdaptiveSharpenedKL(), AdaptiveSharpenedKL(), AdaptiveSharpenedKL()]
-    for loss, size in zip(losses, (7, 50, 50), strict=True):
+    losses = [AdaptiveSharpenedKL(), AdaptiveSharpenedKL()]
+    for loss, size in zip(losses, (7, 50), strict=True):
         for progress in (0.1, 0.2):
             Chunked(loss, chunk_tokens=size)(hidden.clone().requires_grad_(), weight, target)
+            loss.settle()
             loss.at(progress)
-    assert losses[0].a == pytest.approx(losses[1].a, rel=1e-5)
-    losses[0](hidden, target)
+    assert 1.0 < losses[0].a == pytest.approx(losses[1].a, rel=1e-5)
     resumed = AdaptiveSharpenedKL()
     resumed.load_state_dict(losses[0].state_dict())
     for loss in (resumed, losses[0]):
         loss.at(0.3)
     assert resumed.a == losses[0].a
-    frozen = losses[2].eval()
-    known = frozen.a
-    frozen(5 * hidden, target)
-    frozen.at(0.4)
-    assert frozen.a == pytest.approx(known)
+
+
+def test_micro_batches_count_once_and_nothing_is_measured_in_evaluation() -> None:
+    p = target_probs(50, VOCAB)
+    z, target = drafter_logits(p, 0.7), head_target(p, K)
+    whole, parts = AdaptiveSharpenedKL(), Mixture([Mixture([AdaptiveSharpenedKL()], [1.0])], [1.0])
+    whole(z, target)
+    for rows in (slice(0, 20), slice(20, 50)):
+        parts(z[rows], target[rows])
+        parts.at(0.0)  # before every micro-batch
+    for loss in (whole, parts):
+        loss.settle()
+        loss.at(0.1)
+    inner = parts.parts[0].parts[0]
+    assert inner.a == pytest.approx(whole.a, rel=1e-5)
+    torch.testing.assert_close(inner.error, whole.error)
+    whole.eval()
+    known = whole.a
+    whole(9 * z, target)
+    whole.settle()
+    whole.at(0.2)
+    assert whole.a == pytest.approx(known, rel=1e-6)
 
 
 def test_tokens_that_cannot_be_proposed_do_not_count_as_errors() -> None:
@@ -156,6 +175,7 @@ def test_tokens_that_cannot_be_proposed_do_not_count_as_errors() -> None:
     whole(z, target)
     narrow(absent, target)
     for loss in (whole, narrow):
+        loss.settle()
         loss.at(0.5)
     assert narrow.a == pytest.approx(whole.a, rel=0.5)
 

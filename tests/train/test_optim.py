@@ -70,6 +70,16 @@ def test_muon_moves_matrices_as_far_as_adamw_does() -> None:
     assert 0.2 < float(moved[1] / moved[0]) < 5
 
 
+@pytest.mark.parametrize("kept", ["proj", "norm"])
+def test_muon_takes_drafters_of_which_one_kind_of_weight_is_trained(kept: str) -> None:
+    """LoRA leaves matrices alone."""
+    drafter = CausalDrafter(config=SIZES, vocab_size=64)
+    for name, weight in drafter.named_parameters():
+        weight.requires_grad = kept in name
+    optimizer = OptimizerSettings(method="muon").build(drafter, 10)["optimizer"]
+    assert [type(part).__name__ for part in optimizer.parts] == [{"proj": "Muon", "norm": "AdamW"}[kept]]
+
+
 def test_one_schedule_moves_all_learning_rates() -> None:
     drafter, optimizer, scheduler = made(method="muon")
     rates = []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from certdraft.data import Recording, open_trace
+from certdraft.data.batches.trace_data_module import check_recording
 from certdraft.data.record.recording import check_settings
+from certdraft.data.trace.trace_metadata import TRACE_FILE
 from certdraft.support import facts_of
 from certdraft.train.drafter_setup import check_features, check_positions
-from certdraft.train.optim import check_precision
+from certdraft.train.optim import check_precision, check_steps
 from certdraft.train.plan.model_sizes import meta_drafter, read_config
 
 
@@ -32,29 +35,38 @@ def preflight(settings: dict[str, Any]) -> list[str]:
     """
     trainer, model = settings.get("trainer") or {}, _arguments(settings.get("model"))
     data = _arguments(settings.get("data"))
-    check_precision(str(trainer.get("precision")))
-    if int(trainer.get("max_steps") or 0) <= 0:
-        raise ValueError("trainer.max_steps is not set; the learning-rate schedule ends there")
+    if model.get("drafter"):
+        check_precision(str(trainer.get("precision")))
+        check_steps(int(trainer.get("max_steps") or 0))
     recording = _recording(data.get("record"))
     found, metas, lengths = [], [], []
     for key in ("train", "validation"):
         if not (path := data.get(key)):
             continue
-        if not Path(path).expanduser().exists():
+        if not (Path(path).expanduser() / TRACE_FILE).exists():
             if recording is None:
                 raise ValueError(f"data.{key} {path} does not exist; record it with `certdraft trace`")
             found.append(f"{key} trace is recorded by the first run")
             continue
+        if recording is not None:
+            rows = data.get("validation_rows")
+            held_out = replace(recording, corpus=recording.corpus.held_out("validation", rows))
+            check_recording(Path(path).expanduser() / TRACE_FILE, recording if key == "train" else held_out)
         trace = open_trace(path)
         found.append(f"{key} trace of {trace.meta.num_tokens:,} tokens")
         metas.append(trace.meta)
-        lengths.append(int(trace.lengths.max()))
+        lengths += [int(trace.lengths.max())] if len(trace) else []
     beside = model.get("target")
     beside = beside.get("name") if isinstance(beside, dict) else beside
     target = beside or (metas[0].target if metas else recording.target if recording else None)
     if target is None or not model.get("drafter"):
         return found
-    drafter = meta_drafter(model["drafter"], target)
+    try:
+        drafter = meta_drafter(model["drafter"], target)
+    except FileNotFoundError as error:
+        if recording is not None or beside is not None:
+            raise
+        return [*found, f"the drafter is not checked: {error}"]  # `fit` may not need more than the trace
     trainable = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     found.append(f"{type(drafter).__name__} for {target} with {trainable:,} trainable parameters")
     if beside is None:

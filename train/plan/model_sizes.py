@@ -138,7 +138,7 @@ def read_config(name: str) -> PreTrainedConfig:
         return target_config(name)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"plan: no config of {name!r} here, and no hub answers for it; give a folder that holds its "
+            f"no config of {name!r} here, and no hub answers for it; give a folder that holds its "
             "config.json (a few hundred bytes, the weights are not needed)"
         ) from error
 
@@ -191,7 +191,7 @@ def _class(path: str) -> type[Drafter]:
     else:
         found = next((kind for kind in drafter_kinds().values() if kind.__name__ == name), None)
     if not (isinstance(found, type) and issubclass(found, Drafter)):
-        raise ValueError(f"plan: {path} is not a drafter class; give {_names()}, or a full import path")
+        raise ValueError(f"{path} is not a drafter class; give {_names()}, or a full import path")
     return found
 
 

@@ -165,6 +165,30 @@ def test_turns_begin_with_the_openings_in_order(
 def test_a_file_of_openings_must_hold_some(tmp_path: Path, target_dir: str) -> None:
     missing, empty = tmp_path / "missing.txt", tmp_path / "empty.txt"
     empty.write_text("\n \n", encoding="utf-8")
-    for file, error, words in ((missing, FileNotFoundError, "no file"), (empty, ValueError, "is empty")):
+    long = tmp_path / "long.txt"
+    long.write_text("the quick brown fox " * 9, encoding="utf-8")
+    for file, error, words in (
+        (missing, FileNotFoundError, "no file"),
+        (empty, ValueError, "is empty"),
+        (long, ValueError, "has .* tokens, and a turn ends at sampling.max_new_tokens=8"),
+    ):
+        sampling = Sampling(openings=str(file), max_new_tokens=8)
         with pytest.raises(error, match=f"sampling.openings: .*{words}"):
-            write_prompts(str(tmp_path / "o.jsonl"), target_dir, 1, Sampling(openings=str(file)))
+            write_prompts(str(tmp_path / "o.jsonl"), target_dir, 1, sampling)
+
+
+@pytest.mark.usefixtures("typist")
+def test_changed_openings_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, openings = tmp_path / "prompts.jsonl", tmp_path / "openings.txt"
+    openings.write_text("the quick\nadd the lazy dog\n", encoding="utf-8")
+    sampling = Sampling(**vars(SAMPLING) | {"openings": str(openings)})
+    with monkeypatch.context() as patch:
+        patch.setattr(self_prompts, "write_text", lambda *_: 1 / 0)  # killed at the end
+        with pytest.raises(ZeroDivisionError):
+            write_prompts(str(out), count=9, sampling=sampling)
+    openings.write_text("the quick\nfox\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="with another openings; remove it"):
+        write_prompts(str(out), count=9, sampling=sampling)
+    openings.write_text("the quick\n\nadd the lazy dog", encoding="utf-8")
+    write_prompts(str(out), count=9, sampling=sampling)
+    assert all(prompt.startswith(("the quick", "add the lazy dog")) for prompt in prompts_in(out))

@@ -13,6 +13,7 @@ import yaml
 
 import certdraft
 from certdraft.data.record import recording
+from certdraft.train.commands import preflight as module
 from certdraft.train.commands.cli import captured, main
 from certdraft.train.commands.preflight import preflight
 from certdraft.train.plan.model_sizes import read_config
@@ -81,6 +82,41 @@ def test_what_fit_would_refuse(
     preflight(settings)
     with pytest.raises(ValueError, match=message):
         preflight(changed(settings, **changes))
+
+
+def test_traces_that_are_there_are_compared_with_the_recording(
+    settings: dict[str, Any], write: Callable[..., str], tiny: Path, tmp_path: Path
+) -> None:
+    """Another recording is refused as `fit` refuses it; one that was interrupted goes on."""
+    corpus = {"source": str(tiny / "corpus.jsonl"), "split": "train", "validation_fraction": 0.2}
+    generation = {"max_new_tokens": 24, "loops": "keep"}
+    settings["data"] |= {
+        "record": {"target": str(tiny / "target"), "corpus": corpus, "generation": generation},
+        "validation_rows": None,
+    }
+    made = resolved(Path(write(settings)))
+    assert preflight(made)[0].startswith("train trace of ")
+    with pytest.raises(ValueError, match="num_kept: 32 there, 8 now"):
+        preflight(changed(made, data__init_args__record__num_kept=8))
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "shard-00000.arrow").write_bytes(b"")
+    begun_run = changed(made, data__init_args__train=str(begun))
+    assert preflight(begun_run)[0] == "train trace is recorded by the first run"
+    with pytest.raises(ValueError, match="does not exist; record it"):
+        preflight(changed(begun_run, data__init_args__record=None))
+
+
+def test_a_trace_whose_target_is_elsewhere_is_no_problem(
+    settings: dict[str, Any], write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any) -> None:
+        raise FileNotFoundError("no config of 'x' here")
+
+    made = resolved(Path(write(settings)))
+    made["data"]["init_args"]["record"] = None
+    monkeypatch.setattr(module, "meta_drafter", missing)
+    assert preflight(made)[-1] == "the drafter is not checked: no config of 'x' here"
 
 
 def test_a_trace_without_the_features_is_refused_as_fit_does(

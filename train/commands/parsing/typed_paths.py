@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -52,7 +53,7 @@ def _named(paths: Sequence[str]) -> dict[str, str]:
     """Each path under the shortest of its endings that no other one has."""
     found = {}
     for path in paths:
-        parts, others = Path(path).parts, [Path(other).parts for other in paths if other != path]
+        parts, *others = (Path(os.path.abspath(p)).parts for p in (path, *(o for o in paths if o != path)))
         size = next(
             (n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in others)), len(parts)
         )
