@@ -211,6 +211,8 @@ class ArbiterModule(pl.LightningModule):
         facts = {
             "target": self._frozen.target.settings.name,
             "drafter": str(self._frozen.drafter.pretrained),
+            "target_dtype": self._frozen.target.settings.dtype,
+            "drafter_dtype": str(self._frozen.drafter.model.dtype).removeprefix("torch."),
             "texts": asdict(self.texts),
             "steps": self.trainer.global_step,
         }

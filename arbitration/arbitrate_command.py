@@ -26,6 +26,8 @@ from certdraft.arbitration.environment import ArbitrationEnv, ArbitrationSetting
 from certdraft.data import eos_ids_of, load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.evaluation import provenance, write_json
 
+DType = Literal["float32", "bfloat16", "float16"]
+
 
 def run_arbitrate(
     policy: str,
@@ -38,7 +40,7 @@ def run_arbitrate(
     texts: ArbitrationSettings | None = None,
     sandbox: Sandbox = Sandbox(),  # noqa: B008, frozen
     max_paths: int = 256,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: DType | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
@@ -56,7 +58,7 @@ def run_arbitrate(
         texts: how texts are written; as in the policy's training if not given.
         sandbox: limits on programs that the verifier runs.
         max_paths: per problem, for the ceiling.
-        dtype: of both models.
+        dtype: of both models; each one's in the policy's training if not given.
         device: where they run.
         seed: of arithmetic problems and of the coin.
 
@@ -76,14 +78,22 @@ def run_arbitrate(
     elif loaded.texts and (changed := _changed(loaded.texts, texts)):
         print(f"note: the policy was trained with other settings of texts: {changed}", file=sys.stderr)
     measured, matching = _problems(problems, max_problems, seed)
-    env = open_env(target, drafter, texts, sandbox, dtype=dtype, device=device)
+    kinds = [dtype or loaded.facts.get(f"{model}_dtype", "float32") for model in ("target", "drafter")]
+    env = open_env(target, drafter, texts, sandbox, dtype=kinds[0], drafter_dtype=kinds[1], device=device)
     result = measure_arbitration(
         env, loaded, measured, matching, threshold=threshold, max_paths=max_paths, seed=seed
     )
     summary = write_arbitration(
         [result],
         out,
-        {"target": target, "drafter": drafter, "policy": policy, "texts": dataclasses.asdict(texts)},
+        {
+            "target": target,
+            "drafter": drafter,
+            "policy": policy,
+            "target_dtype": kinds[0],
+            "drafter_dtype": kinds[1],
+            "texts": dataclasses.asdict(texts),
+        },
     )
     print(as_text(summary), file=sys.stdout)
 
@@ -94,10 +104,20 @@ def open_env(
     texts: ArbitrationSettings,
     sandbox: Sandbox = Sandbox(),  # noqa: B008, frozen
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: DType = "float32",
+    drafter_dtype: DType | None = None,
     device: str = "cpu",
 ) -> ArbitrationEnv:
     """Load a target and a causal drafter by folder or hub name into an environment.
+
+    Args:
+        target: folder, GGUF file or hub name.
+        drafter: folder or hub name of a causal drafter.
+        texts: how texts are written.
+        sandbox: limits on programs that the verifier runs.
+        dtype: of the target's weights.
+        drafter_dtype: of the drafter's; the target's if not given.
+        device: where both run.
 
     Raises:
         ValueError: the two have different tokenizers.
@@ -111,8 +131,8 @@ def open_env(
             f"the drafter {drafter} has another tokenizer than the target {target}: their token ids mean "
             "different text; use a drafter with the target's tokenizer"
         )
-    kind = getattr(torch, dtype)
-    models = [load_target(name, dtype=kind, device=device) for name in (target, drafter)]
+    kinds = ((target, dtype), (drafter, drafter_dtype or dtype))
+    models = [load_target(name, dtype=getattr(torch, kind), device=device) for name, kind in kinds]
     eos = sorted(eos_ids_of(models[0], tokenizer))
     return ArbitrationEnv(Lockstep(models[0]), Lockstep(models[1]), tokenizer, texts, sandbox, eos)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from scipy.stats import binomtest
 from torch import Tensor
@@ -103,7 +104,8 @@ def measure_arbitration(
     rate = override_rate(env.write(matching, policy, threshold=threshold))
     for name, baseline in matched_baselines(env, matching, rate, seed).items():
         arms[name] = _arm(env.write(test, baseline))
-    right, cut = env.any_path(test, max_paths)
+    known = torch.stack([arm.right for arm in arms.values()]).any(0)  # every arm went along some path
+    right, cut = env.any_path(test, max_paths, known)
     return ArbitrationResult(arms, right, cut, agreement, labels, [problem.family for problem in test])
 
 

@@ -22,7 +22,7 @@ from certdraft.arbitration.mismatch_features import NUM_STATIC, static_features
 if TYPE_CHECKING:
     from certdraft.arbitration.simulator import Stepper
 
-_AT_ONCE = 64  # prompts
+_PROMPTS_AT_ONCE = 64
 NONE = -1
 
 
@@ -39,6 +39,7 @@ class Branches:
         max_new_tokens: length at which texts end.
         eos: tokens that end a text.
         most: unfinished branches per prompt, on average over the prompts read together.
+        texts_at_once: most unfinished branches that share a pass; fewer take less memory.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class Branches:
         max_new_tokens: int,
         eos: Collection[int],
         most: int = 256,
+        texts_at_once: int = 1 << 14,
     ) -> None:
         self.target, self.drafter = target, drafter
         self.max_new_tokens, self.eos, self.most = max_new_tokens, frozenset(eos), most
+        self._prompts_at_once = max(1, min(_PROMPTS_AT_ONCE, texts_at_once // most))
         self._roots: dict[tuple[int, ...], int] = {}
         self._pieces: list[tuple[Tensor, ...]] = []
         self._size = 0
@@ -67,8 +70,8 @@ class Branches:
             TooManyBranches: more paths than `most` per prompt.
         """
         new = [prompt for prompt in dict.fromkeys(map(tuple, prompts)) if prompt not in self._roots]
-        for start in range(0, len(new), _AT_ONCE):
-            self._explore(new[start : start + _AT_ONCE])
+        for start in range(0, len(new), self._prompts_at_once):
+            self._explore(new[start : start + self._prompts_at_once])
         if len(self._pieces) != 1:
             self._pieces = [tuple(torch.cat(column) for column in zip(*self._pieces, strict=True))]
         return torch.tensor([self._roots[tuple(prompt)] for prompt in prompts])

@@ -27,6 +27,7 @@ from certdraft.arbitration import (
     simulate,
     verify_all,
 )
+from certdraft.arbitration.tasks.chat_prompts import Template, prompt_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,13 @@ class ArbitrationSettings:
         texts_at_once: texts that share a pass.
         branches: for short answers: most branches per problem to explore once, after which texts of that
             problem cost no model pass; 0 runs the models every time.
+        template: "none" takes problems as they stand; "chat" makes each the user's turn of a chat, by the
+            target's chat template.
+        system: "chat" only: the system's turn; the template's own, where it has one, when not given.
+        thinking: "chat" only: value of `enable_thinking` for the template.
+
+    Raises:
+        ValueError: a system turn or thinking without a chat.
     """
 
     depth: int = 4
@@ -52,6 +60,13 @@ class ArbitrationSettings:
     override_budget: int | None = None
     texts_at_once: int = 1024
     branches: int = 0
+    template: Template = "none"
+    system: str | None = None
+    thinking: bool = False
+
+    def __post_init__(self) -> None:
+        if self.template == "none" and (self.system is not None or self.thinking):
+            raise ValueError("texts.system and texts.thinking are for chats; set texts.template to chat")
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,9 @@ class ArbitrationEnv:
         self._branches = None
         if settings.branches:
             self._branches = Branches(
-                target, drafter, max_new_tokens=settings.max_new_tokens, eos=self.eos, most=settings.branches
-            )
+                target, drafter, max_new_tokens=settings.max_new_tokens, eos=self.eos,
+                most=settings.branches, texts_at_once=settings.texts_at_once,
+            )  # fmt: skip
 
     @torch.no_grad()
     def write(
@@ -163,7 +179,9 @@ class ArbitrationEnv:
             torch.zeros(0, dtype=torch.bool)
         )  # fmt: skip
 
-    def any_path(self, problems: Sequence[Problem], max_paths: int = 256) -> tuple[Bool[Tensor, " P"], int]:
+    def any_path(
+        self, problems: Sequence[Problem], max_paths: int = 256, known: Bool[Tensor, " P"] | None = None
+    ) -> tuple[Bool[Tensor, " P"], int]:
         """Return whether some path of decisions gives a right answer: an upper bound of every policy.
 
         Every path is written once: paths are told apart by their decisions, each new one turns the last
@@ -172,14 +190,15 @@ class ArbitrationEnv:
         Args:
             problems: what is asked.
             max_paths: most paths per problem; beyond it the ceiling is a lower bound.
+            known: problems that some path is known to answer rightly; no path of them is written.
 
         Returns:
             The verdict per problem, and how many problems had more paths than were tried.
         """
-        right = torch.zeros(len(problems), dtype=torch.bool)
+        right = torch.zeros(len(problems), dtype=torch.bool) if known is None else known.clone()
         paths = [1] * len(problems)
         cut: set[int] = set()
-        frontier: list[tuple[int, list[int]]] = [(row, []) for row in range(len(problems))]
+        frontier: list[tuple[int, list[int]]] = [(row, []) for row in (~right).nonzero()[:, 0].tolist()]
         while frontier:
             verified = self.write(
                 [problems[row] for row, _ in frontier], never, forced=[f for _, f in frontier]
@@ -203,13 +222,15 @@ class ArbitrationEnv:
         self, problems: Sequence[Problem], policy: Policy, copies: int, threshold: float | None,
         forced: Sequence[Sequence[int]] | None,
     ) -> Rollouts:  # fmt: skip
-        prompts = self.tokenizer([p.prompt for p in problems], add_special_tokens=False)["input_ids"]
-        orders = None
+        settings, orders = self.settings, None
+        texts = prompt_texts(
+            problems, self.tokenizer, settings.template, settings.system, settings.thinking
+        )  # fmt: skip
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         if forced is not None:
             width = max(map(len, forced))
             orders = torch.tensor([[*row, *[ASK] * (width - len(row))] for row in forced], dtype=torch.long)
             orders = orders.view(len(forced), width)
-        settings = self.settings
         return simulate(
             self.target,
             self.drafter,

@@ -33,6 +33,7 @@ FEATURES = (
 NUM_STATIC = 10  # the first ones; the others depend on the decisions before
 _HEAD = 64
 _FLOOR = -20.0  # nats; log-probabilities are clamped here
+_ENTRIES_AT_ONCE = 1 << 24  # logits of each model: a large vocabulary times thousands of texts is gigabytes
 
 
 def static_features(
@@ -52,6 +53,12 @@ def static_features(
     Returns:
         fp32, finite; the first `NUM_STATIC` entries of `FEATURES`, in nats except for the margin.
     """
+    size = max(1, _ENTRIES_AT_ONCE // target_logits.shape[-1])
+    if len(target_logits) > size:
+        parts = zip(
+            *(each.split(size) for each in (target_logits, drafter_logits, draft, target)), strict=True
+        )
+        return torch.cat([static_features(*part) for part in parts])
     head = Head.from_logits(target_logits, min(_HEAD, target_logits.shape[-1]))
     logp, logq = target_logits.log_softmax(-1), drafter_logits.log_softmax(-1)
     x, y = draft[:, None], target[:, None]

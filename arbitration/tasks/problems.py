@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from certdraft.data import CorpusError
 
-Check = Literal["exact", "number", "expression", "tests"]
+Check = Literal["exact", "contains", "number", "expression", "tests"]
 _OWN_KEYS = {"prompt", "answer", "check", "family"}
 
 
@@ -27,9 +27,10 @@ class Problem:
 
     Attributes:
         prompt: text in front of the response.
-        answer: reference. "exact": the response, spaces around it aside. "number": the last number of the
-            response. "expression": a value that the response, a Python expression, must have. "tests": a
-            Python program that ends without an error when it is run behind the response.
+        answer: reference. "exact": the response, spaces around it aside. "contains": words that stand in the
+            response, case aside. "number": the last number of the response. "expression": a value that the
+            response, a Python expression, must have. "tests": a Python program that ends without an error
+            when it is run behind the response.
         check: how the response is verified.
         prefix: "tests" only: code that stands in front of the response (HumanEval's signature and docstring).
         family: group for reports.

@@ -1,4 +1,4 @@
-"""Four ways to verify a response; text of a model is never evaluated in this process."""
+"""Five ways to verify a response; text of a model is never evaluated in this process."""
 
 from __future__ import annotations
 
@@ -68,6 +68,9 @@ def verify(problem: Problem, response: str, sandbox: Sandbox = Sandbox()) -> boo
     """
     if problem.check == "exact":
         return response.strip() == problem.answer.strip()
+    if problem.check == "contains":
+        words = re.escape(problem.answer.strip())
+        return re.search(rf"(?<!\w){words}(?!\w)", response, re.IGNORECASE) is not None
     if problem.check == "number":
         wanted, found = last_number(problem.answer), last_number(response)
         if wanted is None:

@@ -52,6 +52,8 @@ class CausalDrafter(Drafter):
         pretrained: folder or hub id of a causal LM to start from.
         lora: train low-rank adapters on `pretrained` instead of all its weights.
         from_target: start from layers of the target, with its embeddings and lm_head; made by `build`.
+        freeze_embeddings: train neither the embeddings nor the lm_head of `pretrained` or `from_target`; of a
+            small drafter they are most of the weights. They stay out of checkpoints.
         vocab_size: entries of the target's vocabulary.
         init_from_target: start a fresh network with the target's embeddings and lm_head; needs the target's
             hidden size. See `build`.
@@ -87,6 +89,7 @@ class CausalDrafter(Drafter):
         lora: LoraSettings | None = None,
         from_target: TargetLayers | None = None,
         *,
+        freeze_embeddings: bool = False,
         vocab_size: int | None = None,
         init_from_target: bool = False,
         dtype: Literal["float32", "bfloat16"] | None = "float32",
@@ -109,7 +112,13 @@ class CausalDrafter(Drafter):
                 "lora freezes the network it adapts; it is for pretrained, not for a fresh config or "
                 "from_target."
             )
+        if freeze_embeddings and (config is not None or lora is not None):
+            raise ValueError(
+                "freeze_embeddings is for pretrained or from_target: a fresh config's are random, and lora "
+                "freezes them anyway."
+            )
         self.config, self.pretrained, self.lora = config, pretrained, lora
+        self.freeze_embeddings = freeze_embeddings
         self.from_target = TargetLayers(**from_target) if isinstance(from_target, dict) else from_target
         self._fitted = False
         self.init_from_target = init_from_target
@@ -314,6 +323,9 @@ class CausalDrafter(Drafter):
         split_causal_lm(model)  # refuses what training and decoding would get wrong
         facts_of(model).check_attention()
         _freeze_bias(model)
+        if self.freeze_embeddings:
+            for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+                embeddings.requires_grad_(False)
         if self.gradient_checkpointing:
             # transformers 5.23 renamed it and warns at the old name
             enable = getattr(model, "activation_checkpointing_enable", None)

@@ -194,6 +194,8 @@ class TestLora:
         ({"pretrained": "x", "init_from_target": True}, "not for pretrained"),
         ({"config": {}, "from_target": {"layers": 2}}, "either config"),
         ({"from_target": {"layers": 2}, "lora": LoraSettings()}, "not for a fresh config or from_target"),
+        ({"config": {}, "freeze_embeddings": True}, "freeze_embeddings is for pretrained or from_target"),
+        ({"pretrained": "x", "lora": LoraSettings(), "freeze_embeddings": True}, "freezes them anyway"),
         ({"config": {"hiden_size": 8}}, "did you mean 'hidden_size'"),
         ({"config": {"hidden_size": 8}}, "num_attention_heads.*head_dim missing"),
         ({"config": {"model_type": "qwen33"}}, "no model_type 'qwen33'"),

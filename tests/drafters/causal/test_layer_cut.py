@@ -114,3 +114,16 @@ def test_options_cut_a_drafter(sizes: dict[str, Any], layers: Any) -> None:
     drafter: Any = jsonargparse.auto_cli(made, args=[f"--drafter={json.dumps(options)}"], as_positional=False)
     drafter.build(V, Qwen3ForCausalLM(Qwen3Config(**sizes | {"num_hidden_layers": 4, "vocab_size": V})))
     assert drafter.model.config.num_hidden_layers == 2
+
+
+def test_frozen_embeddings_stay_as_they_are(sizes: dict[str, Any]) -> None:
+    target = random_target(sizes, tie_word_embeddings=False)
+    drafter: Any = CausalDrafter(from_target={"layers": [0, 3]}, freeze_embeddings=True).build(V, target)
+    trained = {name for name, parameter in drafter.named_parameters() if parameter.requires_grad}
+    everything = {name for name, _ in drafter.named_parameters()}
+    assert {name.removeprefix("network.") for name in everything - trained} == {
+        "model.embed_tokens.weight", "lm_head.weight"
+    }  # fmt: skip
+    loss = torch.nn.functional.cross_entropy(drafter.train().logits(TOKENS).flatten(0, 1), TOKENS.flatten())
+    loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in drafter.parameters())
