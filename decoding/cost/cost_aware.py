@@ -222,18 +222,24 @@ class CostAware(TreeBuilder):
     def _worth_reading(
         self, growth: Growth, nodes: list[Node], context: int, verify: list[float]
     ) -> list[Node]:
-        """The unread nodes to give one more drafter pass to; none when the pass would not pay."""
-        unread = growth.unread(nodes)[: self.budget - len(nodes)]
-        if not unread:
-            return []
-        top, size = growth.mean_top_probability(), len(nodes)
+        """The unread nodes to give one more drafter pass to; none when the pass would not pay.
+
+        The best child of each is one more node to verify, or takes the place of the least probable one where
+        the budget is full.
+        """
+        top, size, room = growth.mean_top_probability(), len(nodes), self.budget - len(nodes)
         spent, phi = self._draft_s(growth, context), math.fsum(math.exp(node.logmass) for node in nodes)
-        rate = self._rate(verify[0])
+        rate, unread = self._rate(verify[0]), growth.unread(nodes)
         gain, best, count = 0.0, 0.0, 0
         now = (1.0 + phi) / (spent + verify[size])
         for number, node in enumerate(unread, start=1):
-            gain += math.exp(node.logmass) * top
-            cost = self.cost_model.draft_s(number, context) + verify[size + number] - verify[size]
+            earned, added = math.exp(node.logmass) * top, min(number, room)
+            if number > room:
+                earned -= math.exp(nodes[room - number].logmass)
+            if earned <= 0.0:
+                break
+            gain += earned
+            cost = self.cost_model.draft_s(number, context) + verify[size + added] - verify[size]
             if self.stop == "lambda":
                 value = gain - rate * cost
             else:

@@ -224,6 +224,19 @@ def test_the_cut_of_what_is_known_is_best_first() -> None:
     assert tree.tokens == exact.tokens
 
 
+@pytest.mark.parametrize("stop", ["ratio", "safe", "lambda"])
+def test_a_full_budget_does_not_stop_the_drafter(stop: str) -> None:
+    """The root's children alone fill the budget; deeper nodes displace the least probable of them."""
+    drafter = TableDrafter(random_distribution(32, 1, 3.0), 32)
+    session = DraftSession(drafter, [1], RealClock())
+    free = affine(0.0, draft_s=1e-6)
+    tree = CostAware(free, stop, budget=8, max_depth=5, temperature=1.0).build(session, 0, max_depth=99)
+    session.abandon()
+    best = BestFirst(8, max_depth=5).build(session, 0, max_depth=99)
+    assert max(best.depths) > 1
+    assert tree.tokens == best.tokens
+
+
 # calibration
 
 
