@@ -7,7 +7,7 @@
 #
 # PyPI's torch brings CUDA, so the host needs NVIDIA's driver and container toolkit only. Without a GPU:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t certdraft:cpu .
-FROM python:3.12-slim
+FROM python:3.11-slim
 
 # Triton compiles a launcher for its kernels with the C compiler it finds.
 RUN apt-get update \
