@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args[:1] == ["help"]:
         args = [*args[1:2], "--help"]
     if not args or args[0] in ("-h", "--help"):
-        print(usage(prog))
+        guard(lambda: print(usage(prog), flush=True), prog)
         return
     if args[0] in ("-V", "--version"):
         print(f"certdraft {__version__}")

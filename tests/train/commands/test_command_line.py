@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -233,3 +234,15 @@ def test_explain_keeps_the_deepest_complaint() -> None:
   Given value type: <class 'dict'>"""
     assert explain(message) == "model.m: expected <class 'int'>. Got value: x"
     assert explain("something\n  else") == "something else" or "something" in explain("something\n  else")
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    """As in `certdraft --help | head -1`."""
+    call = "from certdraft.train.commands.cli import main; main(['--help'])"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, "-c", call], stdout=write, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
