@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 import certdraft
 from certdraft.data import Sampling, load_target, load_tokenizer, target_config, write_prompts
 from certdraft.decoding import BestFirst, Chain, CostAware, TreeBuilder
-from certdraft.evaluation import read_questions, run_certify, run_evaluate, run_profile
+from certdraft.evaluation import Table, read_questions, run_certify, run_evaluate, run_profile
 from certdraft.support import facts_of, hub_answers, write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
@@ -164,7 +163,7 @@ def real(
     baseline = _baseline(folder, name, sizes)
     summary = {"sizes": asdict(sizes)} | summarise(folder, drafters, baseline)
     write_json(folder / "summary.json", summary)
-    Console(highlight=False).print(table(summary))
+    print(table(summary).text())
     console.print(f"reports   {folder / 'reports'}\nexports   {folder / 'exports'}")
     console.print(f"took      {(time.monotonic() - start) / 60:.0f} minutes")
     return folder / "reports"
@@ -207,21 +206,20 @@ def summarise(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float
 def table(summary: dict[str, Any]) -> Table:
     """The result of `summarise` as a table."""
     fastest = summary["fastest_plain"]
-    shown = Table(
-        title=f"decoding held-out prompts; 1.00× is {fastest}, the fastest plain decoding here: "
+    rows = [
+        [
+            row["drafter"], row["builder"], f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}",
+            f"{row['tokens_per_s']['value']:.1f}", f"{row['speedup']:.2f}x",
+            f"{row['equal_texts']} of {summary['prompts']}",
+        ]
+        for row in summary["rows"]
+    ]  # fmt: skip
+    caption = (
+        f"Held-out prompts decoded; 1.00x is {fastest}, the fastest plain decoding here: "
         f"{summary['plain_tokens_per_s'][fastest]:.1f} tokens/s"
     )
-    for title in ("drafter", "decoder"):
-        shown.add_column(title, no_wrap=True)
-    for title in ("τ", "draft tokens a pass", "tokens/s", "speed-up", "equal texts"):
-        shown.add_column(title, justify="right")
-    for row in summary["rows"]:
-        shown.add_row(
-            row["drafter"], row["builder"], f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}",
-            f"{row['tokens_per_s']['value']:.1f}", f"{row['speedup']:.2f}×",
-            f"{row['equal_texts']} of {summary['prompts']}",
-        )  # fmt: skip
-    return shown
+    columns = ["drafter", "decoder", "τ", "nodes", "tokens/s", "speed-up", "equal texts"]
+    return Table(caption, columns, rows, text_columns=2)
 
 
 def _sizes(folder: Path, minutes: float) -> Sizes:

@@ -99,4 +99,4 @@ def _constant_profile(*_: object, **__: object) -> None:
 
 def _table(shown: str) -> str:
     """The last table, and all below it."""
-    return shown[shown.rindex("┏") :]
+    return shown[shown.rindex("Held-out prompts decoded") :]
