@@ -4,6 +4,7 @@ from .batches.packing import Packing as Packing
 from .batches.packing import assemble as assemble
 from .batches.packing import pack as pack
 from .batches.trace_data_module import TraceDataModule as TraceDataModule
+from .batches.trace_data_module import check_recording as check_recording
 from .corpus.accounting import Accounting as Accounting
 from .corpus.bpe_tokenizer import train_tokenizer as train_tokenizer
 from .corpus.chat import Prompt as Prompt
@@ -26,6 +27,7 @@ from .record.generation import record_batch as record_batch
 from .record.learned_positions import Generation as Generation
 from .record.learned_positions import loop_onset as loop_onset
 from .record.recording import Recording as Recording
+from .record.recording import check_settings as check_settings
 from .record.self_prompts import Sampling as Sampling
 from .record.self_prompts import write_prompts as write_prompts
 from .record.server.http_server import Server as Server
@@ -42,5 +44,6 @@ from .trace.arrow_trace import open_trace as open_trace
 from .trace.recorded_row import RecordedRow as RecordedRow
 from .trace.recorded_row import bytes_per_token as bytes_per_token
 from .trace.shards import RecordingError as RecordingError
+from .trace.trace_metadata import TRACE_FILE as TRACE_FILE
 from .trace.trace_metadata import TraceError as TraceError
 from .trace.trace_metadata import TraceMeta as TraceMeta

@@ -8,10 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from certdraft.data import Recording, open_trace
-from certdraft.data.batches.trace_data_module import check_recording
-from certdraft.data.record.recording import check_settings
-from certdraft.data.trace.trace_metadata import TRACE_FILE
+from certdraft.data import TRACE_FILE, Recording, check_recording, check_settings, open_trace
 from certdraft.support import facts_of
 from certdraft.train.drafter_setup import check_features, check_positions
 from certdraft.train.optim import check_precision, check_steps
