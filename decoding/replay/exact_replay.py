@@ -142,7 +142,7 @@ def _through_the_loop(
     limit: int,
     eos: int | Collection[int] | None,
     features: Float[Tensor, "T L H"] | None,
-    clock: Clock | None,
+    clock: Clock | None = None,
 ) -> DecodeResult:
     """The live loop, its target a text."""
     text = _Text(tokens, drafter, features)
