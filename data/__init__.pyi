@@ -11,6 +11,7 @@ from .corpus.chat import Prompt as Prompt
 from .corpus.chat import Prompts as Prompts
 from .corpus.chat import PromptSet as PromptSet
 from .corpus.chat import build_prompts as build_prompts
+from .corpus.chat import render_chat as render_chat
 from .corpus.corpora import Corpus as Corpus
 from .corpus.corpora import CorpusError as CorpusError
 from .corpus.corpora import MixedSource as MixedSource

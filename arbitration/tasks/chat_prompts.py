@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from certdraft.arbitration.tasks.problems import Problem
+from certdraft.data import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,24 +40,12 @@ def prompt_texts(
             "texts.template is chat, but the target's tokenizer has no chat template; take an instruct "
             "model, or texts.template none"
         )
-    return [_rendered(problem, tokenizer, system, thinking) for problem in problems]
-
-
-def _rendered(
-    problem: Problem, tokenizer: PreTrainedTokenizerBase, system: str | None, thinking: bool
-) -> str:
-    from jinja2 import TemplateError
-
-    turns = [{"role": "system", "content": system}] if system is not None else []
-    turns.append({"role": "user", "content": problem.prompt})
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    first = [] if system is None else [{"role": "system", "content": system}]
+    name = "problem" if system is None else "problem behind a system turn"
+    return [
+        render_chat(
+            tokenizer, [*first, {"role": "user", "content": problem.prompt}],
+            problem.where or repr(problem.prompt), thinking=thinking, name=name,
         )
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
-        raise ValueError(
-            f"{problem.where or repr(problem.prompt)}: the chat template rejects this problem"
-            f"{'' if system is None else ' behind a system turn'}: {error}"
-        ) from error
-    assert isinstance(text, str)
-    return text
+        for problem in problems
+    ]  # fmt: skip

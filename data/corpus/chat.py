@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
@@ -285,21 +285,47 @@ class _Renderer:
             yield _Piece(prompt, answer, rendered=True)
 
     def _templated(self, row: Row, messages: list[Message], *, prompt: bool) -> str:
-        """The rendered text; ids would come as transformers 5's BatchEncoding."""
-        from jinja2 import TemplateError
+        return render_chat(
+            self.tokenizer, messages, row.where, thinking=self.settings.thinking, prompt=prompt,
+            tools=row.tools,
+        )  # fmt: skip
 
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tools=list(row.tools) or None,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                enable_thinking=self.settings.thinking,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise CorpusError(f"{row.where}: the chat template rejects this conversation: {error}") from error
-        assert isinstance(text, str)
-        return text
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    where: str,
+    *,
+    thinking: bool = False,
+    prompt: bool = True,
+    tools: Sequence[Any] = (),
+    name: str = "conversation",
+) -> str:
+    """Return a chat as text; ids would come as transformers 5's BatchEncoding.
+
+    Args:
+        tokenizer: has a chat template.
+        messages: turns with `role` and `content`.
+        where: place of the chat, for the error.
+        thinking: value of `enable_thinking` for the template.
+        prompt: end with the opening of the assistant's turn.
+        tools: tools that the template describes.
+        name: what the chat is called in the error.
+
+    Raises:
+        CorpusError: the template rejects the turns.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt,
+            enable_thinking=thinking,
+        )  # fmt: skip
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise CorpusError(f"{where}: the chat template rejects this {name}: {error}") from error
+    assert isinstance(text, str)
+    return text
 
 
 def _window(text: str, digest: bytes, number: int, tokens: int) -> str:
