@@ -6,10 +6,8 @@ the folder that it names. In both cases it runs the module on the tensors of "in
 vocabulary]. "library" is speculators or dflash, z-lab's own package.
 """
 
-import json
-import sys
-
 import torch
+from jobs import run_jobs
 from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.config import SpeculatorsConfig, VerifierConfig
@@ -133,17 +131,4 @@ def run(job):
     return {"shape": list(logits.shape)}
 
 
-def main():
-    with open(sys.argv[1], encoding="utf-8") as file:
-        jobs = json.load(file)
-    results = {"engine": "speculators", "version": "", "runs": {}}
-    for job in jobs:
-        try:
-            results["runs"][job["name"]] = run(job)
-        except Exception as error:  # one refused folder must not hide the others
-            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            json.dump(results, file)
-
-
-main()
+run_jobs("speculators", "", run)

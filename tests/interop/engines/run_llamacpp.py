@@ -4,10 +4,8 @@ A job: name, family, target and drafter (GGUF files; no drafter: plain decoding)
 prompts (token ids). A result: tokens of every prompt, drafted and accepted draft tokens.
 """
 
-import json
-import sys
-
 import xllamacpp
+from jobs import run_jobs
 
 KINDS = {"causal": "DRAFT_SIMPLE", "eagle3": "DRAFT_EAGLE3", "dflash": "DRAFT_DFLASH"}
 
@@ -48,17 +46,4 @@ def run(job):
     return {"tokens": tokens, "drafted": drafted, "accepted": accepted}
 
 
-def main():
-    with open(sys.argv[1], encoding="utf-8") as file:
-        jobs = json.load(file)
-    results = {"engine": "llama.cpp", "version": f"xllamacpp {xllamacpp.__version__}", "runs": {}}
-    for job in jobs:
-        try:
-            results["runs"][job["name"]] = run(job)
-        except Exception as error:  # one refused folder must not hide the others
-            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            json.dump(results, file)
-
-
-main()
+run_jobs("llama.cpp", f"xllamacpp {xllamacpp.__version__}", run)

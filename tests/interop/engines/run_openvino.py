@@ -6,7 +6,6 @@ converted models. A result: tokens of every prompt, passes of the target after t
 tokens (not all of the last round's are counted).
 """
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy
 import openvino
 import openvino_genai
+from jobs import run_jobs
 
 
 def converted(folder, work, family=None, taps=None):
@@ -71,21 +71,4 @@ def run(job):
     return {"tokens": tokens, "passes": drafts, "accepted": accepted}
 
 
-def main():
-    with open(sys.argv[1], encoding="utf-8") as file:
-        jobs = json.load(file)
-    results = {
-        "engine": "OpenVINO GenAI",
-        "version": f"openvino-genai {openvino_genai.__version__}",
-        "runs": {},
-    }
-    for job in jobs:
-        try:
-            results["runs"][job["name"]] = run(job)
-        except Exception as error:  # one refused folder must not hide the others
-            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            json.dump(results, file)
-
-
-main()
+run_jobs("OpenVINO GenAI", f"openvino-genai {openvino_genai.__version__}", run)

