@@ -227,9 +227,12 @@ class CostAware(TreeBuilder):
         The best child of each is one more node to verify, or takes the place of the least probable one where
         the budget is full.
         """
+        unread = growth.unread(nodes)
+        if not unread:
+            return []
         top, size, room = growth.mean_top_probability(), len(nodes), self.budget - len(nodes)
         spent, phi = self._draft_s(growth, context), math.fsum(math.exp(node.logmass) for node in nodes)
-        rate, unread = self._rate(verify[0]), growth.unread(nodes)
+        rate = self._rate(verify[0])
         gain, best, count = 0.0, 0.0, 0
         now = (1.0 + phi) / (spent + verify[size])
         for number, node in enumerate(unread, start=1):
