@@ -43,7 +43,7 @@ class SharpenedKL(Divergence):
         super().__init__(vocabulary)
         if not 1.0 <= a < math.inf:
             raise ValueError(f"SharpenedKL: a={a} must be finite and at least 1; at infinity use HardCE.")
-        self.a = a
+        self.a: float | Tensor = a
 
     def teacher(self, target: TargetBatch) -> Float[Tensor, "N C"]:
         """log r over the head and one bucket."""
@@ -105,10 +105,9 @@ class AdaptiveSharpenedKL(SharpenedKL):
     def at(self, progress: float) -> None:
         """Set the exponent to what the steps so far have measured."""
         super().at(progress)
-        squared, weight = self.error.tolist()
-        if weight > 0.0:
-            a = math.pi / math.sqrt(3.0 * max(squared / weight, 1e-12))
-            self.a = min(max(a, 1.0), self.most)
+        squared, weight = self.error
+        a = math.pi / (3.0 * squared / weight).clamp(min=1e-12).sqrt()
+        self.a = torch.where(weight > 0, a, 1.0).clamp(1.0, self.most)  # stays on the device: no wait a step
 
     def take_up(self) -> None:
         """See `Loss.take_up`: the sums of all micro-batches and devices."""

@@ -137,7 +137,7 @@ def test_the_running_error_is_in_checkpoints_and_the_same_in_chunks() -> None:
             Chunked(loss, chunk_tokens=size)(hidden.clone().requires_grad_(), weight, target)
             loss.settle()
             loss.at(progress)
-    assert 1.0 < losses[0].a == pytest.approx(losses[1].a, rel=1e-5)
+    assert 1.0 < losses[0].a == pytest.approx(float(losses[1].a), rel=1e-5)
     resumed = AdaptiveSharpenedKL()
     resumed.load_state_dict(losses[0].state_dict())
     for loss in (resumed, losses[0]):
@@ -157,10 +157,10 @@ def test_micro_batches_count_once_and_nothing_is_measured_in_evaluation() -> Non
         loss.settle()
         loss.at(0.1)
     inner = parts.parts[0].parts[0]
-    assert inner.a == pytest.approx(whole.a, rel=1e-5)
+    assert inner.a == pytest.approx(float(whole.a), rel=1e-5)
     torch.testing.assert_close(inner.error, whole.error)
     whole.eval()
-    known = whole.a
+    known = float(whole.a)
     whole(9 * z, target)
     whole.settle()
     whole.at(0.2)
@@ -177,7 +177,7 @@ def test_tokens_that_cannot_be_proposed_do_not_count_as_errors() -> None:
     for loss in (whole, narrow):
         loss.settle()
         loss.at(0.5)
-    assert narrow.a == pytest.approx(whole.a, rel=0.5)
+    assert narrow.a == pytest.approx(float(whole.a), rel=0.5)
 
 
 @pytest.mark.parametrize("bad", [{"most": 1.0}, {"most": math.inf}, {"decay": 1.0}, {"decay": -0.1}])
