@@ -38,7 +38,7 @@ from certdraft.evaluation import benchmark, compare_ratios, greedy_documents, po
 from certdraft.evaluation.generate_answers import WrittenMeta, write_texts
 from certdraft.evaluation.measure.trace_reading import Document
 from certdraft.support import Progress, write_json
-from certdraft.train.commands.real import held_out_prompts
+from certdraft.train.commands.real import held_out_prompts, target_of
 
 BUDGETS = (1, 2, 4, 8, 12, 16, 32, 48)
 LOADS = (1, 4, 8, 16, 32, 64, 128)  # requests side by side
@@ -157,14 +157,14 @@ def simulated(drafter: Any, target: Any, documents: Sequence[Document]) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
-    parser.add_argument("--target", help="as given to `certdraft real`; else what it fetched")
+    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
     parser.add_argument("--drafters", nargs="+", default=["eagle3", "dflash"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/budgets.json"))
     args = parser.parse_args()
-    name = args.target or str(next((args.run / "model").glob("*.gguf")))
+    name = args.target or target_of(args.run)
     parts = args.run / "budgets"
     data: dict[str, Any] = {}
     for dtype in args.dtypes:

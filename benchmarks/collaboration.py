@@ -49,6 +49,7 @@ from certdraft.evaluation import pooled_ratio, provenance
 from certdraft.support import appearing_folder, write_json, write_text
 from certdraft.train.commands.cli import main as certdraft
 from certdraft.train.commands.export_command import export_run
+from certdraft.train.commands.real import target_of
 from certdraft.train.runs.run_folder import find_checkpoint
 
 CONFIGS = Path("configs/collaboration")
@@ -59,7 +60,7 @@ LONG = 64  # tokens: whether the target fails for want of room
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
-    parser.add_argument("--target", help="as given to `certdraft real`; else what it fetched")
+    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--null_seeds", type=int, help="of the null pair; as many when not given")
     parser.add_argument("--pairs", type=int, help="drafters; one per seed when not given")
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/collaboration.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    name = args.target or str(next((args.run / "model").glob("*.gguf")))
+    name = args.target or target_of(args.run)
     work = args.run / "collaboration"
     work.mkdir(parents=True, exist_ok=True)
     target = str(stage(work / "target", lambda out: save_target(out, name)))

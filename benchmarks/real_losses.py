@@ -41,7 +41,7 @@ from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
-from certdraft.train.commands.real import held_out_prompts
+from certdraft.train.commands.real import held_out_prompts, target_of
 from certdraft.train.runs import run_folder
 
 DEPTH = {"class_path": "DepthWeights", "init_args": {"gamma": 4.48}}
@@ -113,9 +113,8 @@ class Study:
         if not file.is_file():
             counts = self.count(self.trained(name, seed))
             write_json(file, {"loss": name, "seed": seed, "steps": self.steps, **counts})
-            print(
-                f"{file}: tau { ({k: round(sum(t) / sum(p), 3) for k, (t, p) in counts['lengths'].items()}) }"
-            )
+            tau = {label: round(sum(t) / sum(p), 3) for label, (t, p) in counts["lengths"].items()}
+            print(f"{file}: tau {tau}", file=sys.stderr, flush=True)
         return json.loads(file.read_text(encoding="utf-8"))
 
     def trained(self, name: str, seed: int) -> Path:
@@ -203,7 +202,7 @@ def table(stored: Stored) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
-    parser.add_argument("--target", help="as given to `certdraft real`; else what it fetched")
+    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
@@ -213,7 +212,7 @@ def main() -> None:
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        name = args.target or str(next((args.run / "model").glob("*.gguf")))
+        name = args.target or target_of(args.run)
         study = Study(args.run, args.results, args.steps, name, args.prompts)
         for seed in range(args.seeds):
             for loss in args.losses:

@@ -44,7 +44,7 @@ from certdraft.decoding import (
 from certdraft.drafters import load_drafter
 from certdraft.evaluation import compare_ratios, pooled_ratio, read_questions
 from certdraft.support import project_fp32, text_body, write_json
-from certdraft.train.commands.real import held_out_prompts
+from certdraft.train.commands.real import held_out_prompts, target_of
 
 RULES: tuple[Rule, ...] = (
     *(Additive(t) for t in (0.05, 0.1, 0.2, 0.3)),
@@ -111,7 +111,7 @@ def log_prob(target: Any, prompt: list[int], text: list[int]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
-    parser.add_argument("--target", help="as given to `certdraft real`; else what it fetched")
+    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
     parser.add_argument("--drafter", default="eagle3")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=96)
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=16, help="of the best-first tree; 0 is a chain of 4")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relaxing.json"))
     args = parser.parse_args()
-    name = args.target or str(next((args.run / "model").glob("*.gguf")))
+    name = args.target or target_of(args.run)
     target, tokenizer = load_target(name, dtype=torch.bfloat16), load_tokenizer(name)
     drafter = load_drafter(args.run / "exports" / args.drafter, target=target, dtype="bfloat16").eval()
     runner = TargetRunner(target, drafter.taps)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 import certdraft
-from certdraft.data import Sampling, load_target, load_tokenizer, target_config, write_prompts
+from certdraft.data import Sampling, load_target, load_tokenizer, open_trace, target_config, write_prompts
 from certdraft.decoding import BestFirst, Chain, CostAware, TreeBuilder
 from certdraft.evaluation import Table, read_questions, run_certify, run_evaluate, run_profile
 from certdraft.support import facts_of, hub_answers, write_json
@@ -167,6 +167,15 @@ def real(
     console.print(f"reports   {folder / 'reports'}\nexports   {folder / 'exports'}")
     console.print(f"took      {(time.monotonic() - start) / 60:.0f} minutes")
     return folder / "reports"
+
+
+def target_of(run: Path) -> str:
+    """The target of a finished or begun run, by the name it was recorded under.
+
+    Raises:
+        TraceError: nothing was recorded yet.
+    """
+    return open_trace(run / "traces" / "train").meta.target
 
 
 def held_out_prompts() -> Path:
