@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from certdraft.drafters.dflash.windows import FULL, SLIDING
 from certdraft.drafters.formats.lint_files import (
     SIZES,
     Config,
@@ -21,8 +22,6 @@ from certdraft.drafters.formats.lint_files import (
     error,
     warning,
 )
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
@@ -49,9 +48,9 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     yield from _window(inner, {}, at)
     yield from check_speculators(config, "dflash")
     kinds, flag = inner.get("layer_types") or (), config.get("sliding_window_non_causal")
-    if flag is None and _SLIDING in kinds:
+    if flag is None and SLIDING in kinds:
         yield error("sliding_window_non_causal", "is missing: false for speculators, true for vLLM.")
-    elif flag is False and set(kinds) != {_SLIDING}:
+    elif flag is False and set(kinds) != {SLIDING}:
         yield error("sliding_window_non_causal", "is false, with which vLLM 0.32 makes every layer causal.")
     yield from check_equal(config, {"sample_from_anchor": False})
     vocab = inner.get("vocab_size")
@@ -102,10 +101,8 @@ def _body(
         yield error("block_size", f"is {block_size!r}; must be at least 2 (the anchor and one draft token).")
     num = config.get("num_hidden_layers")
     kinds = config.get("layer_types")
-    if not problems and not (
-        isinstance(kinds, list) and len(kinds) == num and set(kinds) <= {_FULL, _SLIDING}
-    ):
-        yield error(f"{at}layer_types", f"is {kinds!r}; must be {_FULL} or {_SLIDING}, {num} times in all.")
+    if not problems and not (isinstance(kinds, list) and len(kinds) == num and set(kinds) <= {FULL, SLIDING}):
+        yield error(f"{at}layer_types", f"is {kinds!r}; must be {FULL} or {SLIDING}, {num} times in all.")
     vocab = target.get("vocab_size") if target else config.get("vocab_size")
     if type(mask) is not int or mask < 0 or (isinstance(vocab, int) and mask >= vocab):
         yield error(
@@ -150,7 +147,7 @@ def _body(
 
 def _window(config: Config, section: Config, at: str = "") -> Iterator[Finding]:
     """A window where layers slide, in every key that a reader takes it from, and none where none does."""
-    slides = _SLIDING in (config.get("layer_types") or ())
+    slides = SLIDING in (config.get("layer_types") or ())
     window, used = config.get("sliding_window"), bool(config.get("use_sliding_window"))
     if slides and (type(window) is not int or window < 1):
         yield error(f"{at}sliding_window", f"is {window!r}, but layers slide; must be at least 1.")
