@@ -237,6 +237,12 @@ def test_a_full_budget_does_not_stop_the_drafter(stop: str) -> None:
     assert tree.tokens == best.tokens
 
 
+@pytest.mark.parametrize("stop", ["ratio", "safe", "lambda"])
+def test_a_node_that_would_displace_a_better_one_is_not_read(stop: str) -> None:
+    """Five of six equal children fill the budget: theirs are six times less probable, however cheap."""
+    assert len(passes(affine(0.0, draft_s=1e-6), sharpness=0.0, stop=stop, budget=5, temperature=1.0)) == 1
+
+
 # calibration
 
 
