@@ -43,7 +43,7 @@ def in_a_kernel(book: dict[str, Any], folder: Path) -> str:
     import nbformat
     from nbclient import NotebookClient
 
-    notebook = nbformat.from_dict(book)
+    notebook = nbformat.reads(json.dumps(book), as_version=4)  # joins the lines of each cell
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return printed(notebook)
 
