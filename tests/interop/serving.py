@@ -25,11 +25,15 @@ STARTING_S = 900.0
 
 @contextmanager
 def served(words: list[str], log: Path, **variables: str) -> Iterator[str]:
-    """`vllm serve` with these words and a port; the address, once it answers."""
+    """`vllm serve` with these words, the model first, and a port; the address, once it answers.
+
+    The CPU build has no metadata under the name that `vllm serve` looks up, so its module is run.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [ENVIRONMENTS / "vllm" / "venv" / "bin" / "vllm", "serve", *words]
+    python = ENVIRONMENTS / "vllm" / "venv" / "bin" / "python"
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", *words]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     environment = ENVIRONMENT | variables
     with (

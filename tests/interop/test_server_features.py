@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from interop.environments import ready
 from interop.serving import served
 from oracles.traces import assert_same_features, assert_same_trace
 
-from certdraft.data import Corpus, Generation, Prompts, Recording, Server, ServerError, record_trace
+from certdraft.data import (
+    Corpus,
+    Generation,
+    Prompts,
+    Recording,
+    Server,
+    ServerError,
+    TraceDataModule,
+    record_trace,
+)
 from certdraft.data.record.server.serve_command import layers_folder, serve_command
 
 KEPT = 8
@@ -72,6 +82,28 @@ def test_they_are_those_recorded_here(
     assert not list(Path(server.features_dir or "").glob("layers*/*"))
     if new:  # prompts whose own top-k entries are asked for are not looked up in the cache
         assert cache_hits(server) > 0
+
+
+def test_batches_stream_what_a_trace_would_store(
+    server: Server, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    settings = settings | {"generation": Generation(max_new_tokens=24, max_length=239, loops="keep")}
+    record_trace(str(tmp_path / "stored"), **settings)
+    record_trace(str(tmp_path / "plain"), **settings | {"feature_layers": ()})
+    data = []
+    for name, more in (("stored", {}), ("plain", {"server": server})):
+        path = str(tmp_path / name)
+        data.append(
+            TraceDataModule(path, path, seq_len=160, batch_size=2, feature_layers=list(LAYERS), **more)
+        )
+        data[-1].setup()
+    stored, streamed = (list(module.train_dataloader()) for module in data)
+    for one, other in zip(stored, streamed, strict=True):
+        assert torch.equal(one.input_ids, other.input_ids)
+        torch.testing.assert_close(one.features, other.features, rtol=2**-6, atol=1e-3)
+    data[1].teardown()
+    assert not list(Path(server.features_dir or "").glob("layers*/*"))
 
 
 def cache_hits(server: Server) -> float:
