@@ -118,5 +118,6 @@ def test_other_layers_than_it_extracts_are_refused(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     folder = Path(server.features_dir or "")
     (folder / layers_folder((0, 1, 7))).mkdir()
+    changes = {"feature_layers": (0, 1, 7), "generation": Generation(max_new_tokens=24, max_length=240)}
     with pytest.raises(ServerError, match=f"that folder must be called '{layers_folder((0, 1, 7))}'"):
-        record_trace(str(tmp_path / "t"), **settings | {"feature_layers": (0, 1, 7)}, server=server)
+        record_trace(str(tmp_path / "t"), **settings | changes, server=server)

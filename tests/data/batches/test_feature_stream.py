@@ -80,7 +80,7 @@ def record(folder: Path, target: str, **changes: Any) -> None:
 
 
 def module(trace: Path, server: Server | None = None, **changes: Any) -> TraceDataModule:
-    settings = {"seq_len": 48, "batch_size": 2, "feature_layers": LAYERS, "seed": 3} | changes
+    settings = {"seq_len": 24, "batch_size": 2, "feature_layers": LAYERS, "seed": 3} | changes  # splits most
     more = {} if server is None else {"server": server}
     made = TraceDataModule(str(trace), str(trace), **settings, **more)
     made.setup()
