@@ -10,12 +10,12 @@ Axis letters: R rows · T = seq_len tokens a row · K top-k entries · L recorde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt16
 from numpy import ndarray
 
 from certdraft.certificates import Head
@@ -140,6 +140,7 @@ def assemble(
     feature_layers: Sequence[int] | None = None,
     *,
     narrow: bool = False,
+    streamed: Mapping[int, UInt16[ndarray, "tokens L H"]] | None = None,
 ) -> Batch:
     """The given rows of a packing as a batch, copied once, from the memory map into its tensors.
 
@@ -151,15 +152,22 @@ def assemble(
         feature_layers: features of these layers, in this order; of all that the trace holds when not given.
         narrow: keep the trace's types in the top-k entries (int32, float16), which `Batch.to` widens on the
             device: half the bytes on the way there.
+        streamed: features of the rows' documents by number, in the order of `feature_layers`, as bits of
+            bf16; they stand in for the trace's.
 
     Raises:
         TraceError: more top-k entries, or other layers, wanted than the trace holds.
     """
     k = trace.meta.num_kept if num_kept is None else num_kept
     trace.check_num_kept(k, f"num_kept={k}")
-    layers = trace.meta.feature_layers if feature_layers is None else tuple(feature_layers)
-    trace.check_features(layers, f"feature_layers={list(layers)}")
-    at = [trace.meta.feature_layers.index(layer) for layer in layers]
+    width = (0, 0)  # L, H
+    if streamed is not None:
+        width = next(iter(streamed.values())).shape[1:]
+    else:
+        layers = trace.meta.feature_layers if feature_layers is None else tuple(feature_layers)
+        trace.check_features(layers, f"feature_layers={list(layers)}")
+        at = [trace.meta.feature_layers.index(layer) for layer in layers]
+        width = (len(at), trace.meta.feature_size)
     shape = (len(rows), packing.seq_len)
     vocab_size = trace.meta.vocab_size
     input_ids = np.zeros(shape, np.int64)
@@ -170,7 +178,7 @@ def assemble(
     gap = np.empty((*shape, k), np.float16)
     lse_gap = np.empty(shape, np.float32)
     entropy = np.empty(shape, np.float32)
-    features = np.zeros((*shape, len(at), trace.meta.feature_size), np.uint16) if at else None
+    features = np.zeros((*shape, *width), np.uint16) if width[0] else None
     for row, index in enumerate(rows):
         end = 0
         for offset, (document, start, length) in enumerate(packing.row(index).tolist()):
@@ -184,7 +192,9 @@ def assemble(
             gap[row, here] = columns.top_gap[there, :k]
             lse_gap[row, here] = columns.lse_gap[there]
             entropy[row, here] = columns.entropy[there]
-            if features is not None and columns.hidden is not None:
+            if features is not None and streamed is not None:
+                features[row, here] = streamed[document][there]
+            elif features is not None and columns.hidden is not None:
                 wanted = columns.hidden[there]
                 features[row, here] = wanted if feature_layers is None else wanted[:, at]
             end += length

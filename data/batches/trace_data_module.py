@@ -15,9 +15,11 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from certdraft.data.batches.batch import Batch
+from certdraft.data.batches.feature_stream import FeatureStream
 from certdraft.data.batches.loader import ResumableLoader
 from certdraft.data.batches.packing import Packing, assemble, pack
 from certdraft.data.record.recording import Recording, with_defaults
+from certdraft.data.record.server.http_server import Server
 from certdraft.data.record.writer import record_trace
 from certdraft.data.trace.arrow_trace import Trace, open_trace
 from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceError, TraceMeta
@@ -46,6 +48,8 @@ class TraceDataModule(pl.LightningDataModule):
             training trace, which `record` makes from the corpus split "test" if it does not exist.
         prefetch: batches made in threads while a step runs, in pinned memory for a CUDA device; the order of
             batches and resuming do not depend on it.
+        server: with a url, vLLM servers that compute the features of `feature_layers` for every batch, at
+            most `prefetch` + 1 batches ahead; they are not stored, and the trace need not hold any.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class TraceDataModule(pl.LightningDataModule):
         feature_layers: list[int] | None = None,
         test: str | None = None,
         prefetch: int = 2,
+        server: Server = Server(),  # noqa: B008, frozen
     ) -> None:
         super().__init__()
         if not 0 < validation_fraction < 1:
@@ -73,6 +78,10 @@ class TraceDataModule(pl.LightningDataModule):
         self.feature_layers = feature_layers
         self.record, self.validation_rows, self.prefetch = record, validation_rows, prefetch
         self.test_path = test or str(Path(train).expanduser().parent / "test")
+        if server.urls and not feature_layers:
+            raise ValueError("data.server computes features: name the layers as data.feature_layers")
+        self.server = server
+        self._streams: list[FeatureStream] = []
         self._opened = False
 
     # ---- Lightning hooks
@@ -131,10 +140,18 @@ class TraceDataModule(pl.LightningDataModule):
         packing = self._pack(trace, np.arange(len(trace)), "test", in_order=True)
         return self._loader(trace, packing, shuffle=False)
 
+    def teardown(self, stage: str | None = None) -> None:
+        """Let go of the servers."""
+        while self._streams:
+            self._streams.pop().close()
+
     @property
     def meta(self) -> TraceMeta:
-        """Metadata of the training trace."""
-        return self.train_trace.meta
+        """Metadata of the training trace, with the features that servers add to it."""
+        meta = self.train_trace.meta
+        if not self.server.urls:
+            return meta
+        return replace(meta, feature_layers=tuple(self.feature_layers or ()))
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -174,11 +191,30 @@ class TraceDataModule(pl.LightningDataModule):
         packing.pieces[:, 0] = documents[packing.pieces[:, 0]]
         return packing
 
+    def _stream(self, trace: Trace) -> FeatureStream | None:
+        """Features of a trace's documents from the servers, which are checked here; None without servers."""
+        if not self.server.urls:
+            return None
+        for stream in self._streams:
+            if stream.trace is trace:
+                return stream
+        stream = FeatureStream(trace, tuple(self.feature_layers or ()), self.server)
+        self._streams.append(stream)
+        stream.check()
+        return stream
+
     def _loader(self, trace: Trace, packing: Packing, *, shuffle: bool) -> ResumableLoader:
         to_cuda = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        stream = self._stream(trace)
 
         def fetch(rows: Int64[ndarray, " R"]) -> Batch:
-            batch = assemble(trace, packing, rows, self.num_kept, self.feature_layers, narrow=to_cuda)
+            streamed = None
+            if stream is not None:
+                documents = np.concatenate([packing.row(row)[:, 0] for row in rows])
+                streamed = stream.of_documents(np.unique(documents))
+            batch = assemble(
+                trace, packing, rows, self.num_kept, self.feature_layers, narrow=to_cuda, streamed=streamed
+            )
             return batch.pin_memory() if to_cuda else batch
 
         return ResumableLoader(

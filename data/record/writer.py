@@ -42,10 +42,11 @@ from certdraft.data.record.recording import (
     with_defaults,
 )
 from certdraft.data.record.server.http_server import Server
+from certdraft.data.record.server.serve_command import serve_command
 from certdraft.data.record.server.server_writer import record_from_server
 from certdraft.data.targets import load_target, load_tokenizer
 from certdraft.data.trace.recorded_row import RecordedRow
-from certdraft.data.trace.shards import Ledger, refuse_foreign_content
+from certdraft.data.trace.shards import Ledger, RecordingError, refuse_foreign_content
 from certdraft.data.trace.trace_metadata import TRACE_FILE, TraceMeta
 from certdraft.support import Progress
 
@@ -129,6 +130,11 @@ def record_trace(
     refuse_foreign_content(folder)
     if server.url is not None:
         return record_from_server(folder, recording, server)
+    if server.features_dir is not None and feature_layers:
+        raise RecordingError(
+            "server.features_dir is given without server.url. Start a server with\n"
+            f"{serve_command(recording, server.features_dir)}\nand give its address as server.url"
+        )
     trainer = _quiet_trainer(accelerator, devices, num_nodes, strategy)
 
     words = load_tokenizer(tokenizer or target, revision=revision)

@@ -1,31 +1,18 @@
 """Recording from a real vLLM server: the trace is the one recorded from the same target here."""
 
 import json
-import os
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from interop.environments import ENVIRONMENTS, ready
+from interop.environments import ready
+from interop.serving import served
 from oracles.traces import assert_same_trace
 
 from certdraft.data import Corpus, Generation, Prompts, Server, ServerError, record_trace
 
-ENVIRONMENT = os.environ | {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "no_proxy": "127.0.0.1",
-}
 KEPT = 8
-STARTING_S = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -33,38 +20,9 @@ def url(workspace: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     """A server of the embedded target."""
     if not ready("vllm"):
         pytest.skip("vllm is not installed; run `make interop`, which says why it could not be")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    command = [
-        ENVIRONMENTS / "vllm" / "venv" / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server",
-        "--model", workspace.target_folder, "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-logprobs", str(KEPT),
-    ]  # fmt: skip
-    with (
-        log.open("w") as said,
-        subprocess.Popen(command, env=ENVIRONMENT, stdout=said, stderr=said) as running,
-    ):
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", running, log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            running.terminate()
-            running.wait(60)
-
-
-def wait_for(health: str, running: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns once the server answers."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < STARTING_S:
-        assert running.poll() is None, log.read_text()[-3000:]
-        try:
-            urllib.request.urlopen(health, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise AssertionError(f"no answer after {STARTING_S:g} s: {log.read_text()[-3000:]}")
+    words = [str(workspace.target_folder), "--max-model-len", "512", "--max-logprobs", str(KEPT)]
+    with served(words, tmp_path_factory.mktemp("vllm") / "server.log") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

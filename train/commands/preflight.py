@@ -68,6 +68,8 @@ def preflight(settings: dict[str, Any]) -> list[str]:
     found.append(f"{type(drafter).__name__} for {target} with {trainable:,} trainable parameters")
     if beside is None:
         layers = metas[0].feature_layers if metas else recording.feature_layers if recording else ()
+        if (data.get("server") or {}).get("url"):  # computes them while training
+            layers = tuple(data.get("feature_layers") or ())
         check_features(drafter, layers, target)
     if lengths:
         check_positions(drafter, max(lengths), data.get("seq_len"))

@@ -25,6 +25,10 @@ class ServerError(RecordingError):
     """The server cannot be used; the message holds its own words and what to do."""
 
 
+class ServerLost(ServerError):
+    """No whole answer after all attempts; another server of the same target may answer."""
+
+
 class BadRequest(ServerError):
     """The server refused a request; `reason` is its own text."""
 
@@ -41,14 +45,19 @@ class Server:
         url: such as http://localhost:8000; the target is loaded by this command when not given.
         model: the server's name for the target; the one model it serves when not given.
         api: "completions" is vLLM's /v1/completions, "sglang" SGLang's own /generate.
-        concurrency: requests in flight.
+        replicas: addresses of further servers of the same target, which share the requests.
+        concurrency: requests in flight, per server.
         timeout_s: seconds after which a request without a whole answer counts as lost.
         retries: further attempts after a lost request, a 429 or a 5xx.
         backoff_s: wait before the first of them; doubles each time, up to a minute.
         api_key_variable: environment variable that holds the key to send, if the server wants one.
+        features_dir: with feature_layers, folder shared with vLLM servers, where they leave features.
+            Without a url the command ends with the line that starts such a server.
+        check_features: load the target here too, and compare features of a test text, before recording.
     """
 
     url: str | None = None
+    replicas: tuple[str, ...] = ()
     model: str | None = None
     api: Literal["completions", "sglang"] = "completions"
     concurrency: int = 32
@@ -56,14 +65,24 @@ class Server:
     retries: int = 6
     backoff_s: float = 1.0
     api_key_variable: str | None = None
+    features_dir: str | None = None
+    check_features: bool = False
 
     def __post_init__(self) -> None:
-        if self.url is not None and not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"server.url {self.url!r} must begin with http:// or https://")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"server.url {url!r} must begin with http:// or https://")
+        if self.replicas and self.url is None or len(set(self.urls)) < len(self.urls):
+            raise ValueError("server.replicas are further servers: give server.url, and each address once")
         if self.concurrency < 1 or self.retries < 0 or self.timeout_s <= 0 or self.backoff_s < 0:
             raise ValueError(
                 "server: concurrency ≥ 1, retries ≥ 0, timeout_s > 0 and backoff_s ≥ 0 are needed"
             )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All addresses."""
+        return (self.url, *self.replicas) if self.url is not None else self.replicas
 
 
 class Connection:
@@ -137,7 +156,7 @@ class Connection:
         reason, about = "", f" (asked about {where})" if where else ""
         for attempt in range(self.server.retries + 1):
             if attempt:
-                await asyncio.sleep(self._wait_s(attempt))
+                await asyncio.sleep(wait_s(self.server, attempt))
             try:
                 status, content = await self._once(method, path, body, max_bytes)
                 if status == 200:
@@ -156,7 +175,7 @@ class Connection:
             if status not in _RETRIED:
                 raise self._refused(path, status, text)
             reason = f"HTTP {status}: {text}"
-        raise ServerError(
+        raise ServerLost(
             f"{self.base}{path}: no whole answer in {self.server.retries + 1} attempts (the last: {reason}). "
             "What is written stays; once the server answers, run the same command again to go on."
         )
@@ -182,10 +201,6 @@ class Connection:
                     )
             return response.status_code, bytes(content)
 
-    def _wait_s(self, attempt: int) -> float:
-        wait = min(self.server.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
-        return wait * random.uniform(0.5, 1.0)  # clients that failed together do not return together
-
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):
             return f"no whole answer within server.timeout_s={self.server.timeout_s:g}"
@@ -204,6 +219,12 @@ class Connection:
         return BadRequest(
             f"{self.base}{path}: the server refuses the request, HTTP {status}: {reason}", reason
         )
+
+
+def wait_s(server: Server, attempt: int) -> float:
+    """Seconds to wait before the attempt of this number, the first one being number 0."""
+    wait = min(server.backoff_s * 2 ** (attempt - 1), _LONGEST_WAIT_S)
+    return wait * random.uniform(0.5, 1.0)  # clients that failed together do not return together
 
 
 def _message(body: bytes) -> str:

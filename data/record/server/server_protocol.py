@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float64, Int32
+from jaxtyping import Float64, Int32, UInt16
 from numpy import ndarray
 
 from certdraft.data.corpus.chat import Prompt
@@ -38,6 +38,7 @@ class Answer:
         heads: the distribution that each of them was taken from.
         prompt_heads: the same for every prompt token but the first, P − 1 of them; None when not asked for.
         stopped: it ended by itself rather than at the limit.
+        features: path of the file with features, as the server gives it.
     """
 
     prompt_ids: list[int] | None
@@ -45,6 +46,7 @@ class Answer:
     heads: list[Entries]
     prompt_heads: list[Entries] | None
     stopped: bool
+    features: Any = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Request:
         num_kept: K.
         eos: ids that end a text.
         inside: also return the top-k entries inside the prompt.
+        name: with features, which the server then leaves in a file whose name holds this one.
     """
 
     prompt: list[int] | str
@@ -64,6 +67,7 @@ class Request:
     num_kept: int
     eos: list[int]
     inside: bool
+    name: str | None = None
 
 
 class Api(Protocol):
@@ -95,7 +99,12 @@ class Completions:
             "logprobs": request.num_kept, "stop_token_ids": request.eos, "add_special_tokens": False,
             "skip_special_tokens": False, "return_token_ids": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
-        return body | {"prompt_logprobs": request.num_kept} if request.inside else body
+        if request.inside:
+            body["prompt_logprobs"] = request.num_kept
+        if request.name is not None:
+            wanted = {"include_output_tokens": True}
+            body |= {"request_id": request.name, "kv_transfer_params": wanted}
+        return body
 
     def read(self, reply: Any, inside: bool) -> Answer:
         choice = _get(reply, "choices")[0]
@@ -114,7 +123,8 @@ class Completions:
             ]
         given = choice.get("prompt_token_ids")
         stopped = choice.get("finish_reason") == "stop"
-        return Answer(None if given is None else _ids(given), _ids(ids), heads, prompt_heads, stopped)
+        file = (reply.get("kv_transfer_params") or {}).get("hidden_states_path")
+        return Answer(None if given is None else _ids(given), _ids(ids), heads, prompt_heads, stopped, file)
 
 
 class SGLang:
@@ -187,7 +197,13 @@ def wants_prompt_heads(prompt: Prompt, settings: Generation) -> bool:
 
 
 def row_of(
-    answer: Answer, prompt: Prompt, settings: Generation, num_kept: int, vocab_size: int, eos: frozenset[int]
+    answer: Answer,
+    prompt: Prompt,
+    settings: Generation,
+    num_kept: int,
+    vocab_size: int,
+    eos: frozenset[int],
+    hidden: UInt16[ndarray, "T L H"] | None = None,
 ) -> RecordedRow:
     """One document. Positions outside the loss mask that a server does not return hold a uniform placeholder.
 
@@ -198,6 +214,7 @@ def row_of(
         num_kept: K.
         vocab_size: V.
         eos: ids that end a text.
+        hidden: features of its tokens, bits of bf16 numbers.
 
     Returns:
         A row whose entropies are NaN: they are of the whole vocabulary, of which a server returns K tokens.
@@ -236,6 +253,7 @@ def row_of(
         np.full(len(ids), np.nan, np.float32),
         finish=finish,
         where=prompt.where,
+        hidden=hidden,
     )
     row = with_loss_mask(whole, prompt, settings)
     ties = num_kept > 1 and bool((row.top_gap[row.loss_mask, 1] == 0).any())

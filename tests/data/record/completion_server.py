@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from hidden_state_files import begin_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = sys.argv[1]
@@ -42,6 +43,9 @@ DEFAULTS: dict[str, Any] = {
     "key": None,
     "models": ["tiny"],
     "shape": None,
+    "features": None,  # {"folder", "layers"} of hidden-state files, as vLLM's connector writes them
+    "file": None,  # what is wrong with those files: see hidden_state_files
+    "file_faults": 1 << 30,  # this many wrong files, then no more
     "spoiled": None,  # answers to token ids: "null ids", "text ids", "-inf" or "deep"
 }
 STATE: dict[str, Any] = dict(DEFAULTS, requests=0, at_once=0, most_at_once=0)
@@ -121,7 +125,16 @@ def completions(body: dict[str, Any]) -> dict[str, Any]:
         ]
     if STATE["spoiled"] and not isinstance(body["prompt"], str):
         spoil(choice)
-    return {"object": "text_completion", "choices": [choice]}
+    reply = {"object": "text_completion", "choices": [choice]}
+    if STATE["features"]:
+        with LOCK:
+            fault = STATE["file"] if STATE["file_faults"] > 0 else None
+            STATE["file_faults"] -= 1
+        params = body.get("kv_transfer_params") or {}
+        seen = [*ids, *tokens][:-1] if params.get("include_output_tokens") else ids
+        path = begin_file(MODEL, seen, body.get("request_id", "x"), STATE["features"], fault)
+        reply["kv_transfer_params"] = {"hidden_states_path": path}
+    return reply
 
 
 def spoil(choice: dict[str, Any]) -> None:

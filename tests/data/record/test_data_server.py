@@ -32,7 +32,7 @@ from certdraft.data import (
     record_trace,
 )
 from certdraft.data.record.server import http_server as server_module
-from certdraft.data.record.server import server_writer as server_writer_module
+from certdraft.data.record.server import server_client as server_client_module
 
 PROMPTS = 10
 SETTINGS: dict[str, Any] = {"prompts": Prompts(max_prompt_tokens=100), "num_kept": 8, "shard_rows": 4}
@@ -159,7 +159,7 @@ def test_a_server_that_stays_down_loses_nothing(
     server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "t"
-    rows, row_of = iter(range(PROMPTS)), server_writer_module.row_of
+    rows, row_of = iter(range(PROMPTS)), server_client_module.row_of
 
     def down_after_six(*args: Any) -> Any:
         if next(rows) == 6:
@@ -167,7 +167,7 @@ def test_a_server_that_stays_down_loses_nothing(
         return row_of(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_writer_module, "row_of", down_after_six)
+        patch.setattr(server_client_module, "row_of", down_after_six)
         with pytest.raises(
             ServerError, match=r"no whole answer in 3 attempts \(the last: HTTP 500: EngineCore"
         ):
@@ -297,7 +297,9 @@ def test_spoiled_answers_are_refused_with_the_row(
 
 
 def test_what_contradicts_a_server(record: Callable[..., TraceMeta], tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match="a server sends no features"):
+    with pytest.raises(
+        RecordingError, match=r"need server\.features_dir, .*\nmkdir -p .*layers_1 && vllm serve"
+    ):
         record(tmp_path / "t", server=Server("http://127.0.0.1:9"), feature_layers=(0,))
     with pytest.raises(ValueError, match="must begin with http"):
         Server("localhost:8000")
@@ -319,6 +321,5 @@ def test_a_key_is_sent(
 
 def test_waiting_grows_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module.random, "uniform", lambda low, high: high)
-    connection = server_module.Connection(Server("http://x", backoff_s=1.0))
-    assert [connection._wait_s(attempt) for attempt in (1, 2, 3, 7, 20)] == [1.0, 2.0, 4.0, 60.0, 60.0]
-    connection.close()
+    server = Server("http://x", backoff_s=1.0)
+    assert [server_module.wait_s(server, attempt) for attempt in (1, 2, 3, 7, 20)] == [1, 2, 4, 60, 60]

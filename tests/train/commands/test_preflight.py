@@ -69,6 +69,10 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"trainer__precision": "bf16-true"}, "most updates of half-precision weights are rounded away"),
         ({"data__init_args__record": None}, "does not exist; record it with `certdraft trace`"),
         ({"data__init_args__record__feature_layers": [1]}, r"the trace holds layers \(1,\) and lacks"),
+        (
+            {"data__init_args__server__url": "http://x", "data__init_args__feature_layers": [1]},
+            r"the trace holds layers \(1,\) and lacks",
+        ),
         ({"data__init_args__record__feature_layers": [99]}, "has layers 0 to 7"),
         ({"data__init_args__record__prompts__max_prompt_tokens": 9999}, "leaves no room"),
         ({"model__init_args__drafter__init_args__config": {"target_layer_ids": [1, 77, 6]}}, "77"),
