@@ -234,7 +234,7 @@ class _Client:
         Raises:
             ServerError: with what the server lacks.
         """
-        model, limit = self._served()
+        model, limit = self.connection.served_model()
         if self.server.api == "completions":
             self.api = Completions(model)
         longest = int(self.prompts.lengths.max()) + max(1, self.recording.generation.max_new_tokens)
@@ -299,21 +299,3 @@ class _Client:
             f"{self.recording.num_kept} are wanted; start it with a higher limit (vLLM: --max-logprobs "
             f"{self.recording.num_kept}) or record with num_kept={limit}"
         )
-
-    def _served(self) -> tuple[str, int | None]:
-        """Name of the model and the longest document it takes, from /v1/models."""
-        answer = self.connection.get("/v1/models")
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ServerError(
-                f"{self.server.url}/v1/models does not list models; is this an inference server?"
-            )
-        names = [str(entry.get("id")) for entry in entries]
-        wanted = self.server.model or (names[0] if len(names) == 1 else None)
-        if wanted not in names:
-            found = f"no model {wanted!r}" if wanted else "several models"
-            raise ServerError(
-                f"{self.server.url} serves {found} ({', '.join(names) or 'none'}); name one as server.model"
-            )
-        limit = entries[names.index(wanted)].get("max_model_len")
-        return str(wanted), limit if isinstance(limit, int) else None
