@@ -31,8 +31,11 @@ from .record.recording import Recording as Recording
 from .record.recording import check_settings as check_settings
 from .record.self_prompts import Sampling as Sampling
 from .record.self_prompts import write_prompts as write_prompts
+from .record.server.http_server import BadRequest as BadRequest
+from .record.server.http_server import Connection as Connection
 from .record.server.http_server import Server as Server
 from .record.server.http_server import ServerError as ServerError
+from .record.server.server_writer import in_parallel as in_parallel
 from .record.writer import record_trace as record_trace
 from .targets import embedded_target_path as embedded_target_path
 from .targets import load_target as load_target

@@ -1,7 +1,8 @@
 """Certify a target, evaluate drafters: statistics over traces, real decoding, one report (floor 4).
 
 Start reading at `evaluate.py`: `measure/` holds the measurements, `certify/` the certificates of a target
-alone, `report/` tables, figures and pages, `commands.py` the command line.
+alone, `serving/` drafters in the engine that serves them, `report/` tables, figures and pages, `commands.py`
+the command line.
 """
 
 from certdraft.evaluation.certify.certify import CertifyProtocol, CertifyReport, certify
@@ -27,12 +28,13 @@ from certdraft.evaluation.report.page import (
     write_page,
 )
 from certdraft.evaluation.report.provenance import RECORD_FILE, provenance, read_parts, sha256
+from certdraft.evaluation.serving.bench_command import run_bench
 
 __all__ = [
     "Acceptance", "Benchmark", "CertificateViolation", "CertifyProtocol", "CertifyReport", "EvaluationReport",
     "Figure", "Interval", "Lengths", "NotLossless", "Page", "RECORD_FILE", "Section", "Table", "benchmark",
     "certify", "certify_tables", "claim_directory", "compare_ratios", "evaluate", "flatten_settings",
     "greedy_documents", "headline_table", "measure_acceptance", "pooled_ratio", "provenance", "read_parts",
-    "read_questions", "replay_lengths", "run_certify", "run_evaluate", "run_profile", "sha256",
+    "read_questions", "replay_lengths", "run_bench", "run_certify", "run_evaluate", "run_profile", "sha256",
     "write_certify", "write_evaluation", "write_json", "write_page",
 ]  # fmt: skip

@@ -94,6 +94,9 @@ COMMANDS = {
     "evaluate": Command(
         "certdraft.evaluation:run_evaluate", "drafters side by side: acceptance, τ, speed", "drafters@"
     ),
+    "bench": Command(
+        "certdraft.evaluation:run_bench", "a drafter in the engine that serves it, at rising load"
+    ),
     "arbitrate": Command("certdraft.arbitration:run_arbitrate", "a learned policy that settles mismatches"),
     "compare": Command(
         f"{_REPORT}.compare:compare", "runs and reports side by side on one page", "runs*", runs=("runs",)

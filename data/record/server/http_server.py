@@ -7,7 +7,8 @@ import json
 import os
 import random
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from certdraft.data.trace.shards import RecordingError
 
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT_S = 60.0
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 SMALL_BYTES = 1 << 20  # of an answer that holds no token positions
 
 
@@ -90,21 +92,27 @@ class Connection:
 
     Args:
         server: its address, and how often and how long to try.
+        options: what stands in front of its settings on the command line, for errors.
 
     Raises:
         ServerError: the variable that should hold the key is not set.
     """
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, options: str = "server.") -> None:
         self.server, self.base = server, (server.url or "").rstrip("/").removesuffix("/v1")
+        self._options = options
         headers = {"Accept-Encoding": "identity"}  # a compressed answer could be far larger than its bytes
         if name := server.api_key_variable:
             if name not in os.environ:
-                raise ServerError(f"server.api_key_variable: {name} is not set in the environment")
+                raise ServerError(f"{options}api_key_variable: {name} is not set in the environment")
             headers["Authorization"] = f"Bearer {os.environ[name]}"
         limits = httpx.Limits(max_connections=server.concurrency + 1)
+        # A server on this machine is not asked through a proxy.
+        local = httpx.URL(self.base).host in _THIS_MACHINE
         # The deadline of a whole request is `_once`'s; redirects would carry the key to another origin.
-        self._client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, follow_redirects=False)
+        self._client = httpx.AsyncClient(
+            headers=headers, timeout=None, limits=limits, follow_redirects=False, trust_env=not local
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -112,6 +120,55 @@ class Connection:
     def get(self, path: str) -> Any:
         """The JSON answer to a GET; see `post`."""
         return self._submit(self._ask("GET", path, None, SMALL_BYTES, "")).result()
+
+    def get_text(self, path: str, max_bytes: int = SMALL_BYTES) -> str:
+        """The answer to a GET as text; see `post`."""
+        return self._submit(self._ask("GET", path, None, max_bytes, "", bytes.decode)).result()
+
+    def stream(
+        self, path: str, body: dict[str, Any], max_bytes: int = SMALL_BYTES, where: str = ""
+    ) -> tuple[list[tuple[float, Any]], float]:
+        """The server-sent events that answer a POST, and the seconds until the stream ended.
+
+        It is asked once: an answer that was tried again could not be timed.
+
+        Args:
+            path: below the server's address.
+            body: JSON; it asks for a stream.
+            max_bytes: longest answer that is read.
+            where: prompt that is asked about, for errors.
+
+        Returns:
+            (seconds since the request was sent, JSON) of every event, and seconds in all.
+
+        Raises:
+            BadRequest: the server refuses this request (4xx).
+            ServerError: no connection, a time-out, an event that reports an error, a stream without its end.
+        """
+        return self._submit(self._stream(path, body, max_bytes, where)).result()
+
+    def served_model(self) -> tuple[str, int | None]:
+        """Name of the model and the longest document it takes, from /v1/models.
+
+        Raises:
+            ServerError: no list of models, several without a choice, or not the wanted one.
+        """
+        answer = self.get("/v1/models")
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ServerError(
+                f"{self.server.url}/v1/models does not list models; is this an inference server?"
+            )
+        names = [str(entry.get("id")) for entry in entries]
+        wanted = self.server.model or (names[0] if len(names) == 1 else None)
+        if wanted not in names:
+            found = f"no model {wanted!r}" if wanted else "several models"
+            raise ServerError(
+                f"{self.server.url} serves {found} ({', '.join(names) or 'none'}); name one as "
+                f"{self._options}model"
+            )
+        limit = entries[names.index(wanted)].get("max_model_len")
+        return str(wanted), limit if isinstance(limit, int) else None
 
     def post(self, path: str, body: dict[str, Any], max_bytes: int = SMALL_BYTES, where: str = "") -> Any:
         """The JSON answer to a POST.
@@ -152,7 +209,15 @@ class Connection:
         await asyncio.gather(*others, return_exceptions=True)
         await self._client.aclose()
 
-    async def _ask(self, method: str, path: str, body: Any, max_bytes: int, where: str) -> Any:
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        max_bytes: int,
+        where: str,
+        read: Callable[[bytes], Any] = json.loads,
+    ) -> Any:
         reason, about = "", f" (asked about {where})" if where else ""
         for attempt in range(self.server.retries + 1):
             if attempt:
@@ -160,7 +225,7 @@ class Connection:
             try:
                 status, content = await self._once(method, path, body, max_bytes)
                 if status == 200:
-                    return json.loads(content)
+                    return read(content)
             except RecursionError:
                 raise ServerError(
                     f"{self.base}{path}: the server's JSON is nested too deep to be an answer{about}"
@@ -189,7 +254,7 @@ class Connection:
                 raise ServerError(
                     f"{self.base}{path}: the server redirects to {response.headers.get('location')!r}, "
                     "which is not followed, because the API key would go there too; give that address as "
-                    "server.url if you trust it"
+                    f"{self._options}url if you trust it"
                 )
             content = bytearray()
             async for part in response.aiter_bytes():
@@ -201,9 +266,44 @@ class Connection:
                     )
             return response.status_code, bytes(content)
 
+    async def _stream(
+        self, path: str, body: Any, max_bytes: int, where: str
+    ) -> tuple[list[tuple[float, Any]], float]:
+        events, size, whole, about = [], 0, False, f" (asked about {where})" if where else ""
+        begin = time.perf_counter()
+        try:
+            async with (
+                asyncio.timeout(self.server.timeout_s),
+                self._client.stream("POST", self.base + path, json=body) as response,
+            ):
+                pending = b""
+                async for part in response.aiter_bytes():
+                    now, size = time.perf_counter() - begin, size + len(part)
+                    if size > max_bytes:
+                        raise ServerError(
+                            f"{self.base}{path}: the server streams more than {max_bytes:,} bytes{about}"
+                        )
+                    *lines, pending = (pending + part).split(b"\n")
+                    for line in lines if response.status_code == 200 else ():
+                        if line.startswith(b"data:"):
+                            whole = line[5:].strip() == b"[DONE]"
+                            events += [] if whole else [(now, json.loads(line[5:]))]
+                if response.status_code != 200:
+                    text = _message(pending) or f"HTTP {response.status_code}"
+                    raise self._refused(path, response.status_code, text)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError, RecursionError) as error:
+            if isinstance(error, ServerError):
+                raise
+            raise ServerError(f"{self.base}{path}: {self._reason(error)}{about}") from None
+        failed = [event for _, event in events if not isinstance(event, dict) or "error" in event]
+        if failed or not whole:
+            said = _message(json.dumps(failed[0]).encode()) if failed else "the stream broke off"
+            raise ServerError(f"{self.base}{path}: {said}{about}")
+        return events, time.perf_counter() - begin
+
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, TimeoutError):
-            return f"no whole answer within server.timeout_s={self.server.timeout_s:g}"
+            return f"no whole answer within {self._options}timeout_s={self.server.timeout_s:g}"
         causes = [error]
         while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and cause not in causes:
             causes.append(cause)
@@ -214,7 +314,7 @@ class Connection:
         if status in (401, 403):
             return ServerError(
                 f"{self.base}{path}: HTTP {status}, the server wants a key ({reason}); give the name of the "
-                "environment variable that holds it as server.api_key_variable"
+                f"environment variable that holds it as {self._options}api_key_variable"
             )
         return BadRequest(
             f"{self.base}{path}: the server refuses the request, HTTP {status}: {reason}", reason
