@@ -233,7 +233,7 @@ class TestRefusals:
             ("eagle", {"format": "dflash"}, "'dflash' for EagleDrafter; there is eagle3, speculators"),
             ("block", {"format": "eagle3"}, "there is dflash, speculators, transformers"),
             ("eagle", {"format": "speculators", "card": None}, "names the target and its class"),
-            ("block", {"draft_length": 6}, "more than a block of 6 holds"),
+            ("block", {"draft_length": 6}, "more than this drafter's block holds: 5"),
             ("eagle", {"adapter": True}, "for causal drafters"),
         ],
     )
