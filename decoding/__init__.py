@@ -38,8 +38,8 @@ from certdraft.decoding.trees.tree import Tree as Tree
 
 __all__ = [
     "Acceptor", "BestFirst", "Chain", "Clock", "CostAware", "CostModel", "CutChain", "DecodeResult",
-    "NodeStream", "NonFiniteLogits", "Propose", "RealClock", "Relaxed", "Round", "SampleMatch", "StaticTree", "Strict",
-    "TableClock", "TargetRunner", "Tree", "TreeBuilder", "Verdict", "acceptance_length", "as_acceptor",
-    "context_limit", "decode", "decode_batch", "device_name", "fingerprint", "greedy", "greedy_ids",
-    "greedy_ranks", "profile", "replay", "top_rows",
+    "NodeStream", "NonFiniteLogits", "Propose", "RealClock", "Relaxed", "Round", "SampleMatch",
+    "StaticTree", "Strict", "TableClock", "TargetRunner", "Tree", "TreeBuilder", "Verdict",
+    "acceptance_length", "as_acceptor", "context_limit", "decode", "decode_batch", "device_name",
+    "fingerprint", "greedy", "greedy_ids", "greedy_ranks", "profile", "replay", "top_rows",
 ]  # fmt: skip

@@ -33,8 +33,8 @@ from certdraft.support import load_causal_lm as load_causal_lm
 
 __all__ = [
     "ABSENT", "BlockConfig", "BlockDrafter", "CachedLM", "CardFacts", "CausalDrafter", "ChainCache",
-    "DSparkConfig", "DSparkDrafter", "Drafter", "EagleConfig", "EagleDrafter", "Engines", "ExportError", "ExportRequest", "Finding", "Layout",
-    "LoraSettings", "Paths", "TargetLayers", "TargetSource", "TreeCache", "drafter_kinds", "export",
-    "lint_export", "load_causal_lm", "load_drafter", "read_facts", "register_drafter",
-    "split_causal_lm",
+    "DSparkConfig", "DSparkDrafter", "Drafter", "EagleConfig", "EagleDrafter", "Engines", "ExportError",
+    "ExportRequest", "Finding", "Layout", "LoraSettings", "Paths", "TargetLayers", "TargetSource",
+    "TreeCache", "drafter_kinds", "export", "lint_export", "load_causal_lm", "load_drafter", "read_facts",
+    "register_drafter", "split_causal_lm",
 ]  # fmt: skip

@@ -18,10 +18,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from certdraft.data import Batch
 from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
+    LK,
     Chunked,
     ForwardKL,
     HardCE,
-    LK,
     Loss,
     Mixture,
     OnlineTarget,
@@ -108,7 +108,8 @@ class DrafterModule(pl.LightningModule):
             loss = reduce(per_step, weight=step_weight, denominator=total)
         logged = {"train/loss_nats": loss}
         if self.drafter.confidence_weight:
-            logged["train/confidence_nats"] = sure = self._confidence_loss(hidden, weight, target, step_weight, total)
+            sure = self._confidence_loss(hidden, weight, target, step_weight, total)
+            logged["train/confidence_nats"] = sure
             loss = loss + self.drafter.confidence_weight * sure
         if self._is_logged():
             logged["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -243,7 +244,7 @@ class DrafterModule(pl.LightningModule):
         step_weight: Float[Tensor, " N"] | None,
         total: Tensor,
     ) -> Tensor:
-        """Cross-entropy of the drafter's confidence with Σ min(p, q), what its draft tokens are accepted with."""
+        """Cross-entropy of the drafter's confidence with Σ min(p, q), the acceptance rate of its tokens."""
         with torch.no_grad():
             accepted = self._values(self._overlap, hidden, weight, target).neg().exp().clamp(0.0, 1.0)
         odds = self.drafter.confidence(hidden)

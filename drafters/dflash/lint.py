@@ -36,7 +36,9 @@ def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
     yield from window_rules(config, section)
     ids, layers = section.get("target_layer_ids"), config.get("num_target_layers")
     mask = section.get("mask_token_id")
-    yield from block_rules(folder, config, (ids, "dflash_config.target_layer_ids"), mask, size, layers, target)
+    yield from block_rules(
+        folder, config, (ids, "dflash_config.target_layer_ids"), mask, size, layers, target
+    )
 
 
 def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]:

@@ -115,8 +115,8 @@ class BlockDrafter(FeatureDrafter):
         target = self._begin(vocab_size, target)
         if has_head_bias(target):
             raise ValueError(
-                f"the lm_head of {type(target).__name__} has a bias, and a {type(self).__name__} uses only the weight "
-                "of its target's lm_head. Train an EagleDrafter or a CausalDrafter for this target."
+                f"the lm_head of {type(target).__name__} has a bias, and a {type(self).__name__} uses only "
+                "the weight of its target's lm_head. Train an EagleDrafter or a CausalDrafter for this one."
             )
         if self.pretrained is not None:
             return self
@@ -252,7 +252,7 @@ class BlockDrafter(FeatureDrafter):
         anchors: Int[Tensor, "R A"],
         depth: int,
     ) -> Float[Tensor, "R A D H"]:
-        """Normed states at the `depth` drafting positions of blocks at the anchors, which see only their own."""
+        """Normed states at the `depth` drafting positions of blocks at the anchors, each block alone."""
         size, mask_id = self.lead + depth, known(self.config.mask_token_id)
         tokens = torch.full((*anchors.shape, size), mask_id, device=ids.device)
         tokens[..., 0] = ids.gather(1, anchors)
@@ -311,7 +311,7 @@ class BlockDrafter(FeatureDrafter):
         return self.head(self._drafts(state, int(tokens[-1])))
 
     def _drafts(self, state: TreeCache, root: int) -> Float[Tensor, "D H"]:
-        """Normed states at the drafting positions of the block after the context; the cache is left as it was."""
+        """Normed states at the drafting positions of the block after the context; the cache stays as is."""
         size, mask_id, device = self.config.block_size, known(self.config.mask_token_id), self._device
         block = torch.tensor([root, *[mask_id] * (size - 1)], device=device)
         positions = torch.arange(state.length, state.length + size, device=device)[None]

@@ -47,8 +47,8 @@ class DSparkConfig(BlockConfig):
             )
         if self.block_size - (not self.sample_from_anchor) < 2:
             raise ValueError(
-                f"a block of {self.block_size} with sample_from_anchor {self.sample_from_anchor} drafts fewer "
-                "than two tokens; only from the second on is there a drafted token to correct by."
+                f"a block of {self.block_size} with sample_from_anchor {self.sample_from_anchor} drafts "
+                "fewer than two tokens; only from the second on is there a drafted token to correct by."
             )
         if self.markov_rank < 1:
             raise ValueError(

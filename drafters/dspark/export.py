@@ -1,7 +1,7 @@
 """DSpark drafters on disk: the layout of DeepSpec, and that of speculators.
 
 DeepSpec: config.json of a small Qwen3 with the keys of the block and of the heads beside it; vLLM and SGLang
-read it. Its own folders also hold the target's embeddings and lm_head, which are checked and left out here, as
+read it. Its own folders also hold the target's embeddings and lm_head, which are checked and left out here:
 engines share the target's. speculators: vLLM and speculators.
 """
 
@@ -132,7 +132,7 @@ def _from_anchor(config: Json, where: str) -> bool:
     if len(set(said)) > 1 or not all(isinstance(value, bool) for value in said):
         raise ValueError(
             f"{where}: sample_from_anchor {config.get('sample_from_anchor')!r} and dspark_bonus_anchor "
-            f"{config.get('dspark_bonus_anchor')!r} must be true or false, and opposites where both are given."
+            f"{config.get('dspark_bonus_anchor')!r} must be true or false, and differ where both are given."
         )
     if not said and "transformer_layer_config" in config:
         raise ValueError(

@@ -25,9 +25,7 @@ def lint_deepspec(folder: Folder, target: Config | None) -> Iterator[Finding]:
     yield from check_equal(config, {"architectures": ["Qwen3DSparkModel"], "model_type": "qwen3"})
     yield from check_numbers(config, ("num_target_layers",))
     yield from _heads(config, needs_anchor=False)
-    vocab, hidden = config.get("vocab_size"), config.get("hidden_size")
-    ends = {f"{name}.weight": (vocab, hidden) for name in ("embed_tokens", "lm_head")}
-    yield from _block(folder, config, "target_layer_ids", config.get("num_target_layers"), target, "", ends)
+    yield from _block(folder, config, "target_layer_ids", config.get("num_target_layers"), target)
 
 
 def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]:
@@ -44,7 +42,7 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
             "draft_vocab_size", f"is {config.get('draft_vocab_size')!r}; must be vocab_size, {vocab!r}."
         )
     layers = target.get("num_hidden_layers") if target else None
-    yield from _block(folder, inner, "aux_hidden_state_layer_ids", layers, target, at, {})
+    yield from _block(folder, inner, "aux_hidden_state_layer_ids", layers, target, at)
 
 
 def _heads(config: Config, needs_anchor: bool) -> Iterator[Finding]:
@@ -64,32 +62,31 @@ def _heads(config: Config, needs_anchor: bool) -> Iterator[Finding]:
 
 
 def _block(
-    folder: Folder,
-    inner: Config,
-    key: str,
-    layers: object,
-    target: Config | None,
-    at: str,
-    optional: dict[str, tuple[int, ...]],
+    folder: Folder, inner: Config, key: str, layers: object, target: Config | None, at: str = ""
 ) -> Iterator[Finding]:
-    """Rules of the block, and the tensors of the heads; `inner` has the sizes of the layers."""
+    """Rules of the block, and the tensors of the heads; `inner` has the sizes of the layers, at `at`."""
     config = folder.config
     yield from window_rules(inner, {}, at)
     if set(inner.get("layer_types") or ()) - {"full_attention"}:
-        yield error(f"{at}layer_types", "has layers with a window, which this format's readers do not agree on.")
+        yield error(
+            f"{at}layer_types", "has layers with a window, which readers of this format do not share."
+        )
     ids = config.get(key)
     if at and isinstance(ids, list):
         ids = [number - 1 for number in ids]  # speculators counts hidden states
     rank, vocab, hidden = config.get("markov_rank"), inner.get("vocab_size"), inner.get("hidden_size")
     more: dict[str, tuple[int, ...]] = {}
-    if all(isinstance(number, int) for number in (rank, vocab, hidden)):
+    ends: dict[str, tuple[int, ...]] = {}  # of the target, which DeepSpec's own folders hold
+    if isinstance(rank, int) and isinstance(vocab, int) and isinstance(hidden, int):
         more = {f"markov_head.markov_w{i}.weight": (vocab, rank) for i in (1, 2)}
         if config.get("enable_confidence_head"):
             inputs = hidden + (rank if config.get("confidence_head_with_markov") else 0)
             more |= {"confidence_head.proj.weight": (1, inputs), "confidence_head.proj.bias": (1,)}
+        if not at:
+            ends = {f"{name}.weight": (vocab, hidden) for name in ("embed_tokens", "lm_head")}
     mask, size = config.get("mask_token_id"), config.get("block_size")
     yield from block_rules(
-        folder, inner, (ids, key), mask, size, layers, target, at, more=more, optional=optional
+        folder, inner, (ids, key), mask, size, layers, target, at, more=more, optional=ends
     )
 
 

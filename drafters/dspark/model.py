@@ -18,6 +18,7 @@ Letters: those of `BlockDrafter`; D draft depth, E rank of the correction, P pat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -127,6 +128,11 @@ class DSparkDrafter(BlockDrafter):
         """See `BlockDrafter.lead`; none where the root's position drafts the first token."""
         return 0 if self.config.sample_from_anchor else 1
 
+    def engines(self, format: str) -> Engines:
+        """See `Drafter.engines`: SGLang drafts from the root's position alone."""
+        found = self.export_formats[format]
+        return found if self.config.sample_from_anchor else replace(found, sglang=None)
+
     @property
     def confidence_weight(self) -> float:
         """See `Drafter.confidence_weight`."""
@@ -136,9 +142,9 @@ class DSparkDrafter(BlockDrafter):
     def head_weight(self) -> Float[Tensor, "V H+E"]:
         """The target's lm_head, frozen, beside the correction's; a copy in the type products are made in."""
         head, correction = self.target_ends.head.detach(), self.markov_head.markov_w2.weight
-        dtype = torch.promote_types(head.dtype, correction.dtype)
-        if torch.is_autocast_enabled(correction.device.type):
-            dtype = torch.get_autocast_dtype(correction.device.type)
+        dtype, device = torch.promote_types(head.dtype, correction.dtype), correction.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         return torch.cat([head.to(dtype), correction.to(dtype)], 1)
 
     def head(self, hidden: Float[Tensor, "*step H+E"]) -> Float[Tensor, "*step V"]:

@@ -30,7 +30,7 @@ class DSparkState(TreeCache):
     _front = 0  # committed tokens in front of the round's root
 
     def open(self, num: int, hidden: Float[Tensor, "D H"], base: Float[Tensor, "D V"]) -> list[int]:
-        """Begin a round with a chain of `num` tokens that ends in its root; returns depths as `place` does."""
+        """Begin a round with a chain of `num` tokens that ends in its root; returns what `place` does."""
         self.hidden, self.base, self._front = hidden, base, num - 1
         self.append(range(-1, num - 1))
         return [depth - self._front for depth in self.depths]

@@ -24,7 +24,11 @@ from certdraft.drafters import BlockDrafter, CardFacts, Drafter, export, load_dr
 
 NEW, NUM_PROMPTS = 40, 4
 STEPS = {"causal": 120, "eagle": 150, "block": 150, "dspark": 150, "dspark from masks": 150}
-FAMILIES = {"eagle": "eagle3", "block": "dflash", "dspark from masks": "dspark"}  # where engines say otherwise
+FAMILIES = {
+    "eagle": "eagle3",
+    "block": "dflash",
+    "dspark from masks": "dspark",
+}  # where engines say otherwise
 # Targets by depth: the embedded one and two made of its layers; engines count layers in their own ways.
 STACKS = {8: tuple(range(8)), 4: (0, 1, 6, 7), 12: (0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7)}
 SPECIAL = set(range(5))  # llama.cpp never says an end of text that it was told to ignore

@@ -48,8 +48,7 @@ def minimised(module: DrafterModule, batch: object) -> tuple[float, dict[str, fl
 def test_confidence_learns_the_overlap(
     weights: StepWeights | None, tiny: Path, data: TraceDataModule
 ) -> None:
-    """Beside the loss: cross-entropy with Σ min(p, q), written out draft by draft; chunked and not, and from a
-    target that runs beside."""
+    """Beside the loss: cross-entropy with Σ min(p, q), written out draft by draft; chunked, whole, online."""
     config = DSparkConfig(num_hidden_layers=1, target_layer_ids=(0,), block_size=3, markov_rank=4)
     drafter = DSparkDrafter(config, num_anchors=5, confidence_weight=0.25)
     fit_to_target(drafter, None, data)
@@ -67,7 +66,7 @@ def test_confidence_learns_the_overlap(
     weight = torch.ones_like(each) if weights is None else torch.exp(-depth / 2.0)
     wanted = float((weight * each).sum() / weight.sum())
     assert 0.0 < float(overlap.min()) < float(overlap.max()) < 1.0
-    online = TargetSettings(str(tiny / "target"))
+    online = TargetSettings(str(tiny / "target"), num_kept=batch.head.ids.shape[-1], full=False)
     for settings in ({}, {"chunk_tokens": 0}, {"chunk_tokens": 5}, {"target": online}):
         module = DrafterModule(drafter, HardCE(), step_weights=weights, **settings)
         module._layers = data.meta.feature_layers

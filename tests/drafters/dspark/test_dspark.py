@@ -41,7 +41,7 @@ def text(num: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("config", VARIANTS, ids=str)
 def test_training_blocks_are_the_reference(every: bool, config: dict[str, Any]) -> None:
-    """Every block of a packed row, each draft token after the true token before it, from its context alone."""
+    """Every block of a packed row from its context alone, each draft token after the true one before it."""
     drafter = dspark(**config)
     depth = drafter.max_draft_length
     ids, features = text(13)

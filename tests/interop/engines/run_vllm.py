@@ -2,8 +2,8 @@
 
 A job: name, family, target and drafter (folders; no drafter: plain decoding; no target: the drafter's folder
 names it, as speculators' do), num_tokens, max_new_tokens, prompts (token ids). `--fix-k-norm` mends a bug of
-its CPU build; `--interpret-triton` runs its second model runner, which alone has DSpark. A result: tokens of every prompt, drafts, drafted and accepted draft tokens, and accepted ones
-by position.
+its CPU build; `--interpret-triton` runs its second model runner, which alone has DSpark. A result: tokens of
+every prompt, drafts, drafted and accepted draft tokens, and accepted ones by position.
 """
 
 import os
@@ -94,9 +94,9 @@ def fix_k_norm():
 
 
 def interpret_triton():
-    """vLLM 0.32 drafts with DSpark in its second model runner alone, whose kernels are Triton's. Its CPU build
-    has that runner and wants a Triton with a CPU backend, which no package index has; Triton's interpreter
-    runs the same kernels, slowly."""
+    """vLLM 0.32 drafts with DSpark in its second model runner alone, whose kernels are Triton's. Its CPU
+    build has that runner but wants a Triton with a CPU backend, which PyPI does not have; Triton's
+    interpreter runs the same kernels, slowly."""
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     from types import SimpleNamespace
 
