@@ -133,8 +133,8 @@ def job(work: Path, name: str, seed: int, suffix: str = "") -> dict[str, Any]:
 
 
 def logits_of(drafter: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Ours, in their layout; EAGLE-3's over its draft vocabulary, of rows whose tokens are all known; DSpark's
-    with the logit of the confidence at the end."""
+    """Ours, in their layout; EAGLE-3's over its draft vocabulary, of rows whose tokens are all known;
+    DSpark's with the logit of the confidence at the end."""
     ids, features = inputs["ids"], inputs["features"]
     if isinstance(drafter, DSparkDrafter):
         return torch.stack([corrected(drafter, ids, features, a) for a in inputs["anchors"].tolist()])

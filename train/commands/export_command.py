@@ -37,7 +37,7 @@ def export_run(
     Args:
         run: run folder (its best checkpoint, or its last), or a checkpoint file.
         out: folder to create; `export` in the run folder when not given.
-        format: "transformers" (causal and block drafters), "eagle3", "dflash", "dspark", or "speculators" (all
+        format: "transformers" (causal and block drafters), "eagle3", "dflash", "dspark" or "speculators" (all
             that read hidden states); the one that most engines read when not given.
         draft_length: draft tokens per round, written where engines read it; when not given 4, or a whole
             block.
