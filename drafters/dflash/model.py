@@ -31,6 +31,7 @@ from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
 from certdraft.drafters.formats.export_metadata import Engines
+from certdraft.drafters.formats.lint_files import Layout
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
@@ -68,7 +69,7 @@ class BlockDrafter(FeatureDrafter):
         "speculators": Engines(vllm="dflash", by_path=True),
         "transformers": Engines(transformers="MuseGlimmerAssistantModel", speculation_type="dflash"),
     }
-    layouts = LAYOUTS
+    layouts: ClassVar[tuple[Layout, ...]] = LAYOUTS
     read, layout = staticmethod(read_dflash), layout
     config: BlockConfig
     target_head: ClassVar[bool] = True

@@ -170,8 +170,8 @@ def dflash(
 
 
 def dspark(layout: str = "dspark", seed: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors of a DSpark drafter: as "deepspec" writes it, as certdraft does ("dspark"), or in the
-    layout of "speculators"."""
+    """Config and tensors of a DSpark drafter: as "deepspec" writes it, as certdraft does ("dspark"), or in
+    the layout of "speculators"."""
     config, weights = dflash("speculators" if layout == "speculators" else "dflash", seed)
     heads = {"markov_head.markov_w1.weight": (V, 5), "markov_head.markov_w2.weight": (V, 5),
              "confidence_head.proj.weight": (1, H + 5), "confidence_head.proj.bias": (1,)}  # fmt: skip

@@ -37,11 +37,17 @@ def data(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> TraceDataModul
 def minimised(module: DrafterModule, batch: object) -> tuple[float, dict[str, float]]:
     """What a training step minimises, and what it logs, without a Trainer."""
     logged: dict[str, float] = {}
-    module.log_dict = lambda values, **_: logged.update({k: float(v) for k, v in values.items()})  # type: ignore[method-assign]
+
+    def log(values: dict[str, torch.Tensor | float], **_: object) -> None:
+        logged.update({name: float(torch.as_tensor(value).detach()) for name, value in values.items()})
+
+    module.log_dict = log  # type: ignore[method-assign]
     module._trainer = SimpleNamespace(**TRAINER)  # type: ignore[assignment]
     module._accumulation = SimpleNamespace(scaled=lambda loss, *_: loss)  # type: ignore[assignment]
+    if module.online is not None:
+        module.online.to(torch.device("cpu"))  # loads, which draws random numbers
     torch.manual_seed(11)  # of the anchors
-    return float(module.training_step(batch, 0)), logged
+    return float(module.training_step(batch, 0).detach()), logged
 
 
 @pytest.mark.parametrize("weights", [None, DepthWeights(2.0)], ids=str)
@@ -54,13 +60,14 @@ def test_confidence_learns_the_overlap(
     fit_to_target(drafter, None, data)
     batch = next(iter(data.val_dataloader()))
     torch.manual_seed(11)
-    paths = drafter.paths(
-        batch.input_ids, batch.position_ids, batch.document_ids, batch.loss_mask, batch.features
-    )
+    with torch.no_grad():
+        paths = drafter.paths(
+            batch.input_ids, batch.position_ids, batch.document_ids, batch.loss_mask, batch.features
+        )
     hidden = paths.hidden[paths.mask]
     target = TargetBatch(batch.head.flatten()[paths.steps[paths.mask]])
-    overlap = torch.exp(-LK("alpha")(drafter.head(hidden), target)).double()
-    sure = drafter.confidence(hidden).double().sigmoid()
+    overlap = torch.exp(-LK("alpha")(drafter.head(hidden), target)).detach().double()
+    sure = drafter.confidence(hidden).detach().double().sigmoid()
     each = -(overlap * sure.log() + (1 - overlap) * (1 - sure).log())
     depth = paths.mask.nonzero()[:, 1].double()
     weight = torch.ones_like(each) if weights is None else torch.exp(-depth / 2.0)
