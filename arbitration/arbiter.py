@@ -196,7 +196,9 @@ class _Observed:
         self._rows, self._tree, self.kind = [], None, propose.kind
         recorded = _RecordingPropose(propose, self._rows)
         tree = self.builder.build(recorded, root, max_depth=max_depth, context=context)
-        if self.look_ahead and propose.kind == "conditional" and tree.is_chain and tree.drafter_ids[-1] < 0:
+        limit = getattr(propose, "limit", None)
+        readable = propose.kind == "conditional" and (limit is None or tree.num_nodes < limit)
+        if self.look_ahead and readable and tree.is_chain and tree.drafter_ids[-1] < 0:
             parent = tree.drafter_ids[tree.parents[-1]] if tree.num_nodes else -1
             top_rows(recorded([tree.tokens[-1]], [parent]), 1)  # refuses logits that are not finite
             ids = (*tree.drafter_ids[:-1], len(self._rows) - 1)
@@ -224,6 +226,11 @@ class _RecordingPropose:
         logits = self._propose(tokens, parents)
         self._rows.extend(logits)
         return logits
+
+    @property
+    def confidence(self) -> Float[Tensor, " K"] | None:
+        """See `Propose`."""
+        return getattr(self._propose, "confidence", None)
 
 
 def log_odds(probability: float) -> float:

@@ -26,7 +26,7 @@ from certdraft.train.plan.plan_command import Plan, plan
 
 FOLDER = Path(certdraft.__file__).parent / "configs" / "recipes"
 TARGETS = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B")
-FAMILIES = ("causal", "causal-lora", "eagle3", "dflash")
+FAMILIES = ("causal", "causal-lora", "eagle3", "dflash", "dspark")
 PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 50_000, 300, 400
 DEVICES = ("h100", "h200")  # the first that holds recording and training
 STEPS, SEQ_LEN, TOKENS = 4_000, 4096, 32_768  # a step, over all devices and accumulated batches
@@ -37,6 +37,7 @@ _LEADS = {
     "causal-lora": "{drafter} with LoRA adapters as drafter of {target}",
     "eagle3": "an EAGLE-3 head on {target}",
     "dflash": "a DFlash block drafter on {target}",
+    "dspark": "a DSpark drafter on {target}",
 }
 
 
@@ -59,7 +60,7 @@ class Recipe:
     @property
     def reads_target(self) -> bool:
         """Whether the target is run beside the drafter."""
-        return self.family in ("eagle3", "dflash")
+        return self.family in ("eagle3", "dflash", "dspark")
 
     @property
     def path(self) -> Path:
@@ -190,9 +191,8 @@ def learning_rate(recipe: Recipe) -> str:
     """Where peers' recipes of each family are; tune it (configs/sweeps/learning-rate.yaml)."""
     if recipe == Recipe("0.6B", "causal"):
         return "3.0e-4"
-    return {"causal": "2.0e-5", "causal-lora": "2.0e-4", "eagle3": "1.0e-4", "dflash": "6.0e-4"}[
-        recipe.family
-    ]
+    rates = {"causal": "2.0e-5", "causal-lora": "2.0e-4", "eagle3": "1.0e-4"}
+    return rates.get(recipe.family, "6.0e-4")
 
 
 def drafter_lines(recipe: Recipe) -> list[str]:
@@ -215,9 +215,10 @@ def drafter_lines(recipe: Recipe) -> list[str]:
             f"      config: {{draft_vocab_size: {DRAFT_VOCABULARY}}}",
         ]  # fmt: skip
     recompute = ["      gradient_checkpointing: true"] if micro_rows(recipe) == 1 else []  # the large targets
+    kind, block = ("DSparkDrafter", 7) if recipe.family == "dspark" else ("BlockDrafter", 16)
     return [
-        "  drafter:", "    class_path: BlockDrafter", "    init_args:", "      num_anchors: 512", *recompute,
-        "      config: {num_hidden_layers: 5, block_size: 16, mask_token_id: 151669}",
+        "  drafter:", f"    class_path: {kind}", "    init_args:", "      num_anchors: 512", *recompute,
+        f"      config: {{num_hidden_layers: 5, block_size: {block}, mask_token_id: 151669}}",
     ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from certdraft.decoding.trees.builders import Chain as Chain
 from certdraft.decoding.trees.builders import Propose as Propose
 from certdraft.decoding.trees.builders import StaticTree as StaticTree
 from certdraft.decoding.trees.builders import TreeBuilder as TreeBuilder
+from certdraft.decoding.trees.cut_chain import CutChain as CutChain
 from certdraft.decoding.trees.ranking import NonFiniteLogits as NonFiniteLogits
 from certdraft.decoding.trees.ranking import greedy_ids as greedy_ids
 from certdraft.decoding.trees.ranking import top_rows as top_rows
@@ -36,9 +37,9 @@ from certdraft.decoding.trees.tree import NodeStream as NodeStream
 from certdraft.decoding.trees.tree import Tree as Tree
 
 __all__ = [
-    "Acceptor", "BestFirst", "Chain", "Clock", "CostAware", "CostModel", "DecodeResult", "NodeStream",
-    "NonFiniteLogits", "Propose", "RealClock", "Relaxed", "Round", "SampleMatch", "StaticTree", "Strict",
-    "TableClock", "TargetRunner", "Tree", "TreeBuilder", "Verdict", "acceptance_length", "as_acceptor",
-    "context_limit", "decode", "decode_batch", "device_name", "fingerprint", "greedy", "greedy_ids",
-    "greedy_ranks", "profile", "replay", "top_rows",
+    "Acceptor", "BestFirst", "Chain", "Clock", "CostAware", "CostModel", "CutChain", "DecodeResult",
+    "NodeStream", "NonFiniteLogits", "Propose", "RealClock", "Relaxed", "Round", "SampleMatch",
+    "StaticTree", "Strict", "TableClock", "TargetRunner", "Tree", "TreeBuilder", "Verdict",
+    "acceptance_length", "as_acceptor", "context_limit", "decode", "decode_batch", "device_name",
+    "fingerprint", "greedy", "greedy_ids", "greedy_ranks", "profile", "replay", "top_rows",
 ]  # fmt: skip

@@ -41,6 +41,8 @@ class DraftSession:
             pack_linears(drafter)
         self.kind: Literal["conditional", "marginal"] = drafter.kind
         self.draft_ids: Int[Tensor, " D"] | None = getattr(drafter, "draft_ids", None)
+        self.confidence: Float[Tensor, " K"] | None = None
+        self.limit: int | None = getattr(drafter, "max_draft_length", None)
         self.draft_s = self.host_s = 0.0
         self._state = drafter.start(ids) if features is None else drafter.start(ids, features)
         self._pending: list[int] = []
@@ -65,8 +67,15 @@ class DraftSession:
             parents = shifted
         self.host_s += self.clock.lap("host")
         logits = self.drafter.draft(self._state, tokens, parents)
-        self.draft_s += self.clock.lap("draft", len(tokens), self._context)
-        return logits[offset:] if first and offset and self.kind == "conditional" else logits
+        self.draft_s += self.clock.lap("open" if first else "draft", len(tokens), self._context)
+        unread = offset if first and self.kind == "conditional" else 0
+        confidence = getattr(self._state, "confidence", None)
+        self.confidence = None if confidence is None else confidence[unread:]
+        return logits[unread:]
+
+    def longest(self, max_depth: int) -> int:
+        """Draft tokens on one path at the most: `max_depth`, or fewer where the drafter has no more."""
+        return max_depth if self.limit is None else min(max_depth, self.limit)
 
     def abandon(self) -> None:
         """Drop everything the drafter read in this round."""

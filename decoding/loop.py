@@ -170,7 +170,7 @@ def decode(
     root, stopped, guard = prompt[-1], False, _NonFiniteGuard()
     while not stopped and len(tokens) < max_new_tokens:
         context = len(prompt) - 1 + len(tokens)
-        tree = guard.build(builder, session, root, max_new_tokens - len(tokens) - 1, context)
+        tree = guard.build(builder, session, root, session.longest(max_new_tokens - len(tokens) - 1), context)
         host_s = session.host_s + clock.lap("host")
         path, bonus = accept.walk(tree, verify(state, tree))
         verify_s = clock.lap("verify", tree.num_nodes, context)

@@ -5,6 +5,8 @@ from certdraft.drafters.causal.lora import LoraSettings as LoraSettings
 from certdraft.drafters.causal.model import CausalDrafter as CausalDrafter
 from certdraft.drafters.dflash.config import BlockConfig as BlockConfig
 from certdraft.drafters.dflash.model import BlockDrafter as BlockDrafter
+from certdraft.drafters.dspark.config import DSparkConfig as DSparkConfig
+from certdraft.drafters.dspark.model import DSparkDrafter as DSparkDrafter
 from certdraft.drafters.eagle3.config import EagleConfig as EagleConfig
 from certdraft.drafters.eagle3.draft_vocab import ABSENT as ABSENT
 from certdraft.drafters.eagle3.model import EagleDrafter as EagleDrafter
@@ -31,8 +33,8 @@ from certdraft.support import load_causal_lm as load_causal_lm
 
 __all__ = [
     "ABSENT", "BlockConfig", "BlockDrafter", "CachedLM", "CardFacts", "CausalDrafter", "ChainCache",
-    "Drafter", "EagleConfig", "EagleDrafter", "Engines", "ExportError", "ExportRequest", "Finding", "Layout",
-    "LoraSettings", "Paths", "TargetLayers", "TargetSource", "TreeCache", "drafter_kinds", "export",
-    "lint_export", "load_causal_lm", "load_drafter", "read_facts", "register_drafter",
-    "split_causal_lm",
+    "DSparkConfig", "DSparkDrafter", "Drafter", "EagleConfig", "EagleDrafter", "Engines", "ExportError",
+    "ExportRequest", "Finding", "Layout", "LoraSettings", "Paths", "TargetLayers", "TargetSource",
+    "TreeCache", "drafter_kinds", "export", "lint_export", "load_causal_lm", "load_drafter", "read_facts",
+    "register_drafter", "split_causal_lm",
 ]  # fmt: skip

@@ -1,9 +1,10 @@
 """The drafter protocol: how a drafter is made, trained, decoded with and exported.
 
-Three kinds ship with certdraft. A causal drafter is fed every drafted token and reads nothing else. An EAGLE
+Four kinds ship with certdraft. A causal drafter is fed every drafted token and reads nothing else. An EAGLE
 head is fed every drafted token too, and reads the target's hidden states at committed tokens. A block drafter
-is fed the round's root alone and returns the distributions of all following depths at once. Another kind is
-one class that implements this protocol, registered with `register_drafter`.
+is fed the round's root alone and returns the distributions of all following depths at once. A DSpark drafter
+is a block drafter that is fed every drafted token, to correct the distribution after it. Another kind is one
+class that implements this protocol, registered with `register_drafter`.
 
 Decoding goes in rounds, batch 1. Committed tokens are those whose place in the text is settled; the latest of
 them, the round's root, has not been run through either model yet.
@@ -78,6 +79,7 @@ class Drafter(nn.Module, ABC):
         reads_target: whether this kind reads hidden states and embeddings of the target.
         layouts: how folders of this kind are recognised, and the rules that `lint_export` checks.
         pretrained: folder or hub id that training starts from; None for fresh weights.
+        confidence_weight: of the loss of `confidence` beside the drafter's own; 0: nothing estimates it.
     """
 
     kind: Literal["conditional", "marginal"]
@@ -88,6 +90,11 @@ class Drafter(nn.Module, ABC):
     layouts: ClassVar[tuple[Layout, ...]] = ()
     reads_target: ClassVar[bool] = False
     pretrained: str | None = None
+
+    @property
+    def confidence_weight(self) -> float:
+        """See the class."""
+        return 0.0
 
     # ---- made for a target, and again from a checkpoint or a folder
 
@@ -232,6 +239,13 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """fp32 logits of the next token, whatever autocast and the dtype of the drafter; differentiable."""
+
+    def confidence(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step"]:
+        """fp32 logits of the chance that a draft token is accepted, for kinds with a `confidence_weight`.
+
+        Their decoding state has an attribute `confidence`, the chances [K] after the nodes of the last call.
+        """
+        raise NotImplementedError(f"{type(self).__name__} estimates no confidence.")
 
     def logits(
         self,

@@ -13,10 +13,12 @@ import pytorch_lightning as pl
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from certdraft.data import Batch
 from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
+    LK,
     Chunked,
     ForwardKL,
     HardCE,
@@ -74,6 +76,7 @@ class DrafterModule(pl.LightningModule):
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
         self.step_weights = step_weights
         self._nll = Chunked((step_weights or StepWeights()).nll_loss, "none", chunk_tokens or None)
+        self._overlap = Chunked(LK("alpha"), "none", chunk_tokens or None)
         # A plain object, not a submodule: the frozen target is in no checkpoint and no wrapper.
         self.online = None if target is None else Online(target)
         self.vocabulary: DraftVocabulary | None = None
@@ -103,9 +106,14 @@ class DrafterModule(pl.LightningModule):
         else:
             per_step = self.loss(self._logits(hidden, weight, target), target[:])
             loss = reduce(per_step, weight=step_weight, denominator=total)
+        logged = {"train/loss_nats": loss}
+        if self.drafter.confidence_weight:
+            sure = self._confidence_loss(hidden, weight, target, step_weight, total)
+            logged["train/confidence_nats"] = sure
+            loss = loss + self.drafter.confidence_weight * sure
         if self._is_logged():
-            rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-            self.log_dict({"train/loss_nats": loss, "train/lr": rate}, batch_size=1, sync_dist=several)
+            logged["train/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+            self.log_dict(logged, batch_size=1, sync_dist=several)
         return self._accumulation.scaled(loss, total, self.trainer.accumulate_grad_batches)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -214,14 +222,34 @@ class DrafterModule(pl.LightningModule):
     ) -> Float[Tensor, " N"] | None:
         if self.step_weights is None:
             return None
-        nll = None
-        if self.step_weights.needs_nll and weight is not None:
-            nll = self._nll(hidden, weight, target)
-        elif self.step_weights.needs_nll:
-            nll = self._nll.loss(self._logits(hidden, weight, target), target[:])
+        nll = self._values(self._nll, hidden, weight, target) if self.step_weights.needs_nll else None
         if not self.drafter.taps:
             return self.step_weights(target, batch.loss_mask, batch.document_ids, nll)
         return self.step_weights.on_drafts(target, paths.mask, nll)  # these drafters have their own paths
+
+    def _values(
+        self, loss: Chunked, hidden: Tensor, weight: Tensor | None, target: TargetBatch | OnlineTarget
+    ) -> Float[Tensor, " N"]:
+        """A loss at every draft token."""
+        if weight is not None:
+            values: Tensor = loss(hidden, weight, target)
+            return values
+        return loss.loss(self._logits(hidden, weight, target), target[:])
+
+    def _confidence_loss(
+        self,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"] | None,
+        target: TargetBatch | OnlineTarget,
+        step_weight: Float[Tensor, " N"] | None,
+        total: Tensor,
+    ) -> Tensor:
+        """Cross-entropy of the drafter's confidence with Σ min(p, q), the acceptance rate of its tokens."""
+        with torch.no_grad():
+            accepted = self._values(self._overlap, hidden, weight, target).neg().exp().clamp(0.0, 1.0)
+        odds = self.drafter.confidence(hidden)
+        per_step = binary_cross_entropy_with_logits(odds, accepted.to(odds.dtype), reduction="none")
+        return reduce(per_step, weight=step_weight, denominator=total)
 
     def _logits(
         self, hidden: Tensor, weight: Tensor | None, target: TargetBatch | OnlineTarget

@@ -205,7 +205,8 @@ class CostAware(TreeBuilder):
         return self._waited + 1 >= self.probe
 
     def _draft_s(self, growth: Growth, context: int) -> float:
-        return sum(self.cost_model.draft_s(read, context) for read in growth.passes)
+        passes = sum(self.cost_model.draft_s(read, context) for read in growth.passes)
+        return self.cost_model.opening_s(context) + passes
 
     def _rate(self, plain_s: float) -> float:
         """Plain decoding is always possible, so the best long-run throughput is never below it."""

@@ -1,7 +1,10 @@
 """What a round costs: convex monotone latency curves over (draft tokens, context), kept as JSON.
 
-    C(round) = sum over drafter passes of draft_s(nodes read, context)  +  verify_s(n, context)
+    C(round) = opening_s(context)  +  sum over drafter passes of draft_s(nodes read, context)
+               +  verify_s(n, context)
 
+`opening_s` is what the pass over a round's root takes beyond other passes: much for a drafter that drafts a
+block there and corrects it node by node, little for one that reads every node with its layers.
 `verify_s(n)` is the time of everything in a round with n draft tokens except the drafter's passes: selecting
 the tree, one target pass over its **1 + n** slots, acceptance and cache compaction. So `verify_s(0)` is
 measured, it is the cost of a plain decoding step, and host overhead, which dominates for small models, is
@@ -49,6 +52,8 @@ class CostModel:
         target: fingerprint of the target's architecture; "*" fits every target.
         drafter: fingerprint of the drafter's architecture; "*" fits every drafter.
         measured: medians before the fit, and how they were taken.
+        opening: seconds that the pass over a round's root takes beyond another pass of one node, per context,
+            [C], ≥ 0; empty: none.
     """
 
     contexts: tuple[int, ...]
@@ -59,6 +64,7 @@ class CostModel:
     target: str = "*"
     drafter: str = "*"
     measured: dict[str, Any] = field(default_factory=dict, compare=False)
+    opening: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         grid = np.asarray(self.verify, dtype=float)
@@ -66,6 +72,11 @@ class CostModel:
             raise ValueError(
                 f"cost model: {len(self.contexts)} contexts and {len(self.nodes)} node counts need a verify "
                 f"table of that shape and one draft pair per context; got {grid.shape} and {len(self.draft)}"
+            )
+        if self.opening and (len(self.opening) != len(self.contexts) or not min(self.opening) >= 0):
+            raise ValueError(
+                f"cost model: opening must hold seconds, at least 0, for {len(self.contexts)} contexts, got "
+                f"{list(self.opening)}"
             )
         for name, values in (("contexts", self.contexts), ("nodes", self.nodes)):
             if list(values) != sorted(set(values)):
@@ -104,6 +115,10 @@ class CostModel:
         """Seconds of one drafter pass that reads `num_nodes` nodes."""
         first, further = self._at(context, self.draft)
         return float(first + further * max(num_nodes - 1, 0))
+
+    def opening_s(self, context: int) -> float:
+        """Seconds that the pass over a round's root takes beyond another pass of one node."""
+        return float(self._at(context, [(s,) for s in self.opening])[0]) if self.opening else 0.0
 
     def _at(self, context: int, table: Sequence[Sequence[float]]) -> Float[np.ndarray, " columns"]:
         """Row of a [C][...] table at a context: linear between grid contexts, the nearest outside."""
@@ -162,6 +177,7 @@ class CostModel:
                 nodes=tuple(record.pop("nodes")),
                 verify=tuple(map(tuple, record.pop("verify"))),
                 draft=tuple((float(a), float(b)) for a, b in record.pop("draft")),
+                opening=tuple(map(float, record.pop("opening", ()))),
                 **record,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -190,7 +206,7 @@ def fit_convex(nodes: Sequence[int], seconds: Sequence[float]) -> Float[np.ndarr
     return np.maximum.accumulate(design @ coefficients * scale)  # rounding alone may dip
 
 
-Phase = Literal["draft", "verify", "host"]
+Phase = Literal["open", "draft", "verify", "host"]
 
 
 class Clock(Protocol):
@@ -200,8 +216,9 @@ class Clock(Protocol):
         """End a phase and returns its seconds.
 
         Args:
-            phase: "draft" is one drafter pass, "verify" one target pass, "host" everything between.
-            nodes: draft: nodes read in the pass; verify: draft tokens in the tree.
+            phase: "open" is a round's first drafter pass, "draft" a later one, "verify" one target pass,
+                "host" everything between.
+            nodes: open, draft: nodes read in the pass; verify: draft tokens in the tree.
             context: committed tokens before the root.
         """
         ...
@@ -235,8 +252,7 @@ class TableClock:
         """See `Clock.lap`."""
         if phase == "host":
             return 0.0
-        return (
-            self.cost_model.draft_s(nodes, context)
-            if phase == "draft"
-            else self.cost_model.verify_s(nodes, context)
-        )
+        if phase == "verify":
+            return self.cost_model.verify_s(nodes, context)
+        opening = self.cost_model.opening_s(context) if phase == "open" else 0.0
+        return opening + self.cost_model.draft_s(nodes, context)

@@ -4,7 +4,7 @@ What is timed is the loop's own work. A verify sample selects a tree of n nodes,
 n slots, walks it with `Strict` and compacts both caches; a draft sample is one drafter pass and the reading
 of its most probable tokens. Samples of all sizes are interleaved, so that a slow minute of the machine
 touches them all, and the median of each is kept. A marginal drafter reads one chain a round whatever the
-tree, so its pass has one cost.
+tree, so its pass has one cost; the pass of a conditional one over a round's root is timed beside the others.
 """
 
 from __future__ import annotations
@@ -68,18 +68,21 @@ def profile(
         draft_nodes = draft_nodes[:1]
     _check(target, drafter, contexts, nodes, draft_nodes, repeats)
     clock = clock or RealClock(getattr(target, "device", "cpu"))
-    verify, draft = [], []
+    verify, draft, opening = [], [], []
     for done, context in enumerate(contexts):
         progress(f"context {context}", 2 * done, 2 * len(contexts))
         verify.append(_verify_samples(target, drafter, context, nodes, repeats, warm_up, clock, seed))
         progress(f"context {context}", 2 * done + 1, 2 * len(contexts))
-        draft.append(_draft_samples(target, drafter, context, draft_nodes, repeats, warm_up, clock, seed))
+        rows = _draft_samples(target, drafter, context, draft_nodes, repeats, warm_up, clock, seed)
+        draft.append(rows[0])
+        opening.append(max(rows[1] - _affine(draft_nodes, rows[0])[0], 0.0))
     progress("profile", 2 * len(contexts), 2 * len(contexts))
     return CostModel(
         contexts=tuple(contexts),
         nodes=tuple(nodes),
         verify=tuple(_curve(nodes, row) for row in verify),
         draft=tuple(_affine(draft_nodes, row) for row in draft),
+        opening=tuple(opening),
         device=device_name(getattr(target, "device", "cpu")),
         target=getattr(target, "fingerprint", type(target).__name__),
         drafter=fingerprint(drafter),
@@ -186,25 +189,29 @@ def _draft_samples(
     warm_up: int,
     clock: Clock,
     seed: int,
-) -> list[float]:
-    """Median seconds of a drafter pass that reads k nodes; one per k."""
+) -> tuple[list[float], float]:
+    """Median seconds of a drafter pass that reads k nodes, one per k, and of the pass over a round's root."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
     state = drafter.start(ids, target.features(target.start(ids))) if drafter.taps else drafter.start(ids)
     samples: list[list[float]] = [[] for _ in widths]
+    roots: list[float] = []
     for repeat in range(-warm_up, repeats):
         for column, width in enumerate(widths):
+            clock.lap("host")
             tokens, parents = [i % target.vocab_size for i in range(width)], [-1] * width
             if drafter.kind == "conditional":  # a level of a tree: children of the root, read before them
-                drafter.draft(state, [0], [-1])
-                parents = [0] * width
-            clock.lap("host")
+                top_rows(drafter.draft(state, [0], [-1]), 8)
+                seconds, parents = clock.lap("open", 1, context), [0] * width
+                if repeat >= 0:
+                    roots.append(seconds)
             top_rows(drafter.draft(state, tokens, parents), 8)
             seconds = clock.lap("draft", width, context)
             drafter.commit(state, [])
             if repeat >= 0:
                 samples[column].append(seconds)
-    return [statistics.median(column) for column in samples]
+    found = [statistics.median(column) for column in samples]
+    return found, statistics.median(roots or [found[0]])
 
 
 def _affine(widths: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

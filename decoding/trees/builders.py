@@ -35,7 +35,9 @@ class Propose(Protocol):
     given, and `parents` refers to those numbers.
 
     Optional: `draft_ids`, the ascending ids of the tokens that can be proposed. Nodes are then ranked among
-    those alone, and the logits may be of those alone, [K, D].
+    those alone, and the logits may be of those alone, [K, D]. `confidence`, the chance [K] that the token
+    drafted after each node of the latest call is accepted, from drafters with a head that estimates it; None
+    from others. `limit`, the draft tokens on one path at the most; None: any.
     """
 
     kind: Literal["conditional", "marginal"]

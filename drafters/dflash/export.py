@@ -60,7 +60,7 @@ def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> t
         # is_causal is read by z-lab's own code, dflash_config.causal by engines
         order = {} if config.causal is None else {"causal": config.causal}
         section = {"mask_token_id": config.mask_token_id, "target_layer_ids": ids} | order
-        return _inner(config, vocab_size, dtype) | {
+        return inner_config(config, vocab_size, dtype) | {
             "architectures": ["DFlashDraftModel"],
             "block_size": config.block_size,
             "num_target_layers": num,
@@ -71,7 +71,7 @@ def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> t
             "architectures": ["DFlashSpeculator"],
             **speculators_section("dflash", request),
             **block,
-            "transformer_layer_config": _inner(config, vocab_size, dtype),
+            "transformer_layer_config": inner_config(config, vocab_size, dtype),
             "draft_vocab_size": vocab_size,
             _IDS: list(convert(layers, "tap", "speculators")),
             "sample_from_anchor": False,
@@ -95,7 +95,8 @@ def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> t
     }, {_NATIVE.get(name, name): value for name, value in weights.items()}
 
 
-def _inner(config: BlockConfig, vocab_size: int, dtype: torch.dtype) -> Json:
+def inner_config(config: BlockConfig, vocab_size: int, dtype: torch.dtype) -> Json:
+    """The keys of a transformers Qwen3 config for the layers of a block drafter."""
     return sizes_to_json(config, dtype) | {
         "model_type": "qwen3",
         "num_hidden_layers": config.num_hidden_layers,

@@ -1,6 +1,6 @@
 """Static rules of DFlash block drafters: z-lab's layout, that of speculators, and transformers' own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from certdraft.drafters.dflash.windows import FULL, SLIDING
 from certdraft.drafters.formats.lint_files import (
@@ -33,10 +33,12 @@ def lint_zlab(folder: Folder, target: Config | None) -> Iterator[Finding]:
         yield error("block_size", f"is {size}, in dflash_config {section['block_size']}.")
     yield from check_equal(config, {"architectures": ["DFlashDraftModel"], "model_type": "qwen3"})
     yield from check_numbers(config, ("num_target_layers",))
-    yield from _window(config, section)
+    yield from window_rules(config, section)
     ids, layers = section.get("target_layer_ids"), config.get("num_target_layers")
     mask = section.get("mask_token_id")
-    yield from _body(folder, config, (ids, "dflash_config.target_layer_ids"), mask, size, layers, target)
+    yield from block_rules(
+        folder, config, (ids, "dflash_config.target_layer_ids"), mask, size, layers, target
+    )
 
 
 def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]:
@@ -45,7 +47,7 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     inner = config.get("transformer_layer_config") or {}
     at = "transformer_layer_config."
     yield from check_equal(inner, {"model_type": "qwen3"}, at)
-    yield from _window(inner, {}, at)
+    yield from window_rules(inner, {}, at)
     yield from check_speculators(config, "dflash")
     kinds, flag = inner.get("layer_types") or (), config.get("sliding_window_non_causal")
     if flag is None and SLIDING in kinds:
@@ -63,7 +65,7 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     from_0 = [number - 1 for number in ids] if isinstance(ids, list) else ids  # it counts hidden states
     layers = target.get("num_hidden_layers") if target else None
     mask, size = config.get("mask_token_id"), config.get("block_size")
-    yield from _body(folder, inner, (from_0, name), mask, size, layers, target, at)
+    yield from block_rules(folder, inner, (from_0, name), mask, size, layers, target, at)
 
 
 def lint_transformers(folder: Folder, target: Config | None) -> Iterator[Finding]:
@@ -75,10 +77,10 @@ def lint_transformers(folder: Folder, target: Config | None) -> Iterator[Finding
     names = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
     layers = target.get("num_hidden_layers") if target else None
     ids, mask, size = (config.get(key) for key in ("target_layer_ids", "mask_token_id", "block_size"))
-    yield from _body(folder, config, (ids, "target_layer_ids"), mask, size, layers, target, names=names)
+    yield from block_rules(folder, config, (ids, "target_layer_ids"), mask, size, layers, target, names=names)
 
 
-def _body(
+def block_rules(
     folder: Folder,
     config: Config,
     layer_ids: tuple[object, str],
@@ -88,8 +90,13 @@ def _body(
     target: Config | None,
     at: str = "",
     names: dict[str, str] | None = None,
+    more: Mapping[str, tuple[int, ...]] | None = None,
+    optional: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Iterator[Finding]:
-    """Rules that the layouts share; `layer_ids` from 0 with their key, `layers` of the target."""
+    """Rules that the layouts share; `layer_ids` from 0 with their key, `layers` of the target.
+
+    `more` and `optional` are tensors, with their shapes, that a layout has beside those of the block.
+    """
     ids, key = layer_ids
     sizes = SIZES if names is None else tuple(size for size in SIZES if size != "vocab_size")
     problems = [*check_numbers(config, sizes, at), *check_layers(folder, config, at)]
@@ -142,10 +149,11 @@ def _body(
     }
     for layer in range(config["num_hidden_layers"]):
         required |= decoder_shapes(config, f"layers.{layer}.", norms=True)
-    yield from check_tensors(folder, {(names or {}).get(name, name): s for name, s in required.items()})
+    named = {(names or {}).get(name, name): s for name, s in required.items()}
+    yield from check_tensors(folder, named | dict(more or {}), optional or {})
 
 
-def _window(config: Config, section: Config, at: str = "") -> Iterator[Finding]:
+def window_rules(config: Config, section: Config, at: str = "") -> Iterator[Finding]:
     """A window where layers slide, in every key that a reader takes it from, and none where none does."""
     slides = SLIDING in (config.get("layer_types") or ())
     window, used = config.get("sliding_window"), bool(config.get("use_sliding_window"))

@@ -31,6 +31,7 @@ from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
 from certdraft.drafters.formats.export_metadata import Engines
+from certdraft.drafters.formats.lint_files import Layout
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
@@ -68,9 +69,12 @@ class BlockDrafter(FeatureDrafter):
         "speculators": Engines(vllm="dflash", by_path=True),
         "transformers": Engines(transformers="MuseGlimmerAssistantModel", speculation_type="dflash"),
     }
-    layouts = LAYOUTS
+    layouts: ClassVar[tuple[Layout, ...]] = LAYOUTS
     read, layout = staticmethod(read_dflash), layout
     config: BlockConfig
+    target_head: ClassVar[bool] = True
+    config_class: ClassVar[type[BlockConfig]] = BlockConfig
+    state_class: ClassVar[type[TreeCache]] = TreeCache
 
     def __init__(
         self,
@@ -84,7 +88,7 @@ class BlockDrafter(FeatureDrafter):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(config, pretrained, init_from_target, short_until, dtype, gradient_checkpointing)
-        self.config, self.num_anchors = config or BlockConfig(), num_anchors
+        self.config, self.num_anchors = config or self.config_class(), num_anchors
         if num_anchors < 1 or self.config.block_size < 2 or self.config.num_hidden_layers < 1:
             raise ValueError(
                 f"num_anchors {num_anchors}, block_size {self.config.block_size}, num_hidden_layers "
@@ -112,8 +116,8 @@ class BlockDrafter(FeatureDrafter):
         target = self._begin(vocab_size, target)
         if has_head_bias(target):
             raise ValueError(
-                f"the lm_head of {type(target).__name__} has a bias, and a BlockDrafter uses only the weight "
-                "of its target's lm_head. Train an EagleDrafter or a CausalDrafter for this target."
+                f"the lm_head of {type(target).__name__} has a bias, and a {type(self).__name__} uses only "
+                "the weight of its target's lm_head. Train an EagleDrafter or a CausalDrafter for this one."
             )
         if self.pretrained is not None:
             return self
@@ -144,9 +148,14 @@ class BlockDrafter(FeatureDrafter):
         return self
 
     @property
-    def max_draft_length(self) -> int | None:
-        """The block without its root."""
-        return self.config.block_size - 1
+    def lead(self) -> int:
+        """Positions of a block in front of the first one that drafts: the root, which drafts nothing here."""
+        return 1
+
+    @property
+    def max_draft_length(self) -> int:
+        """Positions of a block that draft."""
+        return self.config.block_size - self.lead
 
     def engines(self, format: str) -> Engines:
         """See `Drafter.engines`: SGLang reads layers with a window in order, llama.cpp has no windows."""
@@ -200,8 +209,8 @@ class BlockDrafter(FeatureDrafter):
         every: bool = False,
     ) -> Paths:
         """Blocks of `depth` masks at random anchors, full ones everywhere if `every`; see `Drafter.paths`."""
-        size = self.config.block_size
-        depth = min(depth or (1 if self._short and not every else size - 1), size - 1)
+        longest = self.max_draft_length
+        depth = min(depth or (1 if self._short and not every else longest), longest)
         mask = path_mask(loss_mask, document_ids, depth)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
         if every:
@@ -209,11 +218,12 @@ class BlockDrafter(FeatureDrafter):
             hidden = self._everywhere(input_ids, position_ids, document_ids, features, depth)
             hidden, mask = hidden.flatten(0, 1)[starts], mask.flatten(0, 1)[starts]
         else:
-            anchors, chosen = sample_anchors(mask[..., 0], self.num_anchors * size // (1 + depth))
+            num = self.num_anchors * self.config.block_size // (self.lead + depth)
+            anchors, chosen = sample_anchors(mask[..., 0], num)
             context = self._context(self._features(features), position_ids)
             blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors, depth)
             starts = (rows + anchors)[chosen]
-            hidden, mask = blocks[chosen][:, 1:], mask.flatten(0, 1)[starts]
+            hidden, mask = blocks[chosen], mask.flatten(0, 1)[starts]
         return Paths(hidden, steps_from(starts, mask), mask)
 
     def _everywhere(
@@ -224,9 +234,9 @@ class BlockDrafter(FeatureDrafter):
         for start in range(0, ids.shape[1], _ANCHORS_AT_ONCE):
             anchors = torch.arange(start, min(start + _ANCHORS_AT_ONCE, ids.shape[1]), device=ids.device)
             blocks = self._blocks(
-                ids, positions, documents, context, anchors.expand(len(ids), -1), self.config.block_size - 1
+                ids, positions, documents, context, anchors.expand(len(ids), -1), self.max_draft_length
             )
-            parts.append(blocks[:, :, 1 : depth + 1])
+            parts.append(blocks[:, :, :depth])
         return torch.cat(parts, 1)
 
     def _context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
@@ -242,9 +252,9 @@ class BlockDrafter(FeatureDrafter):
         context: list[KeysValues],
         anchors: Int[Tensor, "R A"],
         depth: int,
-    ) -> Float[Tensor, "R A 1+D H"]:
-        """Normed states of blocks of `depth` masks at the anchors; blocks do not see each other."""
-        size, mask_id = 1 + depth, known(self.config.mask_token_id)
+    ) -> Float[Tensor, "R A D H"]:
+        """Normed states at the `depth` drafting positions of blocks at the anchors, each block alone."""
+        size, mask_id = self.lead + depth, known(self.config.mask_token_id)
         tokens = torch.full((*anchors.shape, size), mask_id, device=ids.device)
         tokens[..., 0] = ids.gather(1, anchors)
         places = positions.gather(1, anchors)[..., None] + torch.arange(size, device=ids.device)
@@ -259,7 +269,7 @@ class BlockDrafter(FeatureDrafter):
             else:
                 x = self._train_layer(*run)
         normed: Tensor = self.norm(x)
-        return normed.unflatten(1, (-1, size))
+        return normed.unflatten(1, (-1, size))[:, :, self.lead :]
 
     def _train_layer(
         self, layer: BlockLayer, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, visible: Tensor,
@@ -283,7 +293,7 @@ class BlockDrafter(FeatureDrafter):
     @torch.no_grad()
     def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache:
         """See `Drafter.start`; features at every token of `ids`."""
-        state = TreeCache(len(self._layers), len(ids) + 256)
+        state = self.state_class(len(self._layers), len(ids) + 256)
         if len(ids):
             self._extend(state, self._features(features, len(ids)))
         return state
@@ -299,8 +309,12 @@ class BlockDrafter(FeatureDrafter):
             raise ValueError(
                 f"a block drafter reads one chain a round, not parents {[int(p) for p in parents]}."
             )
+        return self.head(self._drafts(state, int(tokens[-1])))
+
+    def _drafts(self, state: TreeCache, root: int) -> Float[Tensor, "D H"]:
+        """Normed states at the drafting positions of the block after the context; the cache stays as is."""
         size, mask_id, device = self.config.block_size, known(self.config.mask_token_id), self._device
-        block = torch.tensor([int(tokens[-1]), *[mask_id] * (size - 1)], device=device)
+        block = torch.tensor([root, *[mask_id] * (size - 1)], device=device)
         positions = torch.arange(state.length, state.length + size, device=device)[None]
         x = self.embed(block)[None]
         for layer, cached in zip(self._layers, state.layers, strict=True):
@@ -310,7 +324,8 @@ class BlockDrafter(FeatureDrafter):
             start, mask = layer.view.cached(state.length, size, x.dtype, device)
             x = layer.finish(x, cached_attention(queries, keys[:, :, start:], values[:, :, start:], mask))
             cached.truncate(state.length)
-        return self.head(self.norm(x)[0, 1:])
+        normed: Tensor = self.norm(x)
+        return normed[0, self.lead :]
 
     @torch.no_grad()
     def commit(self, state: TreeCache, path: Sequence[int], features: TokenFeatures | None = None) -> None:

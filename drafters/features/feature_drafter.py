@@ -65,17 +65,19 @@ class TargetEnds:
 
 
 class FeatureDrafter(Drafter):
-    """Base of the kinds that read aux hidden-state layers: `EagleDrafter` and `BlockDrafter`.
+    """Base of the kinds that read aux hidden-state layers: `EagleDrafter`, `BlockDrafter`, `DSparkDrafter`.
 
     Its arguments are those of the kinds.
 
     Attributes:
         ends: embeddings and lm_head of the target; None until `build`.
         num_target_layers: of the target; 0 until `build`.
+        target_head: drafts through the target's lm_head, so that a copy of it in a folder is not its own.
     """
 
     write = feature_folder.write
     reads_target: ClassVar[bool] = True
+    target_head: ClassVar[bool] = False
     config: Any
     ends: TargetEnds | None = None
     num_target_layers: int = 0

@@ -65,7 +65,7 @@ def target_name(folder: Path) -> str:
 def check_target(
     drafter: FeatureDrafter, folder: Path, sizes: tuple[int | None, int, int], weights: Weights
 ) -> None:
-    """Refuse a checkpoint of another target, and take its copy of the embeddings out of `weights`.
+    """Refuse a checkpoint of another target, and take its copies of the target's weights out of `weights`.
 
     Args:
         drafter: attached to its target.
@@ -74,7 +74,7 @@ def check_target(
         weights: as read; modified.
 
     Raises:
-        ValueError: another vocabulary, hidden size, number of layers or embeddings.
+        ValueError: another vocabulary, hidden size, number of layers, embeddings or lm_head.
     """
     here, num_target_layers = drafter.target_ends.embeddings.detach(), drafter.num_target_layers
     vocab_size, hidden, num_read = sizes[0] or len(here), sizes[1], sizes[2]
@@ -95,13 +95,16 @@ def check_target(
             f"{folder} fuses {fused} feature values a token; {num_read} layers of this target give "
             f"{num_read * hidden}: it is a drafter of another target, or names other layers than it reads."
         )
-    for name in ("embed_tokens.weight", "model.embed_tokens.weight"):
+    ends = {"embed_tokens.weight": here, "model.embed_tokens.weight": here}
+    if drafter.target_head:
+        ends["lm_head.weight"] = drafter.target_ends.head.detach()
+    for name, own in ends.items():
         stored = weights.pop(name, None)
-        if stored is None or here.is_meta:
+        if stored is None or own.is_meta:
             continue
-        if stored.shape != here.shape or not torch.allclose(stored.to(here), here, rtol=0.02, atol=1e-3):
+        if stored.shape != own.shape or not torch.allclose(stored.to(own), own, rtol=0.02, atol=1e-3):
             raise ValueError(
-                f"{folder} brings embeddings that are not this target's: another target, or a drafter that "
+                f"{folder} brings {name}, which is not this target's: another target, or a drafter that "
                 "trained its own, which certdraft does not support."
             )
 

@@ -50,7 +50,8 @@ def export(
         drafter: not modified.
         path: folder to create.
         format: "transformers" (causal and block drafters), "eagle3" (EAGLE heads), "dflash" (block drafters),
-            "speculators" (both); None: transformers, eagle3 or dflash, whichever most engines read.
+            "dspark" (DSpark drafters), "speculators" (the last three); None: the first of these that the kind
+            has, which most engines read.
         tokenizer: the target's, which is the drafter's too.
         draft_length: draft tokens per round, ≥ 1; stored where engines read it and in the card's commands.
         card: facts for the model card and `drafter.json`; "speculators" needs the target's name and class.
@@ -146,8 +147,7 @@ def _check_length(drafter: Drafter, draft_length: int) -> None:
         raise ValueError(f"draft_length {draft_length} must be at least 1 token.")
     if limit is not None and draft_length > limit:
         raise ValueError(
-            f"draft_length {draft_length} is more than a block of {limit + 1} holds: the root and {limit} "
-            "draft tokens."
+            f"draft_length {draft_length} is more than this drafter's block holds: {limit} draft tokens."
         )
 
 

@@ -25,6 +25,8 @@ from certdraft.drafters import (
     BlockDrafter,
     CausalDrafter,
     Drafter,
+    DSparkConfig,
+    DSparkDrafter,
     EagleConfig,
     EagleDrafter,
     TargetLayers,
@@ -48,7 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 next": ("Qwen3Next", EXPERTS | LINEAR),
     "qwen3.5": ("Qwen3_5Text", LINEAR),
 }
-KINDS = ("causal", "eagle3", "dflash")
+KINDS = ("causal", "eagle3", "dflash", "dspark")
 _CAP = r"Gemma3ForConditionalGeneration changes its logits .*\(final_logit_softcapping"
 _WINDOW = "MistralForCausalLM has layers that attend to the last 16 tokens only"
 _BIAS = "lm_head of PhiForCausalLM has a bias"
@@ -64,6 +66,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("mistral, short window", "decode"): "the target reads at most 16 positions",
     ("phi with a bias", "fit", "causal"): _BIAS,
     ("phi with a bias", "fit", "dflash"): "PhiForCausalLM has a bias, and a BlockDrafter uses only",
+    ("phi with a bias", "fit", "dspark"): "PhiForCausalLM has a bias, and a DSparkDrafter uses only",
     **{
         (model, *step): "has linear_attention layers"
         for model in ("qwen3 next", "qwen3.5")
@@ -159,9 +162,10 @@ def fresh(kind: str) -> Drafter:
         return CausalDrafter(from_target=TargetLayers([0, 3]))
     if kind == "eagle3":
         return EagleDrafter(EagleConfig(target_layer_ids=LAYERS))
-    return BlockDrafter(
-        BlockConfig(num_hidden_layers=1, block_size=4, mask_token_id=90, target_layer_ids=LAYERS)
-    )
+    sizes = {"num_hidden_layers": 1, "mask_token_id": 90, "target_layer_ids": LAYERS}
+    if kind == "dspark":
+        return DSparkDrafter(DSparkConfig(**sizes, block_size=3, markov_rank=4))
+    return BlockDrafter(BlockConfig(**sizes, block_size=4))
 
 
 def fit(case: Any, drafter: Drafter, target: TargetSettings | None = None) -> DrafterModule:

@@ -22,6 +22,8 @@ from certdraft.drafters import (
     CardFacts,
     CausalDrafter,
     Drafter,
+    DSparkConfig,
+    DSparkDrafter,
     EagleConfig,
     EagleDrafter,
     export,
@@ -158,18 +160,23 @@ def test_a_drafter_of_another_tokenizer_is_refused(
     assert "ffffffffffff" in said
 
 
-@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+@pytest.mark.parametrize("kind", ["eagle3", "dflash", "dspark"])
 def test_drafters_that_read_hidden_states_are_profiled(kind: str) -> None:
-    """An EAGLE head reads one root a round, its tree is below it; a block drafter reads the root alone."""
+    """An EAGLE head reads one root a round, its tree is below it; a block drafter reads the root alone; a
+    DSpark drafter runs its layers for the root and no other node."""
     target = load_target("embedded")
     drafter: Drafter = EagleDrafter(EagleConfig(target_layer_ids=(1, 3, 5)))
     if kind == "dflash":
         config = BlockConfig(num_hidden_layers=1, block_size=4, target_layer_ids=(1, 5), mask_token_id=2047)
         drafter = BlockDrafter(config)
+    if kind == "dspark":
+        sizes = DSparkConfig(num_hidden_layers=4, block_size=4, target_layer_ids=(1, 5), mask_token_id=2047)
+        drafter = DSparkDrafter(sizes)
     drafter.build(V, target).eval()
     cost = profile(target, drafter, [8], [0, 2], draft_nodes=[1, 3], repeats=1)
     first, each = cost.draft[0]
     assert first > 0
     assert each >= 0
+    assert (cost.opening_s(8) > first) == (kind == "dspark")
     round_ = decode(target, drafter, [5, 9, 7], max_new_tokens=6, builder=CostAware(cost, budget=4))
     assert round_.tokens == greedy(target, [5, 9, 7], 6)

@@ -23,7 +23,12 @@ from certdraft.decoding import greedy
 from certdraft.drafters import BlockDrafter, CardFacts, Drafter, export, load_drafter
 
 NEW, NUM_PROMPTS = 40, 4
-STEPS = {"causal": 120, "eagle": 150, "block": 150}
+STEPS = {"causal": 120, "eagle": 150, "block": 150, "dspark": 150, "dspark from masks": 150}
+FAMILIES = {
+    "eagle": "eagle3",
+    "block": "dflash",
+    "dspark from masks": "dspark",
+}  # where engines say otherwise
 # Targets by depth: the embedded one and two made of its layers; engines count layers in their own ways.
 STACKS = {8: tuple(range(8)), 4: (0, 1, 6, 7), 12: (0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 7)}
 SPECIAL = set(range(5))  # llama.cpp never says an end of text that it was told to ignore
@@ -34,7 +39,7 @@ class Case:
     """One drafter as one engine may meet it.
 
     Attributes:
-        family: "causal", "eagle" or "block".
+        family: "causal", "eagle", "block", "dspark", or "dspark from masks": without `sample_from_anchor`.
         format: of the export.
         num_tokens: draft tokens per round.
         layers: of the target.
@@ -58,6 +63,11 @@ CASES = (
     Case("block", "dflash", 5),
     Case("block", "dflash", 3),  # shorter than the block it was trained for
     Case("block", "speculators", 5),
+    Case("dspark", "dspark", 5),
+    Case("dspark", "dspark", 3),
+    Case("dspark", "speculators", 5),
+    Case("dspark from masks", "dspark", 4),
+    Case("dspark from masks", "speculators", 4),
     *(
         Case(*case, layers)
         for layers in (4, 12)
@@ -137,7 +147,7 @@ class Workspace:
         """The drafter as the export says it is, with a block as long as the draft."""
         drafter = load_drafter(self.export(case.family, case.format, case.num_tokens), target=self.target)
         if isinstance(drafter, BlockDrafter):
-            drafter.config = dataclasses.replace(drafter.config, block_size=case.num_tokens + 1)
+            drafter.config = dataclasses.replace(drafter.config, block_size=case.num_tokens + drafter.lead)
         return drafter
 
     def counts(self, case: Case, engine: str) -> Counts:
@@ -152,7 +162,7 @@ class Workspace:
         """What an engine is told."""
         return {
             "name": name or case.name,
-            "family": {"causal": "causal", "eagle": "eagle3", "block": "dflash"}[case.family],
+            "family": FAMILIES.get(case.family, case.family),
             "target": str(self.target_folder),
             "drafter": str(folder or self.export(case.family, case.format, case.num_tokens)),
             "num_tokens": case.num_tokens,

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from interop.cases import CASES, DEFECTS, Case
 
+DSPARK = [case for case in CASES if case.family.startswith("dspark")]
+SHARED = [case for case in CASES if case not in DSPARK]
 SPECULATORS = [case for case in CASES if case.format == "speculators"]
 # What each engine reads, and which of our numbers it reports.
 READS = {
-    "llamacpp": [case for case in CASES if (case.family, case.format) != ("block", "speculators")],
-    "vllm": list(CASES),
-    "openvino": [case for case in CASES if case.format != "speculators" and case.num_tokens != 3],
+    "llamacpp": [case for case in SHARED if (case.family, case.format) != ("block", "speculators")],
+    "vllm": SHARED,
+    "openvino": [case for case in SHARED if case.format != "speculators" and case.num_tokens != 3],
 }
 COMPARED = {
     "llama.cpp": ("drafted", "accepted"),
@@ -21,6 +23,7 @@ COMPARED = {
     "OpenVINO GenAI": ("passes",),
 }
 OPTIONS = {"vllm": ("--fix-k-norm",)}
+SECOND_RUNNER = ("--fix-k-norm", "--interpret-triton")  # of vLLM, which alone has DSpark
 PAIRS = [(name, case) for name, cases in READS.items() for case in cases]
 
 
@@ -40,7 +43,18 @@ def results(workspaces: Any, engine: Any) -> Any:
 
 @pytest.mark.parametrize(("name", "case"), PAIRS, ids=[f"{name}: {case.name}" for name, case in PAIRS])
 def test_counts_are_ours(workspaces: Any, results: Any, log: Any, name: str, case: Case) -> None:
-    workspace, answer = workspaces(case.layers), results(name)
+    compare(workspaces(case.layers), results(name), case, log)
+
+
+def test_vllm_drafts_with_dspark_as_often_as_we_do(workspace: Any, engine: Any, log: Any) -> None:
+    """Its kernels in Triton's interpreter: minutes a drafter."""
+    answer = engine("vllm", [workspace.job(case) for case in DSPARK], *SECOND_RUNNER)
+    for case in DSPARK:
+        compare(workspace, answer, case, log)
+
+
+def compare(workspace: Any, answer: dict[str, Any], case: Case, log: Any) -> None:
+    """What an engine reports of a case is our loop's."""
     run = answer["runs"][case.name]
     assert "error" not in run, run["error"]
     assert run["tokens"] == workspace.texts
@@ -54,11 +68,12 @@ def test_counts_are_ours(workspaces: Any, results: Any, log: Any, name: str, cas
 
 def test_vllm_serves_a_folder_of_speculators_by_its_path(workspace: Any, engine: Any) -> None:
     """One path: target, method and draft length are in the folder."""
-    jobs = [{k: v for k, v in workspace.job(case).items() if k != "target"} for case in SPECULATORS]
+    served = [case for case in SPECULATORS if case not in DSPARK]
+    jobs = [{k: v for k, v in workspace.job(case).items() if k != "target"} for case in served]
     answer = engine(
         "vllm", [job | {"tokenizer": str(workspace.target_folder)} for job in jobs], "--fix-k-norm"
     )
-    for case in SPECULATORS:
+    for case in served:
         run = answer["runs"][case.name]
         assert "error" not in run, run["error"]
         assert run["tokens"] == workspace.texts

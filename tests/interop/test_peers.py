@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.data import load_tokenizer
-from certdraft.drafters import BlockDrafter, CardFacts, EagleDrafter, export
+from certdraft.drafters import BlockDrafter, CardFacts, DSparkDrafter, EagleDrafter, export
 
 V, H, TAPS, NUM, STEPS, MASK = 2048, 32, (1, 2, 4), 24, 4, 2047
 SIZES: dict[str, Any] = {
@@ -51,6 +51,10 @@ def reference(own: dict[str, Any], **network: Any) -> dict[str, Any]:
     return {"library": "dflash", "kind": "dflash", "network": network, "own": REFERENCE | own}
 
 
+def dspark(own: dict[str, Any], **network: Any) -> dict[str, Any]:
+    return block({"markov_rank": 6} | own, **network) | {"kind": "dspark"}
+
+
 def windows(size: int, kinds: list[str]) -> dict[str, Any]:
     return {"layer_types": kinds, "sliding_window": size, "use_sliding_window": True}
 
@@ -69,6 +73,10 @@ PEERS: dict[str, dict[str, Any]] = {
     "dflash, windows": block({}, **windows(NUM + 4, MIXED)),
     "dflash, windows everywhere": block({}, **windows(NUM + 4, MIXED[:1] * 2)),
     "dflash, windows, both directions": block({"sliding_window_non_causal": True}, **windows(NUM + 4, MIXED)),
+    "dspark, plain": dspark({}),
+    "dspark, from masks": dspark({"sample_from_anchor": False}, rope_parameters=YARN),
+    "dspark, confidence alone": dspark({"confidence_head_with_markov": False}),
+    "dspark, no confidence": dspark({"enable_confidence_head": False, "markov_rank": 1}),
     "z-lab, plain": reference({}),
     "z-lab, windows": reference({}, **windows(6, MIXED)),
     "z-lab, short windows": reference({}, **windows(2, MIXED[:1] * 2)),
@@ -125,8 +133,11 @@ def job(work: Path, name: str, seed: int, suffix: str = "") -> dict[str, Any]:
 
 
 def logits_of(drafter: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Ours, in their layout; EAGLE-3's over its draft vocabulary, of rows whose tokens are all known."""
+    """Ours, in their layout; EAGLE-3's over its draft vocabulary, of rows whose tokens are all known;
+    DSpark's with the logit of the confidence at the end."""
     ids, features = inputs["ids"], inputs["features"]
+    if isinstance(drafter, DSparkDrafter):
+        return torch.stack([corrected(drafter, ids, features, a) for a in inputs["anchors"].tolist()])
     if isinstance(drafter, BlockDrafter):
         found = []
         for anchor in inputs["anchors"].tolist():
@@ -140,6 +151,16 @@ def logits_of(drafter: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (whole @ drafter.head_weight.T).transpose(0, 1)
 
 
+def corrected(drafter: DSparkDrafter, ids: torch.Tensor, features: torch.Tensor, anchor: int) -> torch.Tensor:
+    """A block, drafted node by node after the true tokens, [D, V] or [D, V + 1]."""
+    state, rows = drafter.start(ids[:anchor].tolist(), features[:anchor]), []
+    for depth in range(drafter.max_draft_length):
+        row = drafter.draft(state, [int(ids[anchor + depth])], [depth - 1])
+        sure = state.confidence
+        rows.append(row if sure is None else torch.cat([row, sure.logit()[:, None]], -1))
+    return torch.cat(rows)
+
+
 @pytest.mark.parametrize("name", PEERS)
 def test_their_folder_gives_their_logits(
     name: str, made: tuple[Path, dict[str, Any]], target: tuple[Qwen3ForCausalLM, Path]
@@ -149,7 +170,10 @@ def test_their_folder_gives_their_logits(
     drafter, inputs, theirs = read(work, name, target[0])
     with torch.no_grad():
         mine = logits_of(drafter, inputs)
-    theirs = theirs[:, : NUM - STEPS] if isinstance(drafter, EagleDrafter) else theirs[:, 1:]
+    if isinstance(drafter, EagleDrafter):
+        theirs = theirs[:, : NUM - STEPS]
+    else:
+        theirs = theirs[:, drafter.lead :]
     torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
     assert theirs.std() > 0.1
 
@@ -158,7 +182,8 @@ def read(work: Path, name: str, model: Qwen3ForCausalLM) -> tuple[Any, dict[str,
     """Our drafter from their folder, the inputs, and their logits."""
     seed = list(PEERS).index(name)
     inputs = load_file(work / f"{seed}.inputs")
-    kind: Any = EagleDrafter if PEERS[name]["kind"] == "eagle3" else BlockDrafter
+    kinds: dict[str, Any] = {"eagle3": EagleDrafter, "dspark": DSparkDrafter}
+    kind: Any = kinds.get(PEERS[name]["kind"], BlockDrafter)
     more = {"unroll": STEPS} if kind is EagleDrafter else {}
     drafter = kind(pretrained=str(work / str(seed)), **more).build(V, model).eval()
     return drafter, inputs, load_file(work / f"{seed}.outputs")["logits"]

@@ -5,12 +5,21 @@ mistakes. Text is the standard library's, answers and features are the embedded 
 """
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from transformers import PreTrainedModel
 
 from certdraft.data import load_tokenizer, standard_library
 from certdraft.decoding import TargetRunner
-from certdraft.drafters import BlockConfig, BlockDrafter, CausalDrafter, Drafter, EagleConfig, EagleDrafter
+from certdraft.drafters import (
+    BlockConfig,
+    BlockDrafter,
+    CausalDrafter,
+    Drafter,
+    DSparkConfig,
+    DSparkDrafter,
+    EagleConfig,
+    EagleDrafter,
+)
 
 ROWS, LENGTH = 4, 128
 MASK = 3  # "<think>", which the standard library never says
@@ -31,8 +40,11 @@ def fresh(family: str, target: torch.nn.Module, counts: torch.Tensor) -> Drafter
     if family == "eagle":
         config = EagleConfig(draft_vocab_size=1500, target_layer_ids=taps)
         return EagleDrafter(config, unroll=3).build(vocab_size, target, counts)
-    config = BlockConfig(num_hidden_layers=2, block_size=6, mask_token_id=MASK, target_layer_ids=taps)
-    return BlockDrafter(config, num_anchors=24).build(vocab_size, target)
+    sizes = {"num_hidden_layers": 2, "mask_token_id": MASK, "target_layer_ids": taps}
+    if family.startswith("dspark"):
+        config = DSparkConfig(**sizes, block_size=5, markov_rank=32, sample_from_anchor=family == "dspark")
+        return DSparkDrafter(config, num_anchors=24).build(vocab_size, target)
+    return BlockDrafter(BlockConfig(**sizes, block_size=6), num_anchors=24).build(vocab_size, target)
 
 
 def train(family: str, steps: int, target: PreTrainedModel) -> Drafter:
@@ -62,7 +74,12 @@ def train(family: str, steps: int, target: PreTrainedModel) -> Drafter:
         counted[:, -1] = False
         paths = drafter.paths(rows, positions, documents, counted, features)
         answers = said.logits.argmax(-1).flatten()[paths.steps[paths.mask]]
-        loss = cross_entropy(drafter.head(paths.hidden[paths.mask]).clamp(min=-50), answers)
+        hidden = paths.hidden[paths.mask]
+        logits = drafter.head(hidden).clamp(min=-50)
+        loss = cross_entropy(logits, answers)
+        if drafter.confidence_weight:
+            right = logits.argmax(-1) == answers
+            loss = loss + binary_cross_entropy_with_logits(drafter.confidence(hidden), right.float())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)

@@ -169,6 +169,26 @@ def dflash(
     }, {names.get(name, name): value for name, value in weights.items()}
 
 
+def dspark(layout: str = "dspark", seed: int = 0) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a DSpark drafter: as "deepspec" writes it, as certdraft does ("dspark"), or in
+    the layout of "speculators"."""
+    config, weights = dflash("speculators" if layout == "speculators" else "dflash", seed)
+    heads = {"markov_head.markov_w1.weight": (V, 5), "markov_head.markov_w2.weight": (V, 5),
+             "confidence_head.proj.weight": (1, H + 5), "confidence_head.proj.bias": (1,)}  # fmt: skip
+    weights |= tensors(heads, seed + 1)
+    config |= {"markov_rank": 5, "markov_head_type": "vanilla", "enable_confidence_head": True,
+               "confidence_head_with_markov": True, "sample_from_anchor": True}  # fmt: skip
+    if layout == "speculators":
+        own = {"architectures": ["DSparkSpeculator"], "speculators_model_type": "dspark"}
+        return config | own | {"speculators_config": proposal("dspark", 6)}, weights
+    own = config.pop("dflash_config") | {"architectures": ["Qwen3DSparkModel"]}
+    if layout == "deepspec":
+        del config["sample_from_anchor"]
+        weights |= tensors({"embed_tokens.weight": (V, H), "lm_head.weight": (V, H)}, seed + 2)
+        return config | own | {"num_anchors": 512}, weights
+    return config | own | {"dspark_bonus_anchor": False}, weights
+
+
 def write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Path:
     """A folder with both."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -119,10 +119,15 @@ class DFlashReader(Reader):
 
     def draft(self, ids: Sequence[int], hidden_states: Sequence[Tensor], num_tokens: int) -> list[int]:
         """Tokens after `ids`; the block is as long as what is asked for, as in vLLM."""
+        logits = self.block(ids, hidden_states, num_tokens)[1:] @ self.head.T
+        return [int(token) for token in logits.argmax(-1)]
+
+    def block(self, ids: Sequence[int], hidden_states: Sequence[Tensor], num_masks: int) -> Tensor:
+        """Normed states of the last token of `ids` and so many masks after it."""
         w, known = self.weights, len(ids) - 1
         context = torch.cat([hidden_states[k][:known] for k in self.hidden_states], -1) @ w["fc.weight"].T
         context = norm(context, w["hidden_norm.weight"], self.eps)
-        x = self.embeddings[[ids[-1], *[self.mask] * num_tokens]]
+        x = self.embeddings[[ids[-1], *[self.mask] * num_masks]]
         positions = torch.arange(known + len(x))
         for layer in range(self.sizes["num_hidden_layers"]):
             at = f"layers.{layer}"
@@ -139,8 +144,20 @@ class DFlashReader(Reader):
                 seen &= back >= 0
             x = x + self.attend(at, queries, keys, self.project(at, "v", both), seen)
             x = x + self.mlp(at, norm(x, w[f"{at}.post_attention_layernorm.weight"], self.eps))
-        logits = norm(x[1:], w["norm.weight"], self.eps) @ self.head.T
-        return [int(token) for token in logits.argmax(-1)]
+        return norm(x, w["norm.weight"], self.eps)
+
+
+class DSparkReader(DFlashReader):
+    """A DSpark drafter in DeepSpec's layout or that of speculators; its block is always whole."""
+
+    def draft(self, ids: Sequence[int], hidden_states: Sequence[Tensor], num_tokens: int) -> list[int]:
+        """Tokens after `ids`, each by the token before it."""
+        w, tokens = self.weights, [ids[-1]]
+        states = self.block(ids, hidden_states, self.config["block_size"] - 1)
+        for state in states[0 if self.config["sample_from_anchor"] else 1 :][:num_tokens]:
+            bias = w["markov_head.markov_w2.weight"] @ w["markov_head.markov_w1.weight"][tokens[-1]]
+            tokens.append(int((self.head @ state + bias).argmax()))
+        return tokens[1:]
 
 
 @torch.no_grad()

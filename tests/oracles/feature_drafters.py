@@ -1,6 +1,6 @@
-"""EAGLE-3 and DFlash from their definitions: float64, no cache, no batching, one head at a time.
+"""EAGLE-3, DFlash and DSpark from their definitions: float64, no cache, no batching, one head at a time.
 
-Both read a drafter's weights by their published names and the target's embeddings and head. Nothing is
+All read a drafter's weights by their published names and the target's embeddings and head. Nothing is
 imported from the package.
 """
 
@@ -119,6 +119,31 @@ def eagle_logits(drafter: Any, text: list[int], features: Tensor, drafted: list[
 
 def block_logits(drafter: Any, root: int, features: Tensor) -> Tensor:
     """Logits [B − 1, V] of the block after N committed tokens with features [N, L, H]."""
+    head = weights_of(drafter)["target_head"]
+    return torch.stack([head @ state for state in block_states(drafter, root, features)[1:]])
+
+
+def dspark_drafts(drafter: Any, root: int, features: Tensor, drafted: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits [1 + len(drafted), V] after the root and each drafted token, and the chances [1 + len(drafted)].
+
+    features: [N, L, H] at every committed token before the root.
+    """
+    w, c = weights_of(drafter), drafter.config
+    states = block_states(drafter, root, features)
+    states = states if c.sample_from_anchor else states[1:]
+    logits, chances = [], []
+    for state, previous in zip(states, [root, *drafted], strict=False):
+        embedding = w["markov_head.markov_w1.weight"][previous]
+        logits.append(w["target_head"] @ state + w["markov_head.markov_w2.weight"] @ embedding)
+        if c.enable_confidence_head:
+            read = torch.cat([state, embedding]) if c.confidence_head_with_markov else state
+            odds = w["confidence_head.proj.weight"][0] @ read + w["confidence_head.proj.bias"][0]
+            chances.append(1 / (1 + torch.exp(-odds)))
+    return torch.stack(logits), torch.stack(chances) if chances else torch.empty(0)
+
+
+def block_states(drafter: Any, root: int, features: Tensor) -> list[Tensor]:
+    """Normed states at the B positions of the block after N committed tokens with features [N, L, H]."""
     w, c = weights_of(drafter), drafter.config
     context = [
         rms(w["fc.weight"] @ f.double().flatten(), w["hidden_norm.weight"], c.rms_norm_eps) for f in features
@@ -153,4 +178,4 @@ def block_logits(drafter: Any, root: int, features: Tensor) -> Tensor:
             normed = rms(hidden, w[f"{name}.post_attention_layernorm.weight"], c.rms_norm_eps)
             new.append(hidden + mlp(normed, w, f"{name}.mlp"))
         block = new
-    return torch.stack([w["target_head"] @ rms(x, w["norm.weight"], c.rms_norm_eps) for x in block[1:]])
+    return [rms(x, w["norm.weight"], c.rms_norm_eps) for x in block]

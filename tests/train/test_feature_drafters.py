@@ -13,7 +13,15 @@ from torch import Tensor
 
 from certdraft.certificates import Head
 from certdraft.data import Corpus, Generation, TraceDataModule, record_trace
-from certdraft.drafters import BlockConfig, BlockDrafter, Drafter, EagleConfig, EagleDrafter
+from certdraft.drafters import (
+    BlockConfig,
+    BlockDrafter,
+    Drafter,
+    DSparkConfig,
+    DSparkDrafter,
+    EagleConfig,
+    EagleDrafter,
+)
 from certdraft.losses import (
     Chunked,
     DepthWeights,
@@ -59,8 +67,11 @@ def make(family: str, **changes: Any) -> Drafter:
     if family == "eagle":
         head = EagleConfig(target_layer_ids=(0,), draft_vocab_size=changes.pop("draft_vocab_size", None))
         return EagleDrafter(head, unroll=3, **changes)
-    config = BlockConfig(num_hidden_layers=1, block_size=4, target_layer_ids=(0,))
-    return BlockDrafter(config, num_anchors=5, **changes)
+    sizes = {"num_hidden_layers": 1, "target_layer_ids": (0,)}
+    if family == "dspark":
+        config = DSparkConfig(**sizes, block_size=3, markov_rank=4)
+        return DSparkDrafter(config, num_anchors=5, **changes)
+    return BlockDrafter(BlockConfig(**sizes, block_size=4), num_anchors=5, **changes)
 
 
 def loss_of(module: DrafterModule, batch: Any) -> float:
@@ -80,7 +91,7 @@ def loss_of(module: DrafterModule, batch: Any) -> float:
 
 @pytest.mark.parametrize("weights", [None, DepthWeights(2.0), PrefixWeights(3, 0.5)], ids=str)
 @pytest.mark.parametrize("progress", [0.0, 0.5])
-@pytest.mark.parametrize("family", ["eagle", "block"])
+@pytest.mark.parametrize("family", ["eagle", "block", "dspark"])
 def test_loss_is_the_weighted_mean_over_paths(
     family: str, progress: float, weights: StepWeights | None, tiny: Path, trace: Path
 ) -> None:
@@ -116,7 +127,7 @@ def test_loss_is_the_weighted_mean_over_paths(
         )
 
 
-@pytest.mark.parametrize("family", ["eagle", "block"])
+@pytest.mark.parametrize("family", ["eagle", "block", "dspark"])
 def test_training_begins_with_short_rounds(family: str, tiny: Path, trace: Path) -> None:
     """Half of it by default, as many tokens a step as ever; validation always sees full rounds; a published
     drafter is past that."""
@@ -129,8 +140,8 @@ def test_training_begins_with_short_rounds(family: str, tiny: Path, trace: Path)
     short = drafter.paths(*run)
     assert (short.mask.shape[1], long.mask.shape[1]) == (1, 3)
     assert torch.equal(short.hidden[:, 0], long.hidden[:, 0]) == (family == "eagle")  # blocks: fewer masks
-    if family == "block":
-        assert len(short.mask) == 2 * len(long.mask)
+    if family != "eagle":
+        assert len(short.mask) == (2 if family == "block" else 3) * len(long.mask)
     assert drafter.paths(*run, every=True).mask.shape[1] == 3
     drafter.at(0.5)
     assert drafter.paths(*run).mask.shape[1] == 3
@@ -217,7 +228,7 @@ def test_an_online_target_ends_rounds_where_a_trace_does(tiny: Path, trace: Path
 
 def test_validation_is_of_the_rounds(tiny: Path, trace: Path) -> None:
     data = data_of(tiny)
-    for family in ("eagle", "block"):
+    for family in ("eagle", "block", "dspark"):
         drafter = make(family)
         fit_to_target(drafter, None, data)
         module = DrafterModule(drafter, validation=ValidationSettings(depth=3))
@@ -272,7 +283,7 @@ def learn(drafter: Drafter, batch: Any, steps: int = 25) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("family", ["eagle", "block"])
+@pytest.mark.parametrize("family", ["eagle", "block", "dspark"])
 def test_killed_and_resumed_runs_end_alike(
     family: str, settings: dict[str, Any], write: Write, tiny: Path, trace: Path, tmp_path: Path
 ) -> None:
@@ -283,7 +294,8 @@ def test_killed_and_resumed_runs_end_alike(
         settings["model"]["drafter"] = {"class_path": "EagleDrafter", "init_args": init}
     else:
         init = {"config": config | {"num_hidden_layers": 1, "block_size": 4}, "num_anchors": 3}
-        settings["model"]["drafter"] = {"class_path": "BlockDrafter", "init_args": init}
+        kind = {"block": "BlockDrafter", "dspark": "DSparkDrafter"}[family]
+        settings["model"]["drafter"] = {"class_path": kind, "init_args": init}
     init["short_until"] = 0.1  # the first step, of five as of eight
     factors = [
         {"class_path": "DepthWeights", "init_args": {"gamma": 4.0}},
@@ -339,7 +351,7 @@ def test_gradients_reach_every_trained_weight(
 ) -> None:
     data = data_of(tiny)
     batch = next(iter(data.val_dataloader()))
-    for family in ("eagle", "block"):
+    for family in ("eagle", "block", "dspark"):
         drafter = make(family)
         fit_to_target(drafter, None, data)
         module = DrafterModule(drafter.train())

@@ -15,7 +15,14 @@ import torch
 import yaml
 
 import certdraft
-from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
+from certdraft.drafters import (
+    BlockConfig,
+    BlockDrafter,
+    DSparkConfig,
+    DSparkDrafter,
+    EagleConfig,
+    EagleDrafter,
+)
 from certdraft.train.commands.cli import main
 
 ROOT = Path(certdraft.__file__).parent
@@ -40,7 +47,7 @@ def script() -> ModuleType:
 
 def test_there_is_one_for_every_target_and_family(script: ModuleType) -> None:
     assert {recipe.path.name for recipe in script.recipes()} == {path.name for path in RECIPES}
-    assert len(RECIPES) == 27
+    assert len(RECIPES) == 34
 
 
 def parse(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -68,7 +75,7 @@ def test_the_files_are_what_the_script_writes() -> None:
     subprocess.run(command, check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("family", ["causal", "causal-lora", "eagle3", "dflash"])
+@pytest.mark.parametrize("family", ["causal", "causal-lora", "eagle3", "dflash", "dspark"])
 def test_headers_are_written_from_the_plan(family: str, script: ModuleType) -> None:
     recipe = script.Recipe("8B", family)
     assert script.text(recipe) == recipe.path.read_text(encoding="utf-8")
@@ -101,7 +108,7 @@ def test_its_drafter_fits_a_shrunken_target(size: str, script: ModuleType) -> No
     target = AutoModelForCausalLM.from_config(AutoConfig.for_model(small.pop("model_type"), **small)).eval()
     ids = torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(0))
     place = torch.arange(24)[None]
-    for family in ("eagle3", "dflash"):
+    for family in ("eagle3", "dflash", "dspark"):
         file = ROOT / "configs" / "recipes" / f"qwen3-{size.lower()}-{family}.yaml"
         init = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["drafter"]["init_args"]
         config = init.pop("config")
@@ -113,7 +120,9 @@ def test_its_drafter_fits_a_shrunken_target(size: str, script: ModuleType) -> No
             drafter.build(64, target, counts)
         else:
             config["mask_token_id"] = 63
-            drafter = BlockDrafter(BlockConfig(**config), **init).build(64, target)
+            corrected = family == "dspark"
+            kind, sizes = (DSparkDrafter, DSparkConfig) if corrected else (BlockDrafter, BlockConfig)
+            drafter = kind(sizes(**config), **init).build(64, target)
         features = torch.randn(1, 24, len(drafter.taps), 32, generator=torch.Generator().manual_seed(1))
         mask = torch.ones(1, 24, dtype=torch.bool)
         paths = drafter.paths(ids, place, torch.zeros_like(ids), mask, features)

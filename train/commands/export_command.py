@@ -37,8 +37,8 @@ def export_run(
     Args:
         run: run folder (its best checkpoint, or its last), or a checkpoint file.
         out: folder to create; `export` in the run folder when not given.
-        format: "transformers" (causal and block drafters), "eagle3", "dflash" or "speculators" (EAGLE heads
-            and block drafters); the one that most engines read when not given.
+        format: "transformers" (causal and block drafters), "eagle3", "dflash", "dspark" or "speculators" (all
+            that read hidden states); the one that most engines read when not given.
         draft_length: draft tokens per round, written where engines read it; when not given 4, or a whole
             block.
         name: what to call the drafter; when not given the name of `out`, or of the run where that is missing.

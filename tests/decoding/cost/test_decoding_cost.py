@@ -1,6 +1,8 @@
 """Cost models: the fit (E2), four defects of the published method avoided, files, machines, profiles."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import cvxpy
 import numpy as np
@@ -162,6 +164,31 @@ def timed_profile() -> tuple[CostModel, TimedTarget]:
     return profile(
         target, TimedDrafter(clock), (8,), (0, 1, 5, 9), (1, 3), repeats=3, warm_up=1, clock=clock
     ), target
+
+
+def test_the_pass_over_a_root_has_a_price_of_its_own(tmp_path: Path) -> None:
+    """Profiled apart from later passes, charged once a round, kept in the file."""
+
+    class Blockwise(TimedDrafter):
+        def draft(self, state, tokens, parents):
+            self.clock.now += 3.0 * (min(parents) < 0)
+            return super().draft(state, tokens, parents)
+
+    clock = Timed()
+    cost = profile(TimedTarget(clock), Blockwise(clock), (8,), (0, 2), (1, 3), 2, 0, clock=clock)
+    assert cost.draft[0] == pytest.approx((0.52, 0.02))
+    assert cost.opening == pytest.approx((3.0,))
+    cost.save(tmp_path / "cost.json")
+    assert CostModel.load(tmp_path / "cost.json").opening == cost.opening
+    table = TableClock(cost)
+    assert table.lap("open", 1, 8) == pytest.approx(3.52)
+    assert table.lap("draft", 1, 8) == pytest.approx(0.52)
+    target, drafter = TimedTarget(clock), Blockwise(clock)
+    rounds = decode(target, drafter, [1], Chain(3), max_new_tokens=9, clock=table).rounds
+    wanted = [(3.0 + 0.52 * r.depth) * (r.depth > 0) for r in rounds]  # and a leaf read in front of the root
+    assert [r.draft_s for r in rounds] == pytest.approx(wanted, abs=0.021)
+    with pytest.raises(ValueError, match="opening must hold seconds"):
+        replace(cost, opening=(1.0, 2.0))
 
 
 def test_defect_1_a_tree_of_n_nodes_is_measured_on_n_plus_1_slots(timed_profile) -> None:

@@ -1,4 +1,4 @@
-"""Both families in the loop: the target's own text (A1), a reference's rounds, states (A5)."""
+"""All families in the loop: the target's own text (A1), a reference's rounds, states (A5)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import block_logits, eagle_logits, enlarge
+from oracles.feature_drafters import block_logits, dspark_drafts, eagle_logits, enlarge
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,7 +22,14 @@ from certdraft.decoding import (
     decode,
     greedy,
 )
-from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter
+from certdraft.drafters import (
+    BlockConfig,
+    BlockDrafter,
+    DSparkConfig,
+    DSparkDrafter,
+    EagleConfig,
+    EagleDrafter,
+)
 
 V, NEW = 40, 16
 MODEL = tiny_qwen3(0, V, layers=7)
@@ -35,7 +42,8 @@ BUILDERS = {
     "best_first_40": lambda: BestFirst(40, max_depth=3),
     "cost_aware": lambda: CostAware(COST, "lambda", budget=32, max_depth=4),
 }
-Features = EagleDrafter | BlockDrafter
+NAMES = ["eagle", "block", "dspark", "eagle, 25 tokens", "random eagle", "random block", "random dspark"]
+Features = EagleDrafter | BlockDrafter | DSparkDrafter
 
 
 def features_of(ids: list[int], taps: tuple[int, ...]) -> Tensor:
@@ -72,22 +80,27 @@ def make(family: str, **config: int) -> Features:
     if family == "eagle":
         drafter = EagleDrafter(EagleConfig(**config), unroll=3, max_lost_coverage=1.0)
         return drafter.build(V, MODEL, torch.arange(V) % 7 + 1).eval()
-    block = BlockDrafter(BlockConfig(num_hidden_layers=2, block_size=5, mask_token_id=V - 1), num_anchors=40)
-    return block.build(V, MODEL).eval()
+    sizes = {"num_hidden_layers": 2, "mask_token_id": V - 1}
+    if family == "dspark":
+        corrected = DSparkConfig(**sizes, block_size=4, markov_rank=8)
+        return DSparkDrafter(corrected, num_anchors=40).build(V, MODEL).eval()
+    return BlockDrafter(BlockConfig(**sizes, block_size=5), num_anchors=40).build(V, MODEL).eval()
 
 
 @pytest.fixture(scope="module")
 def drafters(texts: list[list[int]]) -> dict[str, Features]:
-    random = {family: make(family) for family in ("eagle", "block")}
+    random = {family: make(family) for family in ("eagle", "block", "dspark")}
     for drafter in random.values():
         enlarge(drafter)
     reduced = make("eagle", draft_vocab_size=25)
     return {
         "eagle": trained(make("eagle"), texts),
         "block": trained(make("block"), texts),
+        "dspark": trained(make("dspark"), texts),
         "eagle, 25 tokens": trained(reduced, texts),
         "random eagle": random["eagle"],
         "random block": random["block"],
+        "random dspark": random["dspark"],
     }
 
 
@@ -97,7 +110,7 @@ def texts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("builder", BUILDERS)
-@pytest.mark.parametrize("name", ["eagle", "block", "eagle, 25 tokens", "random eagle", "random block"])
+@pytest.mark.parametrize("name", NAMES)
 def test_text_is_the_targets_greedy_text(name: str, builder: str, drafters, texts) -> None:
     """A1."""
     target = TargetRunner(MODEL, drafters[name].taps)
@@ -131,7 +144,7 @@ def reference_rounds(drafter: Features, prompt: list[int], text: list[int], dept
         known = len(prompt) - 1 + done  # ids[known] is the root
         limit = min(depth, len(text) - done - 1)
         accepted = 0
-        if isinstance(drafter, BlockDrafter):
+        if drafter.family == "block":
             drafts = block_logits(drafter, ids[known], features[:known]).argmax(-1).tolist()
         while accepted < limit:
             following = ids[known + 1 : known + 1 + accepted]
@@ -139,6 +152,9 @@ def reference_rounds(drafter: Features, prompt: list[int], text: list[int], dept
                 if known == 0:
                     break  # nothing to draft from: uniform, and the rounds below tell
                 logits = eagle_logits(drafter, ids[: known + 1], features[:known], following)
+                drafts = logits.argmax(-1).tolist()
+            if isinstance(drafter, DSparkDrafter):
+                logits, _ = dspark_drafts(drafter, ids[known], features[:known], following)
                 drafts = logits.argmax(-1).tolist()
             if drafts[accepted] != ids[known + 1 + accepted]:
                 break
@@ -148,7 +164,7 @@ def reference_rounds(drafter: Features, prompt: list[int], text: list[int], dept
     return rounds
 
 
-@pytest.mark.parametrize("name", ["eagle", "block", "eagle, 25 tokens"])
+@pytest.mark.parametrize("name", ["eagle", "block", "dspark", "eagle, 25 tokens"])
 def test_rounds_are_those_of_the_reference(name: str, drafters, texts) -> None:
     """Live loop against definition, number for number: the counts that a served drafter must reproduce."""
     drafter = drafters[name]
@@ -161,7 +177,7 @@ def test_rounds_are_those_of_the_reference(name: str, drafters, texts) -> None:
     assert acceptance_length(results) > 1.5, "a drafter that is never right shows nothing"
 
 
-@pytest.mark.parametrize("family", ["eagle", "block"])
+@pytest.mark.parametrize("family", ["eagle", "block", "dspark"])
 def test_validation_counts_the_live_rounds(family: str, drafters, texts) -> None:
     """val/tau_expected on greedy text is the chain's acceptance length, not a product of marginals."""
     from certdraft.train.validation import path_rounds
@@ -181,7 +197,7 @@ def test_validation_counts_the_live_rounds(family: str, drafters, texts) -> None
     assert path_rounds(hits.numpy()) == len(live.rounds)
 
 
-@pytest.mark.parametrize("name", ["eagle", "block"])
+@pytest.mark.parametrize("name", ["eagle", "block", "dspark"])
 def test_state_is_that_of_the_committed_text(name: str, drafters, texts) -> None:
     """A5: after rounds of trees, the next draft is that of a drafter started afresh on the same text."""
     drafter, prompt, text = drafters[name], PROMPTS[2], texts[2]

@@ -1,4 +1,4 @@
-"""Exports of EAGLE heads and block drafters: every layout back, the files alone draft alike, none guessed."""
+"""Exports of EAGLE, block and DSpark drafters: every layout back, files alone draft alike, none guessed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from oracles import drafter_layouts as layouts
-from oracles.exported_readers import DFlashReader, Eagle3Reader, speculate
+from oracles.exported_readers import DFlashReader, DSparkReader, Eagle3Reader, speculate
 from oracles.rotary import LINEAR, LLAMA3, YARN
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -18,6 +18,8 @@ from certdraft.drafters import (
     BlockConfig,
     BlockDrafter,
     CardFacts,
+    DSparkConfig,
+    DSparkDrafter,
     EagleConfig,
     EagleDrafter,
     export,
@@ -36,7 +38,8 @@ CARD = CardFacts(
     target_architecture="Qwen3ForCausalLM",
 )
 FORMATS = [("eagle", "eagle3"), ("eagle", "speculators"), ("block", "dflash"), ("block", "speculators"),
-           ("block", "transformers")]  # fmt: skip
+           ("block", "transformers"), ("dspark", "dspark"), ("dspark", "speculators")]  # fmt: skip
+READERS = {"eagle": Eagle3Reader, "block": DFlashReader, "dspark": DSparkReader}
 
 
 # What other trainers' drafters may compute besides.
@@ -50,6 +53,11 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("block", "dflash", {"layer_types": MIXED, "sliding_window": 3, "causal": False, "rope_scaling": YARN}),
     ("block", "speculators", {"layer_types": MIXED, "sliding_window": 5, "causal": False}),
     ("block", "speculators", {"layer_types": MIXED[:1] * 2, "sliding_window": 5}),
+]
+HEADS: list[tuple[str, str, dict[str, Any]]] = [
+    ("dspark", "dspark", {"sample_from_anchor": False, "markov_rank": 1}),
+    ("dspark", "dspark", {"confidence_head_with_markov": False, "rope_scaling": YARN}),
+    ("dspark", "speculators", {"enable_confidence_head": False, "sample_from_anchor": False}),
 ]
 
 
@@ -87,7 +95,11 @@ def make(target: Qwen3ForCausalLM) -> Callable[..., EagleDrafter | BlockDrafter]
                 "mask_token_id": V - 1,
                 "target_layer_ids": layouts.TAPS,
             }
-            drafter = BlockDrafter(BlockConfig(**fields | changes), dtype=dtype).build(V, target)
+            if family == "dspark":
+                sizes = DSparkConfig(**fields | {"markov_rank": 5} | changes)
+                drafter = DSparkDrafter(sizes, dtype=dtype).build(V, target)
+            else:
+                drafter = BlockDrafter(BlockConfig(**fields | changes), dtype=dtype).build(V, target)
         enlarge(drafter, seed)
         return drafter.to(getattr(torch, dtype)).eval()
 
@@ -98,7 +110,7 @@ Make = Callable[..., EagleDrafter | BlockDrafter]
 
 
 @pytest.mark.parametrize(
-    ("family", "format", "changes"), [*((*pair, {}) for pair in FORMATS), *VARIANTS], ids=str
+    ("family", "format", "changes"), [*((*pair, {}) for pair in FORMATS), *VARIANTS, *HEADS], ids=str
 )
 def test_every_format_comes_back(
     make: Make, target: Qwen3ForCausalLM, tokenizer: Tokens, tmp_path: Path, family: str, format: str,
@@ -121,12 +133,15 @@ def test_every_format_comes_back(
     assert [r.accepted for r in mine.rounds] == [r.accepted for r in theirs.rounds]
     found = lint_export(folder)
     assert [finding for finding in found if finding.severity == "error"] == []
-    assert bool(found) == bool(changes.keys() - {"rope_scaling"}), "what fewer engines compute is said"
+    said = bool(changes.keys() - {"rope_scaling"}) and family != "dspark"
+    assert bool(found) == said, "what fewer engines compute is said"
     facts = read_facts(folder)
     assert (facts["family"], facts["format"], facts["draft_length"]) == (family, format, 4)
 
 
-@pytest.mark.parametrize(("family", "written"), [("eagle", "eagle3"), ("block", "dflash")])
+@pytest.mark.parametrize(
+    ("family", "written"), [("eagle", "eagle3"), ("block", "dflash"), ("dspark", "dspark")]
+)
 def test_default_formats(make: Make, tokenizer: Tokens, tmp_path: Path, family: str, written: str) -> None:
     assert (
         read_facts(export(make(family), tmp_path / "out", tokenizer=tokenizer, draft_length=4))["format"]
@@ -146,6 +161,9 @@ def test_default_formats(make: Make, tokenizer: Tokens, tmp_path: Path, family: 
         ("block", "dflash", {"num_hidden_layers": 1, "target_layer_ids": (2,), "rope_theta": 77.0}),
         ("block", "speculators", {"num_key_value_heads": 1}),
         *VARIANTS,
+        *HEADS,
+        ("dspark", "dspark", {}),
+        ("dspark", "speculators", {"block_size": 5}),
     ],
     ids=str,
 )  # fmt: skip
@@ -156,7 +174,7 @@ def test_the_files_alone_draft_the_same(
     """A reader that never saw the module drafts, round by round, the same number of the same tokens."""
     drafter, length = make(family, **changes), 5
     folder = export(drafter, tmp_path / "out", format, tokenizer=tokenizer, draft_length=length, card=CARD)
-    reader = (Eagle3Reader if family == "eagle" else DFlashReader)(folder, target)
+    reader = READERS[family](folder, target)
     for start in (1, 30):
         prompt = [(start + 7 * i) % V for i in range(9)]
         mine = decode(target, drafter, prompt, Chain(length), max_new_tokens=16)
@@ -167,7 +185,7 @@ def test_the_files_alone_draft_the_same(
         features = torch.stack([known[tap + 1][0, :-1] for tap in drafter.taps], 1)
         state = drafter.start(prompt[:-1], features)
         drafted, node = [], prompt[-1]
-        for depth in range(length if family == "eagle" else 1):
+        for depth in range(1 if family == "block" else length):
             logits = drafter.draft(state, [node], [depth - 1])
             drafted += logits.argmax(-1).tolist()
             node = drafted[-1]
@@ -210,6 +228,8 @@ def test_bf16_rounds_the_weights_and_nothing_else(
         ),
         ("block", "speculators", ["vllm serve PATH_OF_THIS_FOLDER\n", '"method": "dflash"']),
         ("block", "transformers", ["MuseGlimmerAssistantModel.from_pretrained", 'speculation_type="dflash"']),
+        ("dspark", "dspark", ['"method": "dspark"', "--speculative-dspark-block-size 4"]),
+        ("dspark", "speculators", ["vllm serve PATH_OF_THIS_FOLDER\n", '"method": "dspark"']),
     ],
 )
 def test_cards_say_how_to_serve(
@@ -221,7 +241,7 @@ def test_cards_say_how_to_serve(
     for command in said:
         assert command in text
     assert "\n\n\n" not in text
-    assert ("SGLang" in text) == (format in ("eagle3", "dflash"))
+    assert ("SGLang" in text) == (format in ("eagle3", "dflash", "dspark"))
 
 
 class TestRefusals:
@@ -233,8 +253,10 @@ class TestRefusals:
             ("eagle", {"format": "dflash"}, "'dflash' for EagleDrafter; there is eagle3, speculators"),
             ("block", {"format": "eagle3"}, "there is dflash, speculators, transformers"),
             ("eagle", {"format": "speculators", "card": None}, "names the target and its class"),
-            ("block", {"draft_length": 6}, "more than a block of 6 holds"),
+            ("block", {"draft_length": 6}, "more than this drafter's block holds: 5"),
             ("eagle", {"adapter": True}, "for causal drafters"),
+            ("dspark", {"format": "dflash"}, "there is dspark, speculators"),
+            ("dspark", {"draft_length": 7}, "more than this drafter's block holds: 6"),
         ],
     )
     def test_arguments(

@@ -22,6 +22,8 @@ MAKE: dict[str, Callable[[], Parts]] = {
     "dflash": layouts.dflash,
     "dflash-speculators": lambda: layouts.dflash("speculators"),
     "dflash-transformers": lambda: layouts.dflash("transformers"),
+    "dspark": layouts.dspark,
+    "dspark-speculators": lambda: layouts.dspark("speculators"),
 }
 
 
@@ -144,6 +146,19 @@ BROKEN: list[tuple[str, str, Callable[..., None], str]] = [
     ("dflash-speculators", "causal", put("sliding_window_non_causal", False), "makes every layer causal"),
     ("dflash-speculators", "ids", put("aux_hidden_state_layer_ids", [0, 3]), "names layers"),
     ("dflash-speculators", "draft vocabulary", put("draft_vocab_size", 40), "must be vocab_size, 96"),
+    ("dspark", "ids out of range", put("target_layer_ids", [2, 4, 5]), "hands out of 6 is 4"),
+    ("dspark", "anchor twice", put("dspark_bonus_anchor", True), "one is not the other"),
+    ("dspark", "another head", put("markov_head_type", "gated"), "must be 'vanilla'"),
+    ("dspark", "confidence unsaid", put("enable_confidence_head", KeyError), "must be true or false"),
+    ("dspark", "what it reads", put("confidence_head_with_markov", KeyError), "default is false"),
+    ("dspark", "what it read", put("confidence_head_with_markov", False), "confidence_head.proj.weight: has"),
+    ("dspark", "rank", put("markov_rank", 4), "markov_w1.weight: has shape"),
+    ("dspark", "no correction", drop("markov_head.markov_w2.weight"), "markov_w2.weight: is missing"),
+    ("dspark", "windows", put("layer_types", ["sliding_attention"] * 2), "readers of this format"),
+    ("dspark", "architecture", put("architectures", ["DSparkDraftModel"]), "Qwen3DSparkModel"),
+    ("dspark-speculators", "anchor unsaid", put("sample_from_anchor", KeyError), "defaults differ"),
+    ("dspark-speculators", "ids", put("aux_hidden_state_layer_ids", [0, 3]), "names layers"),
+    ("dspark-speculators", "own head", extra("lm_head.weight", (96, 32)), "lm_head.weight: is not"),
     ("dflash-transformers", "names", prefixed("encoder."), "encoder.fc.weight: is missing"),
     ("dflash-transformers", "mask", put("mask_token_id", -1), "mask_token_id: is -1"),
 ]  # fmt: skip
@@ -169,6 +184,8 @@ def test_defects_are_named(tmp_path: Path, layout: str, change: Callable[..., No
         ("dflash", {"num_hidden_layers": 5}, "num_target_layers: is 6, the target has 5"),
         ("dflash", {"hidden_size": 64}, "96 by 64"),
         ("dflash-speculators", {"num_hidden_layers": 5}, "hands out of 5 is 3"),
+        ("dspark", {"num_hidden_layers": 5}, "num_target_layers: is 6, the target has 5"),
+        ("dspark-speculators", {"hidden_size": 64}, "96 by 64"),
         ("dflash-transformers", {"vocab_size": 90}, "mask_token_id: is 95"),
     ],
 )

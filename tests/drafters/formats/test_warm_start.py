@@ -108,7 +108,7 @@ def test_heads_of_other_targets_are_refused(tmp_path: Path, change: dict[str, An
 def test_what_else_is_refused(tmp_path: Path) -> None:
     weights = dict(eagle().state_dict())
     other = weights | {"embed_tokens.weight": torch.randn(V, 32)}
-    with pytest.raises(ValueError, match="embeddings that are not this target's"):
+    with pytest.raises(ValueError, match="brings embed_tokens.weight, which is not this target's"):
         EagleDrafter(pretrained=folder(tmp_path / "1", EAGLE, other)).build(V, TARGET)
     missing = {key: value for key, value in weights.items() if "o_proj" not in key}
     with pytest.raises(ValueError, match="missing: midlayer.self_attn.o_proj.weight"):

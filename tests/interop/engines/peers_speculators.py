@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.config import SpeculatorsConfig, VerifierConfig
 from speculators.models.dflash import DFlashDraftModel, DFlashSpeculatorConfig
+from speculators.models.dspark import DSparkDraftModel, DSparkSpeculatorConfig
+from speculators.models.dspark import core as dspark
 from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 from speculators.proposals.greedy import GreedyTokenProposalConfig
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
@@ -19,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 KINDS = {
     "eagle3": (Eagle3SpeculatorConfig, Eagle3DraftModel),
     "dflash": (DFlashSpeculatorConfig, DFlashDraftModel),
+    "dspark": (DSparkSpeculatorConfig, DSparkDraftModel),
 }
 
 
@@ -83,7 +86,12 @@ def run_speculators(job, inputs):
     anchors = inputs["anchors"]
     mask = torch.zeros(1, len(ids), dtype=torch.bool)
     mask[0, anchors] = True
-    model._backbone_forward(
+    if job["kind"] == "dspark":
+        # what its forward hands to its loss: corrected logits after true tokens, and the confidence's
+        dspark.compute_metrics = lambda logits, targets, sure, *_, **__: (
+            found.append((logits, sure)) or (0, {})
+        )
+    (model if job["kind"] == "dspark" else model._backbone_forward)(
         hidden_states=features[None],
         input_ids=ids[None],
         loss_mask=mask,
@@ -93,6 +101,10 @@ def run_speculators(job, inputs):
         document_ids=documents,
         max_anchors=len(anchors),
     )
+    if job["kind"] == "dspark":
+        logits, sure = found[-1]
+        both = logits[0] if sure is None else torch.cat([logits[0], sure[0, :, None]], -1)
+        return both.unflatten(0, (len(anchors), -1))
     return found[-1].unflatten(0, (len(anchors), -1))
 
 

@@ -2,8 +2,8 @@
 
 A job: name, family, target and drafter (folders; no drafter: plain decoding; no target: the drafter's folder
 names it, as speculators' do), num_tokens, max_new_tokens, prompts (token ids). `--fix-k-norm` mends a bug of
-its CPU build. A result: tokens of every prompt, drafts, drafted and accepted draft tokens, and accepted ones
-by position.
+its CPU build; `--interpret-triton` runs its second model runner, which alone has DSpark. A result: tokens of
+every prompt, drafts, drafted and accepted draft tokens, and accepted ones by position.
 """
 
 import os
@@ -20,7 +20,7 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 
-METHODS = {"causal": "draft_model", "eagle3": "eagle3", "dflash": "dflash"}
+METHODS = {"causal": "draft_model", "eagle3": "eagle3", "dflash": "dflash", "dspark": "dspark"}
 COUNTERS = {
     "drafts": "vllm:spec_decode_num_drafts",
     "drafted": "vllm:spec_decode_num_draft_tokens",
@@ -93,7 +93,21 @@ def fix_k_norm():
     owners[0]._normalize_context_k = each_layer_its_own
 
 
+def interpret_triton():
+    """vLLM 0.32 drafts with DSpark in its second model runner alone, whose kernels are Triton's. Its CPU
+    build has that runner but wants a Triton with a CPU backend, which PyPI does not have; Triton's
+    interpreter runs the same kernels, slowly."""
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    from types import SimpleNamespace
+
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+
+
 def main():
+    if "--interpret-triton" in sys.argv:
+        interpret_triton()  # before vLLM looks for Triton
     import vllm
 
     if "--fix-k-norm" in sys.argv:

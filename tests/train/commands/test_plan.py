@@ -141,7 +141,8 @@ def test_sizes_of_a_multimodal_model_are_those_of_its_text(tmp_path: Path) -> No
     model.config.save_pretrained(tmp_path)
     found = sizes_of(str(tmp_path))
     assert (found.layers, found.hidden, found.vocabulary, found.query, found.key_value) == (4, 32, 96, 32, 16)
-    for kind, config in (("EagleDrafter", {}), ("BlockDrafter", {"num_hidden_layers": 1})):
+    one = {"num_hidden_layers": 1}
+    for kind, config in (("EagleDrafter", {}), ("BlockDrafter", one), ("DSparkDrafter", one)):
         settings = {"class_path": kind, "init_args": {"config": config | {"target_layer_ids": [0, 1, 2]}}}
         sizes = drafter_sizes(settings, str(tmp_path))
         assert (sizes.hidden, sizes.query) == (32, 32)
@@ -212,6 +213,7 @@ def test_how_often_a_drafter_reads_a_token() -> None:
     block = {"config": {"block_size": 16, "num_hidden_layers": 1}}
     assert passes("BlockDrafter", 4096, num_anchors=512, **block) == (2.0, 2.0)
     assert passes("BlockDrafter", 256, num_anchors=512, **block) == (16.0, 16.0)
+    assert passes("DSparkDrafter", 4096, num_anchors=512, **block) == (2.0, 2.0)
     assert passes("CausalDrafter", 4096, pretrained="Qwen/Qwen3-0.6B") == (1.0, 1.0)
 
 
