@@ -207,11 +207,14 @@ def test_a_complaint_names_the_file_and_line_it_comes_from(tmp_path: Path) -> No
     assert place_in_files("model.optimizer.lr: expected a float", typed) == "", "typed, not read"
 
 
-def test_a_class_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_whose_module_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The reason, and no class of ours that sounds alike."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_failing.py").write_text("import my_missing_package\n")
     (tmp_path / "my_whole.py").write_text("")
+    (tmp_path / "my_losses.py").write_text("class Best: ...\n")
     for name, words in (
         ("my_absent.Best", "there is no module my_absent where Python looks"),
         ("my_failing.Best", "importing my_failing fails: No module named 'my_missing_package'"),
@@ -220,6 +223,9 @@ def test_a_class_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: py
         said = explain(f"Unexpected import path format: {name}")
         assert words in said
         assert ("did you mean" in said) is (name == "my_whole.HardCEE")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "demo", "--model.loss", "my_losses.Bst", "--print_config"])
+    assert "no class 'my_losses.Bst'; did you mean 'my_losses.Best'?" in capsys.readouterr().err
 
 
 def test_explain_keeps_the_deepest_complaint() -> None:
