@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -129,23 +128,14 @@ def test_a_plan_in_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plan(mfu=0.2).step_seconds == pytest.approx(2 * one.step_seconds)
 
 
-def test_what_is_recorded_is_what_the_config_says(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_rows_of_the_config_are_what_is_recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     settings = load_config(CONFIGS / "qwen3-8b-0.6b.yaml")
-    plan(batch_size=1)
-    assert (
-        "50,000 prompts of 300 tokens with answers of 400 (assumed: give --prompts)"
-        in capsys.readouterr().out
-    )
     settings["data"]["record"]["corpus"]["max_rows"] = 2000
     settings["data"]["record"]["generation"]["max_new_tokens"] = 100
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     found = plan(run=str(tmp_path / "run.yaml"))
     assert "recording 2,000 prompts of 300 tokens with answers of 100\n" in capsys.readouterr().out
     assert found.trace_gb == pytest.approx(2000 * 400 * bytes_per_token(32) / 1e9)
-    plan(run="configs/eagle3-embedded.yaml")
-    said = capsys.readouterr().out
-    assert "50,000 pieces of text of 240 tokens (assumed" in said
-    assert re.search(r"target +embedded: \d\.\d\d M parameters", said)
 
 
 def test_a_precision_that_fit_refuses_is_not_planned_for(tmp_path: Path) -> None:
