@@ -179,7 +179,7 @@ def run(name: str, args: list[str], prog: str) -> None:
     if not args:
         raise ValueError(
             f"no settings; give a config, as in `{prog} --config configs/demo.yaml` (all options: "
-            f"{prog} --help)"
+            f"{prog} --help=all)"
         )
     _quieten()
     check_syntax(args)

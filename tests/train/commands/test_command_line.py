@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
+from certdraft.train.commands.parsing.completion import options_of
 from certdraft.train.commands.parsing.parser import check_syntax, explain, place_in_files
 
 Write = Callable[..., str]
@@ -76,6 +77,33 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         main([name, "--help"])
     assert exit_.value.code == 0
     assert f"usage: certdraft {name}" in capsys.readouterr().out.replace(" [options]", "")
+
+
+def test_help_of_fit_leads_with_what_a_run_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    """The Trainer's options come after ours, all of them behind --help=all."""
+    texts = []
+    for asked in ("--help", "--help=all"):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", asked])
+        assert stop.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    order = [
+        "--config",
+        "--model.drafter",
+        "--model.loss",
+        "--model.optimizer.lr",
+        "--data.seq_len",
+        "--trainer.",
+    ]
+    places = [short.index(f"  {option}") for option in order]
+    assert places == sorted(places)
+    assert "--help=all" in short
+    assert len(short.splitlines()) < 110
+    assert "loss per token position" in short, "each with its meaning"
+    assert "--trainer.limit_val_batches" in whole
+    assert "--trainer.limit_val_batches" not in short
+    assert {"--trainer.limit_val_batches", "--name"} <= set(options_of("fit"))
 
 
 @pytest.mark.parametrize(

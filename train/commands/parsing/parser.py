@@ -77,7 +77,7 @@ class Strict:
         prog = self.prog.replace(" [options]", "")
         complaint = explain(message, known_keys(self))
         print(f"{prog}: error: {place_in_files(complaint, Strict.typed)}{complaint}", file=sys.stderr)
-        print(f"all options: {prog} --help", file=sys.stderr)
+        print(f"all options: {prog} --help=all", file=sys.stderr)
         raise SystemExit(2)
 
 
