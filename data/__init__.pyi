@@ -12,6 +12,7 @@ from .corpus.chat import Prompts as Prompts
 from .corpus.chat import PromptSet as PromptSet
 from .corpus.chat import build_prompts as build_prompts
 from .corpus.chat import render_chat as render_chat
+from .corpus.corpora import EMBEDDED_CORPUS as EMBEDDED_CORPUS
 from .corpus.corpora import Corpus as Corpus
 from .corpus.corpora import CorpusError as CorpusError
 from .corpus.corpora import MixedSource as MixedSource

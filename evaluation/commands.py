@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,12 +28,13 @@ from certdraft.evaluation.certify.certify import CertifyProtocol, certify
 from certdraft.evaluation.certify.certify_report import headline_of_certificates, write_certify
 from certdraft.evaluation.evaluate import evaluate, refuse_builders
 from certdraft.evaluation.generate_answers import WrittenMeta, write_texts
+from certdraft.evaluation.held_out import refuse_training_texts
 from certdraft.evaluation.loading import StageProgress, TargetVocabulary, load_checked, pick_device
 from certdraft.evaluation.measure.trace_reading import select_documents
 from certdraft.evaluation.prompts import read_questions
 from certdraft.evaluation.report.evaluate_report import differences, write_evaluation
 from certdraft.evaluation.report.page import refuse_folder_in_use, report_folder, write_json
-from certdraft.evaluation.report.provenance import provenance, read_parts, sha256
+from certdraft.evaluation.report.provenance import provenance
 from certdraft.evaluation.report.publish import headline_metrics, publish
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def run_evaluate(
         raise ValueError("prompts files need --target: it writes the texts that drafters are measured on")
     path = refuse_folder_in_use(out or Path("runs", "evaluate", f"{datetime.now():%Y-%m-%d_%H-%M-%S_%f}"))
     if trace is not None:
-        _check_held_out(drafters, trace)
+        refuse_training_texts(drafters, trace)
     questions = [q for file in prompts_files or [] for q in read_questions(file, prompts)]
     where = pick_device(device)
     model = None
@@ -183,18 +184,6 @@ def run_evaluate(
     if faults:
         raise NotLossless(f"{faults} The report is in {path}.")
     return path / name
-
-
-def _check_held_out(drafters: Mapping[str, str], trace: str) -> None:
-    """Raise if the run record in an exported drafter's folder names this trace as its training trace."""
-    file = Path(trace) / "trace.json"
-    digest = sha256(file) if file.is_file() else None
-    for name, path in drafters.items():
-        if any(part["data"].get("train", {}).get("sha256") == digest for part in read_parts(Path(path))):
-            raise ValueError(
-                f"{trace} is the trace that the drafter {name} ({path}) was trained on, so its numbers would "
-                "not be about held-out text; give a trace of other prompts"
-            )
 
 
 def run_certify(

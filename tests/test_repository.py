@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import certdraft
+from certdraft.drafters import drafter_kinds
 
 ROOT = Path(certdraft.__file__).parent
 # May import: everything on a lower floor, never a sibling. Only the command line imports `arbitration`.
@@ -66,6 +67,23 @@ def test_imports_go_down(path: Path) -> None:
     assert folder == "losses" and "kernels" in where.parts or not late, (
         f"{where}: import {late} in a function"
     )
+
+
+def test_no_kind_of_drafter_is_asked_for_outside_its_folder() -> None:
+    """What differs between kinds is a method of the protocol, so that another kind is one class."""
+    kinds = {kind.__name__: kind.__module__.split(".")[2] for kind in drafter_kinds().values()}
+    assert len(kinds) >= 3
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") not in (
+                "isinstance",
+                "issubclass",
+            ):
+                continue
+            named = {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node.args[1])} & kinds.keys()
+            where = path.relative_to(ROOT).parts
+            others = {name for name in named if where[:2] != ("drafters", kinds[name])}
+            assert not others, f"{'/'.join(where)}:{node.lineno} asks for {', '.join(sorted(others))}"
 
 
 def test_packages_are_declared_and_the_root_is_clean() -> None:

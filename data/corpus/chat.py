@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _GROUP = 256  # rows tokenised in one call
 _CHARS_PER_TOKEN = 32  # text cut for a window; no tokenizer in use averages more
 _CHARS_AHEAD = 6  # per token of a window, left between its start and the end of the text
+_LITTLE = 0.01  # share of a text that its windows take, below which this is told
+_UNREAD = "less than 1 % of the text is used: prompts.prompts_per_document takes more windows of it"
 _LONGEST_LINE = 1000  # characters; a text without line ends is cut at words
 _MOST_CHARS_PER_TOKEN = 256  # longer text than this cannot be within a limit of tokens, and is not tokenised
 _LONGEST_WORD = 1_000_000  # characters; tokenizers take minutes and gigabytes for longer ones
@@ -158,6 +160,7 @@ def build_prompts(
         texts = [text for _, piece in short for text in (piece.prompt, piece.completion)]
         ids = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         used: set[int] = set()
+        windowed = [0.0] * len(group)  # characters of each row that its windows take
         for number, piece in short:
             prompt, completion = (np.asarray(next(ids), np.int32) for _ in range(2))
             for result in renderer.cut(group[number], piece, prompt, completion):
@@ -166,6 +169,8 @@ def build_prompts(
                     if key not in seen:
                         seen.add(key)
                         used.add(number)
+                        if piece.window:
+                            windowed[number] += len(piece.prompt) * len(result.ids) / len(prompt)
                         yield result
                         continue
                     result = "duplicate prompt"
@@ -174,6 +179,8 @@ def build_prompts(
             account = accounting.part(group[number].part)
             if number in used:
                 account.used += 1
+                if 0 < windowed[number] < _LITTLE * len(group[number].content):
+                    account.note(_UNREAD, group[number].where)
             else:
                 account.skip(*reason)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import certdraft
 from certdraft.data import Corpus, Generation, Prompts, embedded_target_path, load_tokenizer, open_trace
 from certdraft.drafters import CardFacts, CausalDrafter, export
 from certdraft.evaluation import CertifyProtocol, commands, run_certify, run_evaluate
+from certdraft.evaluation.held_out import refuse_training_texts
 from certdraft.evaluation.loading import StageProgress, load_checked
 from certdraft.evaluation.measure import bench
 from certdraft.support import sha256_of
@@ -120,6 +122,35 @@ def test_a_drafters_own_training_trace_is_refused(certified: Path, drafter: Path
     part["data"]["train"]["sha256"] = "0" * 64
     (trained / "run.yaml").write_text(json.dumps({"parts": [part]}))
     run_evaluate(str(tmp_path / "out"), {"mine": str(trained)}, str(trace), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("source", "train", "test", "fractions", "shared"),
+    [
+        ("embedded", "train", "test", (0.05, 0.2), ""),
+        ("embedded", "test", "test", (0.05, 0.05), "split test"),
+        ("chats.jsonl", "train", "test", (0.05, 0.05), ""),
+        ("chats.jsonl", "train", "test", (0.05, 0.3), "splits of chats.jsonl overlap"),
+        ("chats.jsonl", "all", "test", (0.05, 0.05), "split all and test"),
+    ],
+)
+def test_texts_that_a_drafter_was_trained_on_are_refused(
+    source: str, train: str, test: str, fractions: tuple[float, float], shared: str, tmp_path: Path
+) -> None:
+    """The same rows of a corpus recorded again, and splits by other fractions, which overlap."""
+    corpora = [Corpus(source, split=train), Corpus(source, split=test, test_fraction=fractions[1])]
+    for folder, corpus in zip(("train", "here"), corpora, strict=True):
+        (tmp_path / folder).mkdir()
+        content = {"target": folder, "settings": {"corpus": asdict(corpus)}}
+        (tmp_path / folder / "trace.json").write_text(json.dumps(content))
+    seen = {"path": str(tmp_path / "train"), "sha256": sha256_of(tmp_path / "train" / "trace.json")}
+    (tmp_path / "run.yaml").write_text(json.dumps({"parts": [{"data": {"train": seen}}]}))
+    drafters, trace = {"mine": str(tmp_path)}, str(tmp_path / "here")
+    if not shared:
+        refuse_training_texts(drafters, trace)
+    else:
+        with pytest.raises(ValueError, match=shared):
+            refuse_training_texts(drafters, trace)
 
 
 @pytest.mark.parametrize("where", ["evaluate", "write_evaluation"])

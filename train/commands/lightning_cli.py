@@ -53,6 +53,7 @@ class CertdraftCLI(LightningCLI):
     checkpoint: Path | None = None
     resuming = False  # asked to, whether there is a checkpoint or not
     resume_step = 0
+    tabulate = False  # print the metrics of validate or test
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -74,6 +75,8 @@ class CertdraftCLI(LightningCLI):
         if settings.get("weights_only") is False:
             raise ValueError("weights_only: false would run code from the checkpoint; leave the key out")
         settings.weights_only = True
+        if self.subcommand in ("validate", "test"):  # Lightning's own table has sixteen digits
+            self.tabulate, settings.verbose = settings.verbose, False
         if self.checkpoint is not None:
             self._compare_with_checkpoint(self.checkpoint)
         self.folder = self._choose_folder(settings)
@@ -106,6 +109,18 @@ class CertdraftCLI(LightningCLI):
         kwargs["plugins"] = [*_as_list(given.get("plugins")), WholeCheckpointIO()]
         callbacks = [*(_as_list(given.get("callbacks"))), *own]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def after_validate(self) -> None:
+        self._print_metrics()
+
+    def after_test(self) -> None:
+        self._print_metrics()
+
+    def _print_metrics(self) -> None:
+        """One line for each metric, on the first rank."""
+        if self.tabulate and self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name:30} {float(value):8.4f}")
 
     def _parse_ckpt_path(self) -> None:
         """Resolve "last" and "best"; unlike Lightning's method it takes no settings from the checkpoint."""
@@ -164,7 +179,7 @@ def run(name: str, args: list[str], prog: str) -> None:
     if not args:
         raise ValueError(
             f"no settings; give a config, as in `{prog} --config configs/demo.yaml` (all options: "
-            f"{prog} --help)"
+            f"{prog} --help=all)"
         )
     _quieten()
     check_syntax(args)

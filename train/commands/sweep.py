@@ -47,6 +47,7 @@ class Sweep:
         maximize: whether more is better.
         parameters: option → its W&B description: `value`, `values`, or `min` and `max` with a distribution.
         command: argument list with W&B's macros.
+        run_cap: most runs; None without a limit.
     """
 
     path: Path
@@ -55,20 +56,28 @@ class Sweep:
     maximize: bool
     parameters: Mapping[str, Mapping[str, Any]]
     command: tuple[str, ...]
+    run_cap: int | None = None
 
     def points(self, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
         """The points to try: the whole grid, or `count` random draws (also for W&B's Bayesian method).
 
+        Args:
+            count: most points; `run_cap` when not given.
+            seed: of the draws.
+
         Raises:
             ValueError: the grid was asked of a range, or no count was given for draws.
         """
+        count = self.run_cap if count is None else count
         if self.method == "grid":
             if ranges := [name for name, spec in self.parameters.items() if not _choices(spec)]:
                 raise ValueError(f"{self.path}: a grid needs `values` for {', '.join(ranges)}, not a range")
             grid = product(*(_choices(spec) for spec in self.parameters.values()))
             return [dict(zip(self.parameters, point, strict=True)) for point in grid][:count]
         if count is None:
-            raise ValueError(f"{self.path}: method {self.method} has no end; say how many runs: --count 10")
+            raise ValueError(
+                f"{self.path}: method {self.method} has no end; say how many runs: --count 10, or run_cap"
+            )
         rng = random.Random(seed)
         return [{name: _draw(spec, rng) for name, spec in self.parameters.items()} for _ in range(count)]
 
@@ -114,7 +123,11 @@ def read_sweep(path: str | Path) -> Sweep:
             'on, as in ["${env}", lightning, fit, --config, configs/demo.yaml, "${args}"]; the other macros '
             "write options in ways this program does not read"
         )
-    return Sweep(file, content["method"], metric["name"], metric["goal"] == "maximize", parameters, command)
+    cap = content.get("run_cap")
+    if cap is not None and (type(cap) is not int or cap < 1):
+        raise ValueError(f"{file}: run_cap is {cap!r}; give a number of runs, at least 1")
+    maximize = metric["goal"] == "maximize"
+    return Sweep(file, content["method"], metric["name"], maximize, parameters, command, cap)
 
 
 def sweep(
@@ -134,7 +147,8 @@ def sweep(
     Args:
         file: the sweep, as in configs/sweeps.
         out: folder for the runs and sweep.json; runs/sweeps/NAME/TIME if not given.
-        count: most runs; needed for random and bayes (which is a random search here).
+        count: most runs; for random and bayes (which is a random search here) this or the file's `run_cap` is
+            needed.
         seed: of random draws.
         wandb: send the runs to W&B where their config has its logger; otherwise its files stay in the runs'
             folders, for `wandb sync`.

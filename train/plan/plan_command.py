@@ -53,9 +53,9 @@ def plan(
     device: Literal["a100-80gb", "h100", "h200", "b200", "cpu"] | None = None,
     nodes: int | None = None,
     devices: int | None = None,
-    prompts: int = 50_000,
-    prompt_tokens: int = 300,
-    answer_tokens: int = 400,
+    prompts: int | None = None,
+    prompt_tokens: int | None = None,
+    answer_tokens: int | None = None,
     batch_size: int | None = None,
     checkpointing: bool | None = None,
     fsdp2: bool | None = None,
@@ -74,9 +74,11 @@ def plan(
             CPU for a config with `trainer.accelerator: cpu`, else an H100.
         nodes: machines; the config's when not given.
         devices: accelerators a machine; the config's when not given.
-        prompts: prompts recorded.
-        prompt_tokens: of each, on average.
-        answer_tokens: of each answer, on average.
+        prompts: prompts recorded; when not given, those of the config's `corpus.max_rows`, else 50,000. Text
+            that is cut into pieces (`max_new_tokens: 0`) counts by pieces.
+        prompt_tokens: of each, on average; when not given 300, or the config's `max_prompt_tokens` if lower.
+        answer_tokens: of each answer, on average; when not given 400, or the config's `max_new_tokens` if
+            lower.
         batch_size: rows a batch on each device; the config's when not given.
         checkpointing: recompute activations; the config's when not given.
         fsdp2: share weights and optimiser state among all devices; the config's strategy when not given.
@@ -113,11 +115,12 @@ def plan(
     world, link = nodes * devices, link_gb_s or (25.0 if nodes > 1 else 300.0)
     recompute = bool(init.get("gradient_checkpointing")) if checkpointing is None else checkpointing
     shards = world if (("ModelParallel" in str(trainer.get("strategy"))) if fsdp2 is None else fsdp2) else 1
+    texts = _texts(record, prompts, prompt_tokens, answer_tokens)
     kept = int(record.get("num_kept", 32))
     features = len(record.get("feature_layers", ())) * of_target.hidden
 
     tokens = rows * seq_len
-    learned = tokens * answer_tokens / (prompt_tokens + answer_tokens)
+    learned = tokens * texts.learned
     memory = {
         "weights, gradients, AdamW": formulas.state_bytes(
             sizes.trained,
@@ -145,19 +148,19 @@ def plan(
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
     # gradients travel while the backward pass of the last batch runs: two thirds of its time hide them
     step = accumulate * compute + max(0.0, reduce - compute * 2 / 3)
-    total = prompts * (prompt_tokens + answer_tokens)
+    total = texts.number * texts.length
     steps = int(trainer.get("max_steps", 0)) or round(2 * total / (tokens * accumulate * world))
     recorded = int(record.get("batch_size", 32))
-    recording = formulas.record_bytes(of_target, recorded, prompt_tokens + answer_tokens, features, sheet)
+    recording = formulas.record_bytes(of_target, recorded, texts.length, features, sheet)
     each_batch = formulas.record_batch_s(
-        of_target, recorded, prompt_tokens, answer_tokens, sheet, mfu, step_overhead_ms / 1000
+        of_target, recorded, texts.prompt_tokens, texts.answer_tokens, sheet, mfu, step_overhead_ms / 1000
     )
     result = Plan(
         target=of_target,
         drafter=sizes,
         world=world,
         record_memory_gb=recording / GB,
-        record_hours=prompts / world / recorded * each_batch / 3600,
+        record_hours=texts.number / world / recorded * each_batch / 3600,
         trace_gb=total * bytes_per_token(kept, features) / GB,
         train_memory_gb={name: value / GB for name, value in memory.items()},
         train_hours=steps * step / 3600,
@@ -169,7 +172,7 @@ def plan(
     )
     name = f"this CPU ({1000 * sheet.bf16_tflops:.0f} GFLOP/s measured)" if device == "cpu" else device
     where = f"{nodes} node(s) × {devices} × {name}"
-    print("\n".join(_report(result, where, steps, accumulate * rows * world, shards, prompts)))
+    print("\n".join(_report(result, where, steps, accumulate * rows * world, shards, texts)))
     if out:
         content = asdict(result) | {"fits": result.fits}
         Path(out).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -203,18 +206,68 @@ def load_config(file: Path) -> dict[str, Any]:
     return fill(fill_in_groups(settings, lambda name: (file.parent / name).is_file()))
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """What is recorded: prompts with the target's answers or, with answers of no token, given text.
+
+    Attributes:
+        number: of prompts, or of pieces of text.
+        prompt_tokens: of each.
+        answer_tokens: of each; 0 for given text.
+        assumed: whether neither an option nor the config says how many.
+    """
+
+    number: int
+    prompt_tokens: int
+    answer_tokens: int
+    assumed: bool
+
+    @property
+    def length(self) -> int:
+        return self.prompt_tokens + self.answer_tokens
+
+    @property
+    def learned(self) -> float:
+        """Share of the tokens that a drafter learns; of given text all are counted."""
+        return self.answer_tokens / self.length if self.answer_tokens else 1.0
+
+    def told(self) -> str:
+        what = f"prompts of {self.prompt_tokens:,} tokens with answers of {self.answer_tokens:,}"
+        if not self.answer_tokens:
+            what = f"pieces of text of {self.prompt_tokens:,} tokens"
+        return f"{self.number:,} {what}" + (" (assumed: give --prompts)" if self.assumed else "")
+
+
+def _texts(record: dict[str, Any], prompts: int | None, question: int | None, answer: int | None) -> _Texts:
+    """The options where they are given; else what `data.record` says; else an assumption."""
+    limits, generation = record.get("prompts") or {}, record.get("generation") or {}
+    if question is None:
+        question = min(300, int(limits.get("max_prompt_tokens") or 300))
+    if answer is None:
+        answer = min(400, int(generation.get("max_new_tokens", 400)))
+    rows = (record.get("corpus") or {}).get("max_rows") if answer else None  # rows of text are many pieces
+    if prompts is None and rows:
+        prompts = int(rows) * int(limits.get("prompts_per_document", 1))
+    return _Texts(prompts or 50_000, question, answer, assumed=not prompts)
+
+
+def _count_of(parameters: int) -> str:
+    """8190000000 → "8.19 B", 398000 → "0.40 M"."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
+
+
 def _time(hours: float) -> str:
     return f"{hours:6.1f} h" if hours >= 1 else f"{60 * hours:6.0f} minutes"
 
 
-def _report(found: Plan, where: str, steps: int, rows: int, shards: int, prompts: int) -> Iterator[str]:
+def _report(found: Plan, where: str, steps: int, rows: int, shards: int, texts: _Texts) -> Iterator[str]:
     yield f"{where} of {found.device_memory_gb:.0f} GB; all of it is estimated"
     for what, sizes in (("target ", found.target), ("drafter", found.drafter)):
         yield (
-            f"{what} {sizes.name}: {sizes.parameters / GB:.2f} B parameters ({sizes.body / GB:.2f} B without "
+            f"{what} {sizes.name}: {_count_of(sizes.parameters)} parameters ({_count_of(sizes.body)} without "
             f"embeddings), {sizes.layers} layers of {sizes.hidden}, vocabulary {sizes.vocabulary:,}"
         )
-    yield f"\nrecording {prompts:,} prompts"
+    yield f"\nrecording {texts.told()}"
     yield f"  memory   {found.record_memory_gb:6.1f} GB a device (bf16 weights, cache, logits of 128 MiB)"
     yield f"  trace    {found.trace_gb:6.1f} GB on disk"
     yield f"  time     {_time(found.record_hours)} on {found.world} device(s)"

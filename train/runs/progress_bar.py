@@ -56,10 +56,10 @@ class RunProgress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if values and not trainer.sanity_checking:
-            where = f"step {trainer.global_step:,}" if trainer.state.fn == "fit" else "validation"
+        if values and trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.print(
-                f"{where}: " + ", ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in values.items())
+                f"step {trainer.global_step:,}: "
+                + ", ".join(f"{k.removeprefix('val/')} {v:.3f}" for k, v in values.items())
             )
 
     def print(self, *args: Any, **kwargs: Any) -> None:

@@ -143,6 +143,16 @@ def test_windows_are_fixed_by_content(tokenizer: PreTrainedTokenizerBase) -> Non
     assert all(start == 0 or TEXT[start - 1] == "\n" for start in starts)
 
 
+def test_a_long_text_of_which_little_is_used_is_told(tokenizer: PreTrainedTokenizerBase) -> None:
+    book = "".join(f"line {i} of a long book\n" for i in range(20_000))
+    for number, told in ((1, 1), (1000, 0)):
+        settings = Prompts(prompt_tokens=20, prompts_per_document=number)
+        accounting = build(tokenizer, [book, TEXT[:400]], settings)[1]
+        notes = {note: skip.count for note, skip in accounting.notes.items()}
+        assert sum(notes.values()) == told, notes
+        assert all("prompts_per_document" in note for note in notes)
+
+
 @pytest.mark.parametrize("text", ["x" * 10_000_000, "word " * 2_000_000], ids=["one word", "one line"])
 def test_window_of_ten_megabytes(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     [prompt], _ = build(tokenizer, [text], Prompts(prompt_tokens=16))

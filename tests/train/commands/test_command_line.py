@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
+from certdraft.train.commands.parsing.completion import options_of
 from certdraft.train.commands.parsing.parser import check_syntax, explain, place_in_files
 
 Write = Callable[..., str]
@@ -76,6 +77,33 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
         main([name, "--help"])
     assert exit_.value.code == 0
     assert f"usage: certdraft {name}" in capsys.readouterr().out.replace(" [options]", "")
+
+
+def test_help_of_fit_leads_with_what_a_run_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    """The Trainer's options come after ours, all of them behind --help=all."""
+    texts = []
+    for asked in ("--help", "--help=all"):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", asked])
+        assert stop.value.code == 0
+        texts.append(capsys.readouterr().out)
+    short, whole = texts
+    order = [
+        "--config",
+        "--model.drafter",
+        "--model.loss",
+        "--model.optimizer.lr",
+        "--data.seq_len",
+        "--trainer.",
+    ]
+    places = [short.index(f"  {option}") for option in order]
+    assert places == sorted(places)
+    assert "--help=all" in short
+    assert len(short.splitlines()) < 110
+    assert "loss per token position" in short, "each with its meaning"
+    assert "--trainer.limit_val_batches" in whole
+    assert "--trainer.limit_val_batches" not in short
+    assert {"--trainer.limit_val_batches", "--name"} <= set(options_of("fit"))
 
 
 @pytest.mark.parametrize(
@@ -207,11 +235,14 @@ def test_a_complaint_names_the_file_and_line_it_comes_from(tmp_path: Path) -> No
     assert place_in_files("model.optimizer.lr: expected a float", typed) == "", "typed, not read"
 
 
-def test_a_class_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_class_whose_module_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The reason, and no class of ours that sounds alike."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_failing.py").write_text("import my_missing_package\n")
     (tmp_path / "my_whole.py").write_text("")
+    (tmp_path / "my_losses.py").write_text("class Best: ...\n")
     for name, words in (
         ("my_absent.Best", "there is no module my_absent where Python looks"),
         ("my_failing.Best", "importing my_failing fails: No module named 'my_missing_package'"),
@@ -220,6 +251,9 @@ def test_a_class_whose_module_cannot_be_imported(tmp_path: Path, monkeypatch: py
         said = explain(f"Unexpected import path format: {name}")
         assert words in said
         assert ("did you mean" in said) is (name == "my_whole.HardCEE")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "demo", "--model.loss", "my_losses.Bst", "--print_config"])
+    assert "no class 'my_losses.Bst'; did you mean 'my_losses.Best'?" in capsys.readouterr().err
 
 
 def test_explain_keeps_the_deepest_complaint() -> None:

@@ -128,6 +128,16 @@ def test_a_plan_in_words_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert plan(mfu=0.2).step_seconds == pytest.approx(2 * one.step_seconds)
 
 
+def test_rows_of_the_config_are_what_is_recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    settings = load_config(CONFIGS / "qwen3-8b-0.6b.yaml")
+    settings["data"]["record"]["corpus"]["max_rows"] = 2000
+    settings["data"]["record"]["generation"]["max_new_tokens"] = 100
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    found = plan(run=str(tmp_path / "run.yaml"))
+    assert "recording 2,000 prompts of 300 tokens with answers of 100\n" in capsys.readouterr().out
+    assert found.trace_gb == pytest.approx(2000 * 400 * bytes_per_token(32) / 1e9)
+
+
 def test_a_precision_that_fit_refuses_is_not_planned_for(tmp_path: Path) -> None:
     settings = load_config(CONFIGS / "qwen3-8b-0.6b.yaml")
     settings["trainer"]["precision"] = "bf16-true"
@@ -260,3 +270,24 @@ def test_a_config_for_the_cpu_is_planned_for_this_machine(capsys: pytest.Capture
     assert "CUDA" in capsys.readouterr().out
     assert there.step_seconds < here.step_seconds
     assert there.target == here.target
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("demo", "50,000 prompts of 300 tokens with answers of 96 (assumed: give --prompts)"),
+        ("eagle3-embedded", "50,000 pieces of text of 240 tokens (assumed: give --prompts)"),
+    ],
+)
+def test_what_is_recorded_is_what_the_config_says(
+    name: str, texts: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lengths are the config's, what is assumed is called so, and small networks are not "0.00 B"."""
+    config = str(CONFIGS / f"{name}.yaml")
+    plan(config)
+    said = capsys.readouterr().out
+    assert texts in said
+    assert "0.00 B" not in said
+    found = plan(config, prompts=10, prompt_tokens=20, answer_tokens=30)
+    assert "recording 10 prompts of 20 tokens with answers of 30\n" in capsys.readouterr().out
+    assert found.trace_gb < 0.01

@@ -175,6 +175,7 @@ def test_the_agent_of_wandb_runs_it_offline(
         ({"program": "python", "command": ["${program}", "${args}"]}, "command must call"),
         ({"parameters": {"model.optimizer.lr": {"min": 0.1, "max": 0.2}}}, "a grid needs `values`"),
         ({"method": "random"}, "--count"),
+        ({"run_cap": 0}, "run_cap is 0"),
         ({"command": ["python", "train.py", "${args}"]}, "command must call"),
         ({"command": ["lightning", "fit", "${args_no_boolean_flags}"]}, "pass ${args} on"),
         ({"parameters": {"model.optimizer.lrr": {"values": [1]}}}, "did you mean"),

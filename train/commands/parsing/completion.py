@@ -35,7 +35,7 @@ def options_of(command: str) -> list[str]:
     """Every option that a command's help shows, in its order."""
     from certdraft.train.commands.cli import captured
 
-    return list(dict.fromkeys(_OPTION.findall(captured([command, "--help"])[1])))
+    return list(dict.fromkeys(_OPTION.findall(captured([command, "--help=all"])[1])))
 
 
 def script(shell: str, options: Mapping[str, Sequence[str]], summaries: Mapping[str, str]) -> str:

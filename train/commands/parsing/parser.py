@@ -77,7 +77,7 @@ class Strict:
         prog = self.prog.replace(" [options]", "")
         complaint = explain(message, known_keys(self))
         print(f"{prog}: error: {place_in_files(complaint, Strict.typed)}{complaint}", file=sys.stderr)
-        print(f"all options: {prog} --help", file=sys.stderr)
+        print(f"all options: {prog} --help=all", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -183,7 +183,9 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
         parts = (match["group"], match["a"] or match["b"] or match["c"] or match["d"])
         return where + _unknown(".".join(filter(None, parts)), owner, keys)
     if match := next((m for entry in deepest if (m := _IMPORT.match(entry[3]))), None):
-        return where + _no_class(owner if "No module" in match[0] and owner else match["name"].strip("'\""))
+        name = match["name"].strip("'\"")
+        given = owner and ("No module" in match[0] or owner.endswith(f".{name}"))
+        return where + _no_class(owner if owner and given else name)
     several = " or ".join(
         dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
     )
@@ -238,6 +240,10 @@ def _no_class(name: str) -> str:
     module = name.rpartition(".")[0]
     if module and (why := _not_imported(module)):
         return f"no class {name!r}: {why}"
+    if module and not module.startswith("certdraft."):
+        own = [key for key, value in vars(import_module(module)).items() if isinstance(value, type)]
+        if near := get_close_matches(name.rpartition(".")[2], own, n=1, cutoff=0.5):
+            return f"no class {name!r}; did you mean '{module}.{near[0]}'?"
     near = get_close_matches(name.rpartition(".")[2], sorted(classes), n=1, cutoff=0.5)
     return f"no class {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; give its full import path")
 
