@@ -156,16 +156,13 @@ class Connection:
         answer = self.get("/v1/models")
         entries = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ServerError(
-                f"{self.server.url}/v1/models does not list models; is this an inference server?"
-            )
+            raise ServerError(f"{self.base}/v1/models does not list models; is this an inference server?")
         names = [str(entry.get("id")) for entry in entries]
         wanted = self.server.model or (names[0] if len(names) == 1 else None)
         if wanted not in names:
             found = f"no model {wanted!r}" if wanted else "several models"
             raise ServerError(
-                f"{self.server.url} serves {found} ({', '.join(names) or 'none'}); name one as "
-                f"{self._options}model"
+                f"{self.base} serves {found} ({', '.join(names) or 'none'}); name one as {self._options}model"
             )
         limit = entries[names.index(wanted)].get("max_model_len")
         return str(wanted), limit if isinstance(limit, int) else None

@@ -128,7 +128,7 @@ class Client:
 
     def _check(self, connection: Connection, longest: int) -> None:
         url = connection.base
-        model, limit = self._served(connection)
+        model, limit = connection.served_model()
         if isinstance(self.api, Completions):
             if self.api.model not in ("", model):
                 raise ServerError(
@@ -219,19 +219,3 @@ class Client:
             f"{self.recording.num_kept} are wanted; start it with a higher limit (vLLM: --max-logprobs "
             f"{self.recording.num_kept}) or record with num_kept={limit}"
         )
-
-    def _served(self, connection: Connection) -> tuple[str, int | None]:
-        """Name of the model and the longest document it takes, from /v1/models."""
-        url, answer = connection.base, connection.get("/v1/models")
-        entries = answer.get("data") if isinstance(answer, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ServerError(f"{url}/v1/models does not list models; is this an inference server?")
-        names = [str(entry.get("id")) for entry in entries]
-        wanted = self.server.model or (names[0] if len(names) == 1 else None)
-        if wanted not in names:
-            found = f"no model {wanted!r}" if wanted else "several models"
-            raise ServerError(
-                f"{url} serves {found} ({', '.join(names) or 'none'}); name one as server.model"
-            )
-        limit = entries[names.index(wanted)].get("max_model_len")
-        return str(wanted), limit if isinstance(limit, int) else None
