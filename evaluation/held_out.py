@@ -50,8 +50,14 @@ def refuse_training_texts(drafters: Mapping[str, str], trace: str) -> None:
 
 
 def _corpus(file: Path) -> dict[str, Any]:
-    settings = json.loads(file.read_text(encoding="utf-8")).get("settings") or {}
-    return settings.get("corpus") or {}
+    """Corpus settings of a trace; empty where the file is damaged, which opening the trace reports."""
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return {}
+    for key in ("settings", "corpus"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _overlaps(trained: Mapping[str, Any], held_out: Mapping[str, Any]) -> Iterator[str]:

@@ -129,7 +129,7 @@ def run_bench(
     folder = PassFolder(path, settings)
     server = Server(
         url,
-        model,
+        model=model,
         concurrency=max(requests),
         timeout_s=timeout_s,
         retries=2,

@@ -10,7 +10,6 @@ import torch
 
 from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
 from certdraft.decoding import Chain, TargetRunner
-from certdraft.drafters import BlockDrafter
 from certdraft.evaluation.loading import TargetVocabulary, load_checked, pick_device
 from certdraft.evaluation.measure.acceptance_lengths import Lengths, replay_lengths
 from certdraft.evaluation.measure.bench import difference
@@ -78,9 +77,9 @@ def replay_served(
     fingerprint = tokenizer_fingerprint(load_tokenizer(target, revision=revision))
     vocabulary = TargetVocabulary(target, model.get_output_embeddings().weight.shape[0], fingerprint)
     loaded: dict[str, Any] = {"drafter": load_checked(drafter, vocabulary, place, dtype, model)}
-    if isinstance(loaded["drafter"], BlockDrafter):  # engines give a block as many masks as they draft
-        block = replace(loaded["drafter"].config, block_size=draft_length + 1)
-        loaded["drafter"].config = block
+    if (longest := loaded["drafter"].max_draft_length) is not None:  # engines make blocks of what they draft
+        config = loaded["drafter"].config
+        loaded["drafter"].config = replace(config, block_size=config.block_size - longest + draft_length)
     features = features_for(loaded, model)["drafter"]
     builders = {"chain": Chain(draft_length)}
     found = replay_lengths(loaded["drafter"], documents, builders, features=features, progress=progress)
