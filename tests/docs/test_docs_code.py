@@ -41,6 +41,7 @@ FOREIGN = {
     "uv",
     "source",
     "llama-server",
+    "mkdir",
 }
 LANGUAGES = {"python", "bash", "yaml", "text", "bibtex", "json", ""}
 _BLOCK = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.M | re.S)
