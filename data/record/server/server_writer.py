@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from certdraft.data.record.interruption import Stopped, StopSignals
 from certdraft.data.record.recording import (
@@ -30,9 +30,7 @@ from certdraft.data.record.recording import (
     with_defaults,
 )
 from certdraft.data.record.server.feature_files import FeatureFiles
-from certdraft.data.record.server.http_server import (
-    Server,
-)
+from certdraft.data.record.server.http_server import Server
 from certdraft.data.record.server.serve_command import serve_command
 from certdraft.data.record.server.server_client import Client
 from certdraft.data.targets import load_tokenizer, target_config
@@ -40,9 +38,6 @@ from certdraft.data.trace.recorded_row import RecordedRow
 from certdraft.data.trace.shards import Ledger, RecordingError
 from certdraft.data.trace.trace_metadata import TraceMeta
 from certdraft.support import Progress, facts_of
-
-if TYPE_CHECKING:
-    pass
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
