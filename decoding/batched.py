@@ -113,7 +113,12 @@ def decode_batch(
             context, mass = text.length - 1 + len(text.tokens), np.cumsum([row.logp[0] for row in rows])
             text.tokens += new
             size, expected = len(own), math.fsum(np.exp(mass))
-            text.rounds.append(Round(context, size, size, expected, accepted, len(new), draft_s, verify_s))
+            text.rounds.append(
+                Round(
+                    context, size, size, expected, accepted, len(new), draft_s, verify_s,
+                    candidates=(1,) * min(size, len(new)),
+                )
+            )  # fmt: skip
             lag, path = text.unread[:-1], [text.unread[-1], *own[:good]]
             read = min(len(path), len(own))  # of the path; the chain's last token was not read
             kept[0].append(len(path))

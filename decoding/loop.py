@@ -45,6 +45,7 @@ class Round:
         host_s: every other second of the round.
         bonus_rank: rank of the bonus token at its depth under a marginal drafter, 0 = its first choice; known
             to replays alone.
+        candidates: by draft depth from 1, how many tokens the tree offers after the accepted ones before.
     """
 
     context: int
@@ -57,6 +58,7 @@ class Round:
     verify_s: float = 0.0
     host_s: float = 0.0
     bonus_rank: int | None = None
+    candidates: tuple[int, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -184,18 +186,18 @@ def decode(
         if observe := getattr(builder, "observe", None):
             observe(tree, len(new), context)
         host_s += clock.lap("host")
-        depth, expected = max(tree.depths), tree.expected_accepted
         rounds.append(
             Round(
                 context,
                 tree.num_nodes,
-                depth,
-                expected,
+                max(tree.depths),
+                tree.expected_accepted,
                 accepted,
                 len(new),
                 session.draft_s,
                 verify_s,
                 host_s,
+                candidates=candidates_along(tree, path[: len(new)]),
             )
         )
     return DecodeResult(tokens, rounds, "eos" if stopped else "length", prefill_s, guard.fallbacks)
@@ -314,6 +316,11 @@ def as_target(target: Target | PreTrainedModel, taps: Sequence[int] = ()) -> Tar
 def eos_set(eos: int | Collection[int] | None) -> frozenset[int]:
     """Tokens that end a text."""
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def candidates_along(tree: Tree, path: Sequence[int]) -> tuple[int, ...]:
+    """Children of every slot of a path, as deep as the tree goes."""
+    return tuple(len(tree.children[slot]) for slot in path)[: max(tree.depths)]
 
 
 def cut(new: list[int], stops: Collection[int]) -> tuple[list[int], int, bool]:

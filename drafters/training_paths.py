@@ -34,6 +34,11 @@ class Paths(NamedTuple):
     steps: Int[Tensor, "P D"]
     mask: Bool[Tensor, "P D"]
 
+    @property
+    def depths(self) -> Int[Tensor, " N"]:
+        """Draft depth of every draft token that counts, from 1, in the order of `hidden[mask]`."""
+        return self.mask.nonzero()[:, 1] + 1
+
 
 def steps_from(starts: Int[Tensor, " P"], mask: Bool[Tensor, "P D"]) -> Int[Tensor, "P D"]:
     """Flat positions t, t + 1, … of the paths that start at flat positions `starts`; 0 off the mask."""

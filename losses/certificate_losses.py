@@ -9,6 +9,7 @@ and κ_m → 0 at near-ties. They are here to raise the *certified* fraction. Fo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from certdraft.certificates import Coverage, coarse_radius, largest, radius
 from certdraft.losses.base import Loss, View
+from certdraft.losses.candidates import Candidates
 from certdraft.losses.imitation import ForwardKL, HardCE, Vocabulary
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
@@ -164,29 +166,36 @@ class CoverageMargin(SparseLoss):
     rank by probability (theory notes §8.4, not calibrated).
 
     Args:
-        m: draft tokens proposed per step.
+        m: draft tokens proposed per step, or a list of them by draft depth (`Candidates`).
         slack: log-gap asked for beyond the boundary, nats, ≥ 0.
         temperature: width of the hinge, nats, > 0.
 
     Source: theory notes §8.1, §8.4.
     """
 
-    def __init__(self, m: int = 4, slack: float = 1.0, temperature: float = 1.0) -> None:
+    def __init__(self, m: int | Sequence[int] = 4, slack: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
-        if m < 1 or slack < 0.0 or not temperature > 0.0:
+        self.m = Candidates("CoverageMargin", m)
+        if slack < 0.0 or not temperature > 0.0:
             raise ValueError(
-                f"CoverageMargin: m={m}, slack={slack}, temperature={temperature}; need m >= 1, slack >= 0 "
-                "nats and temperature > 0 nats."
+                f"CoverageMargin: m={m}, slack={slack}, temperature={temperature}; need slack >= 0 nats and "
+                "temperature > 0 nats."
             )
-        self.m, self.slack, self.temperature = m, slack, temperature
+        self.slack, self.temperature = slack, temperature
+
+    def check_target(self, target: TargetBatch) -> None:
+        super().check_target(target)
+        self.m.check(target)
 
     def pick(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Int[Tensor, "N S"]:
         """The greedy token and the m-th strongest of the others (the weakest one when V ≤ m)."""
-        kept = min(self.m + 1, logits.shape[-1])
-        ids = largest(logits, kept)[1]
-        ahead = (ids[:, : kept - 1] == target.greedy[:, None]).any(-1)
-        rival = torch.where(ahead, ids[:, kept - 1], ids[:, max(kept - 2, 0)])
-        return torch.stack([target.greedy, rival], -1)
+        vocab = logits.shape[-1]
+        ids = largest(logits, min(self.m.most + 1, vocab))[1]
+        last = self.m.at(target).clamp(max=vocab - 1)[:, None]  # rank of the m-th other if g is ahead of it
+        rank = torch.arange(ids.shape[-1], device=ids.device)
+        ahead = ((ids == target.greedy[:, None]) & (rank < last)).any(-1, keepdim=True)
+        rival = ids.gather(-1, torch.where(ahead, last, (last - 1).clamp(min=0)))
+        return torch.cat([target.greedy[:, None], rival], -1)
 
     def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
         lead = picked[:, 1] - picked[:, 0] + self.slack

@@ -17,12 +17,15 @@ Axes: N steps · K head entries · C coarse classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from certdraft.certificates import coverage_level
 from certdraft.losses.base import Loss
+from certdraft.losses.candidates import Candidates
 from certdraft.losses.coarse_logits import NEVER
 from certdraft.losses.target import TargetBatch
 
@@ -65,12 +68,6 @@ def _check_floor(name: str, floor: float) -> float:
     if not 0.0 <= floor <= 1.0:
         raise ValueError(f"{name}: floor={floor} is not in [0, 1]; it is the least weight of a competitor.")
     return floor
-
-
-def _check_m(name: str, m: int) -> int:
-    if m < 1:
-        raise ValueError(f"{name}: m={m}; it is the number of draft tokens proposed per step, at least 1.")
-    return m
 
 
 class MarginDiscountedCE(DiscountedCE):
@@ -129,21 +126,26 @@ class PoolDiscountedCE(DiscountedCE):
     `MarginDiscountedCE`: with a fixed m this loss stops ordering the free competitors.
 
     Args:
-        m: draft tokens proposed per step.
+        m: draft tokens proposed per step, or a list of them by draft depth (`Candidates`).
         floor: least weight.
 
     Source: theory notes §2 (KKT multipliers of the master theorem), §5.
     """
 
-    def __init__(self, m: int = 4, floor: float = 0.02) -> None:
+    def __init__(self, m: int | Sequence[int] = 4, floor: float = 0.02) -> None:
         super().__init__()
-        self.m, self.floor = _check_m("PoolDiscountedCE", m), _check_floor("PoolDiscountedCE", floor)
-        self.min_head = m + 1
+        self.m, self.floor = Candidates("PoolDiscountedCE", m), _check_floor("PoolDiscountedCE", floor)
+        self.min_head = self.m.most + 1
+
+    def check_target(self, target: TargetBatch) -> None:
+        super().check_target(target)
+        self.m.check(target)
 
     def discount(self, target: TargetBatch) -> Float[Tensor, "N K"]:
         """1 − p_j/c, floored; (c − p_j)/c in units of p_g, without cancellation."""
         excess = (-target.head.gap.double()).expm1()
-        level = coverage_level(excess[:, 1 : self.m + 1].T).clamp(max=0.0)[:, None]
+        levels = torch.stack([coverage_level(excess[:, 1 : m + 1].T) for m in self.m.sizes], -1)
+        level = levels.clamp(max=0.0).gather(-1, self.m.index(target)[:, None])
         return ((level - excess) / (1 + level)).clamp(min=self.floor).to(target.head.gap.dtype)
 
     def extra_repr(self) -> str:
@@ -163,21 +165,24 @@ class RunnerUpForgivingCE(DiscountedCE):
     hence top-1 and chain acceptance. `PoolDiscountedCE` gives up less for the same coverage.
 
     Args:
-        m: draft tokens proposed per step; m = 1 is `HardCE`.
+        m: draft tokens proposed per step, or a list of them by draft depth (`Candidates`); m = 1 is `HardCE`.
 
     Source: this project; the event is that of theory notes §5.
     """
 
-    def __init__(self, m: int = 4) -> None:
+    def __init__(self, m: int | Sequence[int] = 4) -> None:
         super().__init__()
-        self.m = _check_m("RunnerUpForgivingCE", m)
-        self.min_head = m
+        self.m = Candidates("RunnerUpForgivingCE", m)
+        self.min_head = self.m.most
+
+    def check_target(self, target: TargetBatch) -> None:
+        super().check_target(target)
+        self.m.check(target)
 
     def discount(self, target: TargetBatch) -> Float[Tensor, "N K"]:
         """0 for the target's ranks 2..m, 1 below."""
-        weight = torch.ones_like(target.head.gap)
-        weight[:, 1 : self.m] = 0.0
-        return weight
+        rank = torch.arange(target.num_kept, device=target.head.gap.device)
+        return (rank >= self.m.at(target)[:, None]).to(target.head.gap.dtype)
 
     def extra_repr(self) -> str:
         return f"m={self.m}"

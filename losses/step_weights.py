@@ -12,6 +12,7 @@ N counted steps · D draft depth.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from certdraft.losses.base import Loss
+from certdraft.losses.candidates import Candidates
 from certdraft.losses.certificate_losses import CoverageMargin
 from certdraft.losses.coarse_logits import ABSENT
 from certdraft.losses.imitation import LK, HardCE
@@ -46,16 +48,19 @@ class StepWeights(nn.Module):
             counted step is accepted.
         acceptance: what that chance is: "greedy" q(g), the drafter's probability of the greedy token;
             "overlap" Σ min(p, q), the acceptance rate of speculative sampling; "first" 1 where the greedy
-            token is the drafter's first choice and 0 elsewhere.
+            token is among the drafter's first `candidates` choices and 0 elsewhere.
+        candidates: of "first"; one number, or one for each draft depth.
     """
 
     needs_nll: bool = False
     acceptance: Acceptance = "greedy"
+    candidates: int | Sequence[int] = 1
 
     @property
     def nll_loss(self) -> Loss:
         """The per-step loss whose values the weights read as `nll`."""
-        return {"greedy": HardCE(), "overlap": LK("alpha"), "first": _FirstChoice(1)}[self.acceptance]
+        covered = _Covered(self.candidates)
+        return {"greedy": HardCE(), "overlap": LK("alpha"), "first": covered}[self.acceptance]
 
     def forward(
         self,
@@ -99,14 +104,16 @@ class ProductWeights(StepWeights):
         if not factors:
             raise ValueError("ProductWeights: factors is empty; give at least one step weight.")
         self.factors = nn.ModuleList(factors)
-        reading = {factor.acceptance for factor in factors if factor.needs_nll}
-        if len(reading) > 1:
+        reading = [factor for factor in factors if factor.needs_nll]
+        if len({(factor.acceptance, str(factor.candidates)) for factor in reading}) > 1:
+            kinds = ", ".join(f"{factor.acceptance} of {factor.candidates}" for factor in reading)
             raise ValueError(
-                f"ProductWeights: factors read different acceptances ({', '.join(sorted(reading))}); set the "
-                "same `acceptance` for all of them."
+                f"ProductWeights: factors read different acceptances ({kinds}); set the same `acceptance` "
+                "and `candidates` for all of them."
             )
         self.needs_nll = bool(reading)
-        self.acceptance = reading.pop() if reading else "greedy"
+        if reading:
+            self.acceptance, self.candidates = reading[0].acceptance, reading[0].candidates
 
     def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
         return functools.reduce(torch.mul, [factor(*step, **named) for factor in self.factors])
@@ -217,7 +224,8 @@ class ReachWeights(PathWeights):
     """The chance that verification reaches a draft: Π of the acceptances of the drafts before it on its path.
 
     With acceptance = "first" and `HardCE` this is Spec-AUF, cross-entropy up to and with the drafter's first
-    failure; with "overlap" and `RenyiHalf` it is D-PARD.
+    failure; with "overlap" and `RenyiHalf` it is D-PARD. With the `candidates` of a tree it is the chance
+    that the tree still holds the greedy path.
 
     Args:
         depth: D, draft tokens of a path.
@@ -225,14 +233,23 @@ class ReachWeights(PathWeights):
         beyond: weight of the drafts that verification does not reach, in [0, 1].
         focal: extra weight of the first rejected draft, ≥ 0. With beyond = 1 it is a first-error focal weight
             as in L2R, whose chain loss is `PrefixWeights(smoothing=0)` with `HardCE`.
+        candidates: with acceptance = "first", how many first choices are proposed: one number, or a list by
+            draft depth.
 
     Source: arXiv 2607.01893 (Spec-AUF), 2606.11552 (L2R).
     """
 
     def __init__(
-        self, depth: int = 8, acceptance: Acceptance = "first", beyond: float = 0.0, focal: float = 0.0
+        self,
+        depth: int = 8,
+        acceptance: Acceptance = "first",
+        beyond: float = 0.0,
+        focal: float = 0.0,
+        candidates: int | Sequence[int] = 1,
     ) -> None:
         super().__init__(depth, acceptance)
+        Candidates("ReachWeights", candidates)  # the same checks
+        self.candidates = candidates
         if not 0.0 <= beyond <= 1.0 or not focal >= 0.0:
             raise ValueError(
                 f"ReachWeights: beyond={beyond}, focal={focal}; need beyond in [0, 1] and focal >= 0."
@@ -246,11 +263,14 @@ class ReachWeights(PathWeights):
         return weight * inside
 
     def extra_repr(self) -> str:
-        return f"depth={self.depth}, acceptance={self.acceptance!r}, beyond={self.beyond}, focal={self.focal}"
+        return (
+            f"depth={self.depth}, acceptance={self.acceptance!r}, beyond={self.beyond}, focal={self.focal}, "
+            f"candidates={self.candidates}"
+        )
 
 
-class _FirstChoice(CoverageMargin):
-    """0 where the greedy token is the drafter's first choice, else so much that exp(−value) is 0."""
+class _Covered(CoverageMargin):
+    """0 where the greedy token is among the drafter's m first choices, else so much that exp(−value) is 0."""
 
     def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
         return torch.where(picked[:, 1] >= picked[:, 0], -ABSENT, 0.0)

@@ -37,15 +37,18 @@ class TargetBatch:
         logp: log-probabilities over the full vocabulary, nats; None when only the head was stored.
         next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
         num_absent: how many of the last classes the drafter has no logit for; see `DraftVocabulary`.
+        depths: draft depth of each step, from 1; None where a step lies at several, as in the training of
+            causal drafters.
 
     Raises:
-        ValueError: steps not on one axis, or `logp` or `next_ids` of another shape than the head.
+        ValueError: steps not on one axis, or `logp`, `next_ids` or `depths` of another shape than the head.
     """
 
     head: Head
     logp: Float[Tensor, "N V"] | None = None
     next_ids: Int[Tensor, " N"] | None = None
     num_absent: int = 0
+    depths: Int[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         if self.head.ids.dim() != 2:
@@ -69,10 +72,12 @@ class TargetBatch:
                     f"TargetBatch: logp has shape {list(self.logp.shape)}, expected {list(expected)}."
                 )
             object.__setattr__(self, "logp", self.logp.detach().to(dtype))
-        if self.next_ids is not None and tuple(self.next_ids.shape) != (len(head.ids),):
-            raise ValueError(
-                f"TargetBatch: next_ids has shape {list(self.next_ids.shape)}, expected [{len(head.ids)}]."
-            )
+        for name in ("next_ids", "depths"):
+            values: Tensor | None = getattr(self, name)
+            if values is not None and tuple(values.shape) != (len(head.ids),):
+                raise ValueError(
+                    f"TargetBatch: {name} has shape {list(values.shape)}, expected [{len(head.ids)}]."
+                )
 
     @classmethod
     def from_logits(
@@ -109,7 +114,11 @@ class TargetBatch:
     def __getitem__(self, index: Any) -> TargetBatch:
         """The steps of a slice, a mask or an index tensor."""
         return TargetBatch(
-            self.head[index], _at(self.logp, index), _at(self.next_ids, index), self.num_absent
+            self.head[index],
+            _at(self.logp, index),
+            _at(self.next_ids, index),
+            self.num_absent,
+            _at(self.depths, index),
         )
 
     def pad(self, logits: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -122,9 +131,11 @@ class TargetBatch:
 
     def to(self, device: torch.device | str) -> TargetBatch:
         """The same target on another device."""
-        logp = None if self.logp is None else self.logp.to(device)
-        next_ids = None if self.next_ids is None else self.next_ids.to(device)
-        return TargetBatch(self.head.to(device), logp, next_ids, self.num_absent)
+        logp, next_ids, depths = (
+            None if values is None else values.to(device)
+            for values in (self.logp, self.next_ids, self.depths)
+        )
+        return TargetBatch(self.head.to(device), logp, next_ids, self.num_absent, depths)
 
     @property
     def has_full(self) -> bool:
@@ -193,6 +204,7 @@ class OnlineTarget:
         full: keep full log-probabilities in every chunk; needed by full-vocabulary divergences.
         next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
         bias: of the target's output layer, [V]; None where it has none.
+        depths: see `TargetBatch`.
     """
 
     hidden: Float[Tensor, "N H"]
@@ -201,6 +213,7 @@ class OnlineTarget:
     full: bool = True
     next_ids: Int[Tensor, " N"] | None = None
     bias: Float[Tensor, " V"] | None = None
+    depths: Int[Tensor, " N"] | None = None
     num_absent: ClassVar[int] = 0
 
     def __len__(self) -> int:
@@ -210,11 +223,17 @@ class OnlineTarget:
     def __getitem__(self, index: Any) -> TargetBatch:
         """The target at these steps, logits in fp32."""
         logits = project_fp32(self.hidden[index], self.weight, self.bias)
-        return TargetBatch.from_logits(logits, self.k, self.full, _at(self.next_ids, index))
+        found = TargetBatch.from_logits(logits, self.k, self.full, _at(self.next_ids, index))
+        return replace(found, depths=_at(self.depths, index))
 
     def select(self, mask: Bool[Tensor, " N"]) -> OnlineTarget:
         """The steps where the mask is True, still without logits."""
-        return replace(self, hidden=self.hidden[mask], next_ids=_at(self.next_ids, mask))
+        return replace(
+            self,
+            hidden=self.hidden[mask],
+            next_ids=_at(self.next_ids, mask),
+            depths=_at(self.depths, mask),
+        )
 
     @property
     def has_full(self) -> bool:

@@ -94,7 +94,8 @@ class DrafterModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         paths, outputs = self._paths(batch)
-        hidden, target = paths.hidden[paths.mask], outputs.at(paths.steps[paths.mask])
+        hidden = paths.hidden[paths.mask]
+        target = outputs.at(paths.steps[paths.mask], paths.depths if self.drafter.taps else None)
         weight: Any = self.drafter.head_weight if self.chunked is not None or self.vocabulary else None
         if self.vocabulary is not None:
             target = self.vocabulary.target(target)

@@ -69,7 +69,7 @@ class DraftVocabulary:
         if logp is not None:
             known = functional.pad(logp[:, self.ids], (0, head.num_kept), value=-_NOTHING)
             logp = known.log_softmax(-1)
-        return TargetBatch(head, logp, next_ids, head.num_kept)
+        return TargetBatch(head, logp, next_ids, head.num_kept, target.depths)
 
     def _head(self, head: Head) -> Head:
         num, kept = len(self.ids), head.num_kept

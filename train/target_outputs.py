@@ -140,8 +140,14 @@ class TargetOutputs:
     features: Float[Tensor, "R T L H"] | None
     online: OnlineTarget | None = None
 
-    def at(self, steps: Int[Tensor, " N"]) -> TargetBatch | OnlineTarget:
+    def at(
+        self, steps: Int[Tensor, " N"], depths: Int[Tensor, " N"] | None = None
+    ) -> TargetBatch | OnlineTarget:
         """The target at some of the flattened token positions.
+
+        Args:
+            steps: which positions.
+            depths: draft depth of each, from 1, for losses that depend on it.
 
         Raises:
             ValueError: the batch holds no recorded logits, and no target was run.
@@ -149,13 +155,13 @@ class TargetOutputs:
         batch = self.batch
         labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
         if self.online is not None:
-            return replace(self.online, hidden=self.online.hidden[steps], next_ids=labels)
+            return replace(self.online, hidden=self.online.hidden[steps], next_ids=labels, depths=depths)
         if batch.head is None:
             raise ValueError(
                 "the batches hold no target logits; give model.target, or data with recorded traces"
             )
         num = batch.input_ids.shape[1]
-        return TargetBatch(batch.head[steps // num, steps % num], next_ids=labels)
+        return TargetBatch(batch.head[steps // num, steps % num], next_ids=labels, depths=depths)
 
 
 def recorded(batch: Batch, taps: Sequence[int], layers: Sequence[int]) -> TargetOutputs:

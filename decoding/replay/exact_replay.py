@@ -198,8 +198,10 @@ def _count(known: OnePass, widths: Sequence[int], prompt: int, limit: int) -> li
         accepted = next((d for d in range(reach) if rank(done, d) >= widths[d]), reach)
         committed = min(accepted + 1, len(ranks) - done)  # an accepted stop token is followed by nothing
         bonus = rank(done, accepted) if accepted < reach else None
+        offered = tuple(widths[: min(committed, depth)])
+        size, context = sizes[depth], prompt - 1 + done
         rounds.append(
-            Round(prompt - 1 + done, sizes[depth], depth, None, accepted, committed, bonus_rank=bonus)
+            Round(context, size, depth, None, accepted, committed, bonus_rank=bonus, candidates=offered)
         )
         done += committed
     return rounds

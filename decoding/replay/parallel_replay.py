@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from certdraft.decoding.loop import Round
+from certdraft.decoding.loop import Round, candidates_along
 from certdraft.decoding.trees.builders import BestFirst, Growth, best_known
 from certdraft.decoding.trees.ranking import rank_of, top_rows
 from certdraft.decoding.trees.tree import Node, Row, Tree
@@ -39,15 +39,19 @@ def walk_text(tree_at: Callable[[int], Tree], tokens: Sequence[int], prompt: int
     rounds: list[Round] = []
     done = 0
     while done < len(tokens):
-        tree, slot, accepted = tree_at(done), 0, 0
+        tree, path, accepted = tree_at(done), [0], 0
         while done + accepted < len(tokens):
-            child = tree.children[slot].get(tokens[done + accepted])
+            child = tree.children[path[-1]].get(tokens[done + accepted])
             if child is None:
                 break
-            slot, accepted = child, accepted + 1
+            path.append(child)
+            accepted += 1
         committed = min(accepted + 1, len(tokens) - done)  # an accepted stop token is followed by nothing
         depth, expected = max(tree.depths), tree.expected_accepted
-        rounds.append(Round(prompt - 1 + done, tree.num_nodes, depth, expected, accepted, committed))
+        offered = candidates_along(tree, path[:committed])
+        rounds.append(
+            Round(prompt - 1 + done, tree.num_nodes, depth, expected, accepted, committed, candidates=offered)
+        )
         done += committed
     return rounds
 

@@ -83,6 +83,7 @@ class Lengths:
         groups: per prompt, what else it is pooled by.
         reached: per draft depth 1.., rounds whose tree is that deep and whose shallower tokens were accepted.
         accepted: per draft depth, rounds that accepted it.
+        candidates: per draft depth, tokens that the trees of the rounds in `reached` offer.
         rejections: rounds that ended by a rejection, by cause; see `Lengths.add`.
         expected: expected and realised accepted draft tokens.
         nodes: draft tokens verified in all rounds.
@@ -93,6 +94,7 @@ class Lengths:
     groups: list[tuple[str, ...]] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    candidates: list[int] = field(default_factory=list)
     rejections: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_CAUSES, 0))
     expected: ExpectedAccepted = field(default_factory=ExpectedAccepted)
     nodes: int = 0
@@ -130,11 +132,13 @@ class Lengths:
         for r in rounds:
             self.nodes += r.nodes
             while len(self.reached) < r.depth:
-                self.reached.append(0)
-                self.accepted.append(0)
-            for depth in range(1, min(r.accepted + 1, r.depth) + 1):
+                for column in (self.reached, self.accepted, self.candidates):
+                    column.append(0)
+            for depth in range(1, min(r.committed, r.depth) + 1):
                 self.reached[depth - 1] += 1
                 self.accepted[depth - 1] += depth <= r.accepted
+            for depth, offered in enumerate(r.candidates):
+                self.candidates[depth] += offered
             self.rejections["rounds"] += 1
             at = done + r.accepted
             if r.accepted < r.depth and r.committed > r.accepted:
@@ -158,8 +162,10 @@ class Lengths:
             "per_request_mean": float(np.mean(tokens / passes)),
             "nodes_per_pass": self.nodes / int(passes.sum()),
             "depths": [
-                {"depth": d, "reached": r, "accepted": a}
-                for d, (r, a) in enumerate(zip(self.reached, self.accepted, strict=True), start=1)
+                {"depth": d, "reached": r, "accepted": a, "candidates": c / r if r else None}
+                for d, (r, a, c) in enumerate(
+                    zip(self.reached, self.accepted, self.candidates, strict=True), start=1
+                )
             ],
             "rejections": dict(self.rejections),
             "promises": self.expected.summary(seed),

@@ -69,7 +69,11 @@ def _page(data: Data, figures: dict[str, Figure], provenance: Mapping[str, str],
             "Depth and rejections",
             "Acceptance along the draft, and why rounds end: train when the token is not in the top-m, "
             "change the tree when it is but has no node, change precision when the target itself is tied.",
-            [tables.depth_table(data), tables.rejection_table(data["drafters"])],
+            [
+                tables.depth_table(data),
+                tables.candidates_table(data),
+                tables.rejection_table(data["drafters"]),
+            ],
             [figures["depths"], figures["calibration"]],
         ),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from certdraft.evaluation.report.page import Table, interval, number, percent
@@ -145,20 +145,39 @@ def coverage_table(acceptance: Data) -> Table:
 
 def depth_table(data: Data) -> Table:
     """Acceptance at each draft depth, of the rounds that get there."""
-    deepest = max(len(row["depths"]) for e in data["drafters"].values() for row in e["lengths"].values())
-    rows = []
-    for name, entry in data["drafters"].items():
-        for label, row in entry["lengths"].items():
-            share = [percent(d["accepted"] / d["reached"], 0) if d["reached"] else "–" for d in row["depths"]]
-            rows.append([name, short(label), *share, *["–"] * (deepest - len(share))])
-    return Table(
+    return _by_depth(
+        data,
         "Accepted at each draft depth, of the rounds that get there",
-        ["drafter", "tree", *map(str, range(1, deepest + 1))],
-        rows,
         "Depth d counts a round when its tree is that deep and its tokens before that depth were accepted.",
         "depths",
-        text_columns=2,
+        lambda depth: percent(depth["accepted"] / depth["reached"], 0),
     )
+
+
+def candidates_table(data: Data) -> Table:
+    """Mean number of candidates at each draft depth, of the rounds that get there."""
+    return _by_depth(
+        data,
+        "Candidates at each draft depth, of the rounds that get there",
+        "Tokens that the tree offers after the accepted ones. Losses of a fixed number of candidates take "
+        "such a list as m.",
+        "candidates",
+        lambda depth: number(depth["candidates"], 1),
+    )
+
+
+def _by_depth(
+    data: Data, title: str, caption: str, name: str, cell: Callable[[Mapping[str, Any]], str]
+) -> Table:
+    """One row per drafter and tree, one column per draft depth."""
+    deepest = max(len(row["depths"]) for e in data["drafters"].values() for row in e["lengths"].values())
+    rows = []
+    for drafter, entry in data["drafters"].items():
+        for label, row in entry["lengths"].items():
+            cells = [cell(depth) if depth["reached"] else "–" for depth in row["depths"]]
+            rows.append([drafter, short(label), *cells, *["–"] * (deepest - len(cells))])
+    columns = ["drafter", "tree", *map(str, range(1, deepest + 1))]
+    return Table(title, columns, rows, caption, name, text_columns=2)
 
 
 def expected_rows(data: Data) -> list[dict[str, Any]]:

@@ -223,8 +223,10 @@ class TargetRows:
         if self._head is None:
             self._head = self._cut(target.k)
         logp = self.logits().log_softmax(-1) if full and target.full else None
-        next_ids = None if target.next_ids is None else target.next_ids[self._rows]
-        return TargetBatch(self._head, logp, next_ids)
+        next_ids, depths = (
+            None if values is None else values[self._rows] for values in (target.next_ids, target.depths)
+        )
+        return TargetBatch(self._head, logp, next_ids, depths=depths)
 
     def _cut(self, k: int) -> Head:
         """The head of the current logits, as `Head.from_logits` makes it, but for the entropy."""

@@ -112,6 +112,8 @@ def test_replay_finds_the_rounds_of_real_decoding(
     for label in builders:
         a, b = real.methods["noisy", label].lengths, replayed[label]
         assert (a.tokens, a.passes, a.reached, a.accepted) == (b.tokens, b.passes, b.reached, b.accepted)
+        assert a.candidates == b.candidates
+        assert all(a.candidates)
         assert a.rejections == b.rejections
         assert 1 < sum(b.tokens) / sum(b.passes) < 4
 

@@ -16,6 +16,7 @@ from certdraft.data import Corpus, Generation, TraceDataModule, record_trace
 from certdraft.drafters import (
     BlockConfig,
     BlockDrafter,
+    CausalDrafter,
     Drafter,
     DSparkConfig,
     DSparkDrafter,
@@ -28,6 +29,7 @@ from certdraft.losses import (
     ForwardKL,
     HardCE,
     PrefixWeights,
+    RunnerUpForgivingCE,
     StepWeights,
     TargetBatch,
     prefix_weights,
@@ -37,7 +39,7 @@ from certdraft.train.accumulation import Accumulation
 from certdraft.train.commands.cli import main
 from certdraft.train.drafter_setup import fit_to_target
 from certdraft.train.restricted_target import DraftVocabulary
-from certdraft.train.target_outputs import TargetSettings
+from certdraft.train.target_outputs import TargetSettings, recorded
 
 Write = Callable[..., str]
 
@@ -125,6 +127,34 @@ def test_loss_is_the_weighted_mean_over_paths(
         assert loss_of(module, batch) == pytest.approx(
             total / weight, rel=2e-3 if "target" in settings else 1e-5
         )
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 5])
+@pytest.mark.parametrize("family", ["eagle", "block", "dspark"])
+def test_losses_get_the_depth_of_every_draft_token(
+    family: str, chunk_tokens: int, tiny: Path, trace: Path
+) -> None:
+    """A list of candidates by depth trains each depth with its own loss; a causal drafter refuses it."""
+    data = data_of(tiny)
+    drafter = make(family)
+    drafter.at(1.0)
+    fit_to_target(drafter, None, data)
+    batch = next(iter(data.val_dataloader()))
+    torch.manual_seed(11)
+    paths = drafter.paths(
+        batch.input_ids, batch.position_ids, batch.document_ids, batch.loss_mask, batch.features
+    )
+    total = 0.0
+    for depth, m in enumerate((8, 2, 1)):
+        inside = paths.mask[:, depth]
+        target = recorded(batch, (), ()).at(paths.steps[inside, depth])
+        total += RunnerUpForgivingCE(m)(drafter.head(paths.hidden[inside, depth]), target).sum().item()
+    module = DrafterModule(drafter, RunnerUpForgivingCE([8, 2, 1]), chunk_tokens=chunk_tokens)
+    module._layers = data.meta.feature_layers
+    assert loss_of(module, batch) == pytest.approx(total / int(paths.mask.sum()), rel=1e-4)
+    causal = DrafterModule(CausalDrafter(pretrained=str(tiny / "target")), RunnerUpForgivingCE([8, 2, 1]))
+    with pytest.raises(ValueError, match="list by draft depth"):
+        loss_of(causal, batch)
 
 
 @pytest.mark.parametrize("family", ["eagle", "block", "dspark"])

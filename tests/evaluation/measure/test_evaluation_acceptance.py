@@ -262,7 +262,9 @@ def test_the_greedy_text_starts_after_the_last_token_the_target_would_not_have_s
 
 def test_depths_and_causes_by_hand() -> None:
     def of(depth: int, accepted: int, committed: int | None = None) -> Round:
-        return Round(0, depth, depth, None, accepted, accepted + 1 if committed is None else committed)
+        committed = accepted + 1 if committed is None else committed
+        offered = tuple(range(4, 4 - min(committed, depth), -1))
+        return Round(0, depth, depth, None, accepted, committed, candidates=offered)
 
     found = Lengths()
     # tokens: [a b c!] [d!] [e! ] [f g]; "!" is the bonus that replaced a rejected token
@@ -272,6 +274,7 @@ def test_depths_and_causes_by_hand() -> None:
     found.add(rounds, ranks, lead, top_m=4, tie_gap=1e-3)
     assert found.reached == [4, 1, 1]
     assert found.accepted == [2, 1, 0]
+    assert found.candidates == [4 * 4, 3, 2]
     assert found.rejections == {
         "rounds": 4, "rejected": 3, "numerical_tie": 1, "not_in_tree": 1, "not_in_top_m": 1, "unknown": 0
     }  # fmt: skip
