@@ -46,11 +46,12 @@ from certdraft.train.runs import run_folder
 
 DEPTH = {"class_path": "DepthWeights", "init_args": {"gamma": 4.48}}
 LOW = {"class_path": "LowMarginWeights", "init_args": {"threshold": 0.1, "boost": 2.0}}
+REACH = {"class_path": "ReachWeights", "init_args": {"depth": 4, "candidates": "measured", "beyond": 0.2}}
 LOW_DEPTH = {"class_path": "ProductWeights", "init_args": {"factors": [DEPTH, LOW]}}
 
 
-def part(name: str, **settings: float) -> dict[str, Any]:
-    """One loss as a config names it."""
+def part(name: str, **settings: float | str) -> dict[str, Any]:
+    """One loss as a config names it; "measured" stands for `Study.candidates`."""
     return {"class_path": name, "init_args": settings}
 
 
@@ -66,6 +67,10 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), DEPTH),
     "runner-up-4+adaptive": (half(part("RunnerUpForgivingCE", m=4), part("AdaptiveSharpenedKL")), DEPTH),
     "adaptive": (part("AdaptiveSharpenedKL"), DEPTH),
+    "by depth+adaptive": (
+        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
+        REACH,
+    ),
     "ce": (CE, DEPTH),
     "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), LOW_DEPTH),
     "top-10 ce": (half(CE, part("TopKCE", k=10)), DEPTH),
@@ -105,6 +110,20 @@ class Study:
         """Target layers that the heads read."""
         return tuple(open_trace(self.run / "traces" / "train").meta.feature_layers)
 
+    @cached_property
+    def candidates(self) -> list[int]:
+        """Candidates by depth in the best-first trees of 32 nodes of the CE + KL head, on validation text."""
+        file = self.run / "losses" / f"candidates-{self.steps}.json"
+        if not file.is_file():
+            trace = open_trace(self.run / "traces" / "validation")
+            drafter = load_drafter(self.trained("ce+kl", 0), target=self.model, dtype="float32").eval()
+            features = features_for({"": drafter}, None, trace=trace)[""]
+            trees = {"": BestFirst(32, max_depth=7)}
+            found = replay_lengths(drafter, greedy_documents(trace)[:24], trees, features=features)[""]
+            means = [c / max(r, 1) for c, r in zip(found.candidates, found.reached, strict=True)][:4]
+            write_json(file, {"means": means, "m": [max(1, round(mean)) for mean in means]})
+        return json.loads(file.read_text(encoding="utf-8"))["m"]
+
     def counted(self, name: str, seed: int) -> dict[str, Any]:
         """The counts of one head, trained first where it is missing."""
         file = self.results / f"{name.replace(' ', '_')}-{seed}.json"
@@ -122,7 +141,11 @@ class Study:
         label = f"{name.replace(' ', '_')}-{self.steps}-{seed}"
         out = self.run / "losses" / "exports" / label
         if not out.exists():
-            loss, weights = LOSSES[name]
+            loss, weights = map(json.dumps, LOSSES[name])
+            if '"measured"' in loss:
+                loss, weights = (
+                    p.replace('"measured"', json.dumps(self.candidates)) for p in (loss, weights)
+                )
             typed = [
                 "--config", str(held_out_prompts().parent / "eagle3.yaml"),
                 "--name", label, f"--seed_everything={seed}",
@@ -131,7 +154,7 @@ class Study:
                 "--data.validation", str(self.run / "traces" / "validation"),
                 "--data.record", "null", f"--data.seed={seed}",
                 "--model.drafter.init_args.config.target_layer_ids", str(list(self.layers)),
-                "--model.loss", json.dumps(loss), "--model.step_weights", json.dumps(weights),
+                "--model.loss", loss, "--model.step_weights", weights,
                 "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
             ]  # fmt: skip
             lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
