@@ -42,6 +42,7 @@ from certdraft.certificates import (
     radii,
     radius,
 )
+from certdraft.decoding import device_name
 
 RULES: tuple[Rule, ...] = (
     StrictGreedy(),
@@ -138,13 +139,6 @@ def measure_heads(head: Head, repeats: int) -> dict[str, float]:
     return {name: round(len(head.lse_gap) / t / 1e6, 2) for name, t in times.items()}
 
 
-def processor() -> str:
-    """The model name of the CPU, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -163,7 +157,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/certificates.py " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, one thread used, load {load[0]:.1f} at the start",
+        "machine": f"{device_name()} of {os.cpu_count()}, load {load[0]:.1f} at the start",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "clock": "process time" if args.device == "cpu" else f"wall time on {torch.cuda.get_device_name()}",

@@ -45,6 +45,7 @@ from torch import Tensor
 
 from certdraft import losses as L
 from certdraft.certificates import Head
+from certdraft.decoding import device_name
 from certdraft.losses.chunks.fp32_matmul import accumulate_, product
 from certdraft.losses.kernels import Backend
 
@@ -304,13 +305,6 @@ def accuracy(case: Case) -> dict[str, object]:
     }
 
 
-def processor() -> str:
-    """The model name of the CPU, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -343,7 +337,7 @@ def main() -> None:
     result = {
         "command": " ".join(["python benchmarks/losses.py", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "machine": f"{processor()}, {os.cpu_count()} cores, one thread used, load {load[0]:.1f} at the start",
+        "machine": f"{device_name()} of {os.cpu_count()}, load {load[0]:.1f} at the start",
         "clock": "process time" if on_cpu else f"CUDA events on {torch.cuda.get_device_name()}",
         "python": platform.python_version(),
         "torch": torch.__version__,

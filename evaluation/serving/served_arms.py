@@ -119,7 +119,7 @@ class Arms:
             probe = self._probe(connection, asking)
             facts = {
                 "engine": before.engine,
-                "version": _version(connection),
+                "version": connection.version(),
                 "model": model,
                 "max_model_len": limit,
                 "draft_length": len(before.by_position) or None,
@@ -166,11 +166,3 @@ def _check_drafter(name: str, connection: Connection, rounds: int | None, probe:
             f"{connection.base} drafts nothing (its engine counted no draft while it wrote "
             f"{probe.tokens} tokens); start it with its drafter (vLLM: --speculative-config)"
         )
-
-
-def _version(connection: Connection) -> str | None:
-    try:
-        answer = connection.get("/version")
-    except ServerError:
-        return None
-    return str(answer.get("version")) if isinstance(answer, dict) and "version" in answer else None

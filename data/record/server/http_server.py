@@ -167,6 +167,15 @@ class Connection:
         limit = entries[names.index(wanted)].get("max_model_len")
         return str(wanted), limit if isinstance(limit, int) else None
 
+    def version(self) -> str | None:
+        """The version that the server gives at /version, as vLLM and SGLang do; None where it gives none."""
+        try:
+            answer = self.get("/version")
+        except ServerError:
+            return None
+        found = answer.get("version") if isinstance(answer, dict) else answer
+        return None if found is None else str(found)
+
     def post(self, path: str, body: dict[str, Any], max_bytes: int = SMALL_BYTES, where: str = "") -> Any:
         """The JSON answer to a POST.
 

@@ -176,12 +176,8 @@ class Client:
             compare_features(served, self.outputs, self.recording.feature_layers, url)
 
     def version(self) -> str:
-        """The server's version, as far as it gives one."""
-        try:
-            answer = self.replicas.connections[0].get("/version")
-        except ServerError:
-            return self.server.api
-        return str(answer.get("version", answer) if isinstance(answer, dict) else answer)
+        """The server's version, or its protocol where it gives none."""
+        return self.replicas.connections[0].version() or self.server.api
 
     def _ask(
         self,

@@ -1,10 +1,6 @@
 """Features streamed from a server process: the batches of a trace that stores them, at any resume."""
 
-import json
 import shutil
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,53 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.server_process import ServerProcess, serving
 from transformers import Qwen3ForCausalLM
 
 from certdraft.data import Generation, Prompts, Server, ServerError, TraceDataModule, record_trace
 from certdraft.data.batches.feature_stream import FeatureStream
 
 LAYERS = [1, 0]  # not in the file's order
-FOLDER = "layers_1_2"
 DOCUMENTS = 12
-SERVER_FILE = Path(__file__).parents[1] / "record" / "completion_server.py"
-
-
-class Process:
-    """A server of the small target, the folder that it shares, and what shall go wrong."""
-
-    def __init__(self, port: int, root: Path) -> None:
-        self.url, self.root = f"http://127.0.0.1:{port}", root
-
-    def faults(self, **faults: object) -> None:
-        shutil.rmtree(self.root / FOLDER, ignore_errors=True)
-        (self.root / FOLDER).mkdir(parents=True)
-        features = {"folder": str(self.root / FOLDER), "layers": [1, 2]}
-        body = json.dumps({"features": features, **faults}).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/faults", body)).close()
-
-    def stats(self) -> dict[str, int]:
-        with urllib.request.urlopen(f"{self.url}/stats") as reply:
-            return json.loads(reply.read())
-
-    def __call__(self, **changes: Any) -> Server:
-        settings = {"url": self.url, "concurrency": 3, "backoff_s": 0.01, "features_dir": str(self.root)}
-        return Server(**settings | changes)
 
 
 @pytest.fixture(scope="module")
-def process(target_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    command = [sys.executable, str(SERVER_FILE), target_dir]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
-        try:
-            yield Process(int(running.stdout.readline()), tmp_path_factory.mktemp("features"))
-        finally:
-            running.kill()
+def process(target_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    with serving(target_dir, tmp_path_factory.mktemp("features")) as running:
+        yield running
 
 
 @pytest.fixture
-def server(process: Process, monkeypatch: pytest.MonkeyPatch) -> Process:
+def server(process: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    process.faults()
+    process.reset()
     return process
 
 
@@ -94,7 +63,7 @@ def assert_same_batch(one: Any, other: Any) -> None:
     torch.testing.assert_close(one.features, other.features, rtol=2**-6, atol=2e-3)
 
 
-def test_batches_are_those_of_a_trace_that_stores_them(server: Process, traces: Path) -> None:
+def test_batches_are_those_of_a_trace_that_stores_them(server: ServerProcess, traces: Path) -> None:
     streaming, stored = module(traces / "plain", server()), module(traces / "stored")
     assert streaming.meta.feature_layers == stored.meta.feature_layers == tuple(LAYERS)
     for loader in ("train_dataloader", "val_dataloader"):
@@ -107,7 +76,7 @@ def test_batches_are_those_of_a_trace_that_stores_them(server: Process, traces: 
     assert not [file for file in server.root.rglob("*") if file.is_file()]
 
 
-def test_a_resumed_run_sees_the_batches_that_follow(server: Process, traces: Path) -> None:
+def test_a_resumed_run_sees_the_batches_that_follow(server: ServerProcess, traces: Path) -> None:
     first = module(traces / "plain", server())
     loader = first.train_dataloader()
     batches = iter(loader)
@@ -122,7 +91,7 @@ def test_a_resumed_run_sees_the_batches_that_follow(server: Process, traces: Pat
     again.teardown()
 
 
-def test_no_more_is_asked_for_than_the_coming_batches_need(server: Process, traces: Path) -> None:
+def test_no_more_is_asked_for_than_the_coming_batches_need(server: ServerProcess, traces: Path) -> None:
     data = module(traces / "plain", server(), batch_size=1, prefetch=1)
     loader = data.val_dataloader()
     before = server.stats()["requests"]
@@ -136,7 +105,7 @@ def test_no_more_is_asked_for_than_the_coming_batches_need(server: Process, trac
     data.teardown()
 
 
-def test_lost_requests_and_files_are_asked_for_again(server: Process, traces: Path) -> None:
+def test_lost_requests_and_files_are_asked_for_again(server: ServerProcess, traces: Path) -> None:
     data = module(traces / "plain", server())
     loader = data.train_dataloader()
     server.faults(errors=3, cuts=1, file="half", file_faults=2)
@@ -145,7 +114,7 @@ def test_lost_requests_and_files_are_asked_for_again(server: Process, traces: Pa
     data.teardown()
 
 
-def test_a_server_that_stays_down_ends_it_with_a_way_on(server: Process, traces: Path) -> None:
+def test_a_server_that_stays_down_ends_it_with_a_way_on(server: ServerProcess, traces: Path) -> None:
     data = module(traces / "plain", server(retries=1))
     loader = data.train_dataloader()
     server.faults(errors=1000)
@@ -158,7 +127,7 @@ def test_a_server_that_stays_down_ends_it_with_a_way_on(server: Process, traces:
 
 
 def test_a_server_of_other_weights_is_refused(
-    server: Process, target_dir: str, make_target: Callable[..., Qwen3ForCausalLM], tmp_path: Path
+    server: ServerProcess, target_dir: str, make_target: Callable[..., Qwen3ForCausalLM], tmp_path: Path
 ) -> None:
     shutil.copytree(target_dir, tmp_path / "other")
     make_target(seed=8).save_pretrained(tmp_path / "other")
@@ -169,7 +138,7 @@ def test_a_server_of_other_weights_is_refused(
     data.teardown()
 
 
-def test_what_a_stream_needs(server: Process, traces: Path) -> None:
+def test_what_a_stream_needs(server: ServerProcess, traces: Path) -> None:
     with pytest.raises(ValueError, match=r"name the layers as data\.feature_layers"):
         module(traces / "plain", server(), feature_layers=None)
     trace = module(traces / "plain", server()).train_trace

@@ -1,12 +1,9 @@
 """Recording from a real server process: the same trace as recorded here, whatever the network does."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from oracles.server_process import NO_PROXY, ServerProcess, serving
 from oracles.traces import assert_same_trace
 
 from certdraft.certificates import StrictGreedy, Typical, radius
@@ -37,41 +35,18 @@ from certdraft.data.record.server import server_client as server_client_module
 
 PROMPTS = 10
 SETTINGS: dict[str, Any] = {"prompts": Prompts(max_prompt_tokens=100), "num_kept": 8, "shard_rows": 4}
-ENV = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-
-
-class Running:
-    """The server process: its address, and what shall go wrong."""
-
-    def __init__(self, port: int) -> None:
-        self.url = f"http://127.0.0.1:{port}"
-
-    def faults(self, **faults: object) -> None:
-        request = urllib.request.Request(f"{self.url}/faults", json.dumps(faults).encode())
-        urllib.request.urlopen(request).close()
-
-    def stats(self) -> dict[str, int]:
-        with urllib.request.urlopen(f"{self.url}/stats") as reply:
-            return json.loads(reply.read())
-
-    def __call__(self, **changes: Any) -> Server:
-        return Server(**{"url": self.url, "concurrency": 3, "backoff_s": 0.01} | changes)
 
 
 @pytest.fixture(scope="session")
-def process(target_dir: str) -> Iterator[Running]:
-    command = [sys.executable, str(Path(__file__).with_name("completion_server.py")), target_dir]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENV) as running:
-        try:
-            yield Running(int(running.stdout.readline()))
-        finally:
-            running.kill()
+def process(target_dir: str) -> Iterator[ServerProcess]:
+    with serving(target_dir) as running:
+        yield running
 
 
 @pytest.fixture
-def server(process: Running, monkeypatch: pytest.MonkeyPatch) -> Running:
+def server(process: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    process.faults()
+    process.reset()
     return process
 
 
@@ -103,7 +78,7 @@ def direct(tmp_path_factory: pytest.TempPathFactory, record: Callable[..., Trace
 
 @pytest.mark.parametrize("api", ["completions", "sglang"])
 def test_the_trace_is_the_one_recorded_here(
-    server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, api: str
+    server: ServerProcess, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, api: str
 ) -> None:
     meta = record(tmp_path / "t", server=server(api=api))
     assert_same_trace(tmp_path / "t", direct)
@@ -119,7 +94,7 @@ def test_the_trace_is_the_one_recorded_here(
 @pytest.mark.parametrize("api", ["completions", "sglang"])
 @pytest.mark.parametrize("max_new_tokens", [0, 6])
 def test_steps_inside_the_prompt_are_asked_for_when_they_are_learned(
-    server: Running, record: Callable[..., TraceMeta], tmp_path: Path, api: str, max_new_tokens: int
+    server: ServerProcess, record: Callable[..., TraceMeta], tmp_path: Path, api: str, max_new_tokens: int
 ) -> None:
     inside = {"max_new_tokens": max_new_tokens, "corpus_positions": True}
     if not max_new_tokens:  # prompts are text that is read; a continuation is none
@@ -131,7 +106,9 @@ def test_steps_inside_the_prompt_are_asked_for_when_they_are_learned(
     assert_same_trace(tmp_path / "there", tmp_path / "here", every_step=True)
 
 
-def test_entropy_is_not_made_up(server: Running, record: Callable[..., TraceMeta], tmp_path: Path) -> None:
+def test_entropy_is_not_made_up(
+    server: ServerProcess, record: Callable[..., TraceMeta], tmp_path: Path
+) -> None:
     record(tmp_path / "t", server=server())
     trace = open_trace(tmp_path / "t")
     assert np.isnan(trace.columns(0).entropy).all()
@@ -148,7 +125,7 @@ def test_entropy_is_not_made_up(server: Running, record: Callable[..., TraceMeta
 
 @pytest.mark.parametrize("fault", ["errors", "hangs", "cuts", "garbage"])
 def test_lost_requests_are_asked_again(
-    server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, fault: str
+    server: ServerProcess, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, fault: str
 ) -> None:
     server.faults(**{fault: 5})
     record(tmp_path / "t", server=server(timeout_s=0.75 if fault == "hangs" else 60.0))
@@ -158,7 +135,7 @@ def test_lost_requests_are_asked_again(
 
 
 def test_a_server_that_stays_down_loses_nothing(
-    server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path
+    server: ServerProcess, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "t"
     rows, row_of = iter(range(PROMPTS)), server_client_module.row_of
@@ -197,7 +174,7 @@ record_trace(out, target, Corpus(chats, split="all"), Prompts(max_prompt_tokens=
 def recording(folder: Path, target: str, chats: str, url: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that has recorded its first shard; it does not outlive the block."""
     command = [sys.executable, "-c", _RECORD, str(folder), target, chats, url]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENV)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=NO_PROXY)
     try:
         while not (folder / ".recording" / "shard-00000.arrow.json").exists():
             assert process.poll() is None, process.stderr.read().decode()
@@ -210,7 +187,7 @@ def recording(folder: Path, target: str, chats: str, url: str) -> Iterator[subpr
 
 
 def test_killed_while_asking(
-    server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, target_dir: str,
+    server: ServerProcess, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path, target_dir: str,
     corpus: Corpus,
 ) -> None:  # fmt: skip
     folder = tmp_path / "t"
@@ -222,8 +199,8 @@ def test_killed_while_asking(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_does_not_wait_for_answers(
-    number: int, code: int, server: Running, record: Callable[..., TraceMeta], direct: Path, tmp_path: Path,
-    target_dir: str, corpus: Corpus,
+    number: int, code: int, server: ServerProcess, record: Callable[..., TraceMeta], direct: Path,
+    tmp_path: Path, target_dir: str, corpus: Corpus,
 ) -> None:  # fmt: skip
     folder = tmp_path / "t"
     with recording(folder, target_dir, corpus.source, server.url) as process:
@@ -257,7 +234,12 @@ def test_a_signal_does_not_wait_for_answers(
     ],
 )  # fmt: skip
 def test_a_server_that_cannot_do_it_is_refused_before_any_work(
-    server: Running, record: Callable[..., TraceMeta], tmp_path: Path, faults: dict, api: str, message: str
+    server: ServerProcess,
+    record: Callable[..., TraceMeta],
+    tmp_path: Path,
+    faults: dict,
+    api: str,
+    message: str,
 ) -> None:
     server.faults(**faults)
     with pytest.raises(ServerError, match=message):
@@ -276,7 +258,12 @@ def test_a_server_that_cannot_do_it_is_refused_before_any_work(
     ],
 )
 def test_wrong_answers_are_refused_with_row_and_place(
-    server: Running, record: Callable[..., TraceMeta], tmp_path: Path, faults: dict, error: type, message: str
+    server: ServerProcess,
+    record: Callable[..., TraceMeta],
+    tmp_path: Path,
+    faults: dict,
+    error: type,
+    message: str,
 ) -> None:
     server.faults(**faults)
     with pytest.raises(error, match=message):
@@ -294,7 +281,7 @@ def test_wrong_answers_are_refused_with_row_and_place(
     ],
 )
 def test_spoiled_answers_are_refused_with_the_row(
-    server: Running, record: Callable[..., TraceMeta], tmp_path: Path, spoiled: str, message: str
+    server: ServerProcess, record: Callable[..., TraceMeta], tmp_path: Path, spoiled: str, message: str
 ) -> None:
     server.faults(spoiled=spoiled)
     with pytest.raises(ServerError, match=message) as raised:
@@ -318,7 +305,7 @@ def test_what_contradicts_a_server(record: Callable[..., TraceMeta], tmp_path: P
 
 
 def test_a_key_is_sent(
-    server: Running, record: Callable[..., TraceMeta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: ServerProcess, record: Callable[..., TraceMeta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.faults(key="k")
     monkeypatch.setenv("A_KEY", "k")

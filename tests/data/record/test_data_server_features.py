@@ -1,9 +1,6 @@
 """Features from a server: those recorded here, whatever happens to the files in between."""
 
 import json
-import shutil
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -12,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles.server_process import FOLDER, ServerProcess, serving
 from oracles.traces import assert_same_features, assert_same_trace
 
 from certdraft.data import (
@@ -29,54 +27,41 @@ from certdraft.data import (
 from certdraft.data.record.server import server_client as server_client_module
 
 LAYERS = (1, 0)  # not in the file's order
-FOLDER = "layers_1_2"
 PROMPTS = 9
 
 
 class Servers:
-    """Two server processes of one target, and the folder that they share with the recording."""
+    """Two servers of one target, and the folder that they share with the recording."""
 
-    def __init__(self, ports: list[int], root: Path) -> None:
-        self.urls, self.root = [f"http://127.0.0.1:{port}" for port in ports], root
+    def __init__(self, processes: tuple[ServerProcess, ServerProcess], root: Path) -> None:
+        self.processes, self.root = processes, root
+        self.urls = [process.url for process in processes]
 
-    def faults(self, number: int = 0, **faults: object) -> None:
-        features = {"folder": str(self.root / FOLDER), "layers": [1, 2]} | faults.pop("features", {})
-        body = json.dumps({"features": features, **faults}).encode()
-        urllib.request.urlopen(urllib.request.Request(f"{self.urls[number]}/faults", body)).close()
+    def faults(self, number: int = 0, **faults: Any) -> None:
+        self.processes[number].faults(**faults)
 
     def requests(self, number: int = 0) -> int:
-        with urllib.request.urlopen(f"{self.urls[number]}/stats") as reply:
-            return json.loads(reply.read())["requests"]
+        return self.processes[number].stats()["requests"]
 
     def left(self) -> list[str]:
         return [file.name for file in self.root.rglob("*") if file.is_file()]
 
     def __call__(self, **changes: Any) -> Server:
-        settings = {"url": self.urls[0], "concurrency": 3, "backoff_s": 0.01, "features_dir": str(self.root)}
-        return Server(**settings | changes)
+        return self.processes[0](**changes)
 
 
 @pytest.fixture(scope="module")
 def processes(target_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    command = [sys.executable, str(Path(__file__).with_name("completion_server.py")), target_dir]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        ports = [int(process.stdout.readline()) for process in running]
-        yield Servers(ports, tmp_path_factory.mktemp("features"))
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+    root = tmp_path_factory.mktemp("features")
+    with serving(target_dir, root) as one, serving(target_dir, root) as other:
+        yield Servers((one, other), root)
 
 
 @pytest.fixture
 def servers(processes: Servers, monkeypatch: pytest.MonkeyPatch) -> Servers:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    shutil.rmtree(processes.root)
-    (processes.root / FOLDER).mkdir(parents=True)
-    processes.faults(0)
-    processes.faults(1)
+    for process in processes.processes:
+        process.reset()
     return processes
 
 
