@@ -56,7 +56,7 @@ class ArbitrationResult:
         any_path: problems that some path of decisions answers rightly.
         paths_cut: problems whose paths were not all tried.
         agreement: share of the policy's decisions that took the right branch, where just one branch is right.
-        labels: decisions that share stands on.
+        labels: decisions that share is computed from.
         families: of the problems.
     """
 

@@ -37,7 +37,7 @@ class DenseTop:
         values: the K largest, descending.
         ids: where they are.
         lse_gap: −log p(x0), float64.
-        entropy: H(p), nats; None when no rule asks for it.
+        entropy: H(p), nats; None when no rule needs it.
         measure: the divergence whose radius is wanted.
     """
 

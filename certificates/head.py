@@ -31,7 +31,7 @@ class Head:
         gap: z(x0) − z_k ≥ 0, ascending, nats; the first is 0; +inf for probability zero.
         lse_gap: logsumexp(z) − z(x0) ≥ 0 over the whole vocabulary, nats; this is −log p(x0).
         vocab_size: V, the size of the vocabulary the head was cut from.
-        entropy: H(p) over the whole vocabulary, nats; only the typical rule asks for it.
+        entropy: H(p) over the whole vocabulary, nats; only the typical rule needs it.
     """
 
     ids: Int[Tensor, "*step K"]

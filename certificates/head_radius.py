@@ -80,7 +80,7 @@ def _single(head: Head, rule: SingleTokenRule, measure: Measure) -> Float[Tensor
     rows = (count == _NEAR).nonzero().squeeze(-1)
     if not len(rows):
         return value
-    ids = head.ids[:1].expand(len(rows), -1)  # nobody asks for them, and copying them would cost the most
+    ids = head.ids[:1].expand(len(rows), -1)  # never read, and copying them would cost the most
     far = Head(ids, head.gap.index_select(0, rows), head.lse_gap[rows], head.vocab_size)
     return value.index_put((rows,), _whole(far, rule, theta[rows], measure))
 
@@ -90,7 +90,7 @@ def _whole(
 ) -> Float[Tensor, " N"]:
     """Radius from all that the head keeps.
 
-    When every token of the head is accepted the best rejected one lies outside it. Its probability is at most
+    When every token of the head is accepted the best rejected one is outside it. Its probability is at most
     the last one kept, the tail mass and the threshold. The radius falls as that probability grows, and grows
     with the accepted set, so pooling the virtual token with the accepted tokens kept gives a lower bound
     (docs/theory.md §7).

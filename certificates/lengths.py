@@ -28,7 +28,7 @@ class RunLengths:
         certified_fraction: share of counted steps that are certified, in [0, 1].
         from_random_step: 1 + mean of `runs` over all counted steps: tokens committed when drafting starts
             anywhere, the bonus token included.
-        from_certified_step: mean of `runs` over the certified steps alone; NaN when there is none.
+        from_certified_step: mean of `runs` over the certified steps only; NaN when there is none.
     """
 
     runs: Int[Tensor, "*docs T"]

@@ -2,7 +2,7 @@
 
 `torch.topk` ranks the whole vocabulary. Here the row is dealt into short columns, the k columns with the
 largest maxima are chosen (again by dealing, as long as there are many), and only their entries are ranked:
-whatever lies in another column is at most as large as k entries already chosen, so the values are exact.
+any entry of another column is at most as large as k entries already chosen, so the values are exact.
 
 Axis letters: *step leading axes · V vocabulary · K entries kept.
 """
@@ -39,7 +39,7 @@ def largest(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K
     """
     vocab_size = x.shape[-1]
     values, ids = select(x, k if k != 1 else min(2, vocab_size))
-    # argmax is slow on a CPU, and only needed where the maximum is not alone
+    # argmax is slow on a CPU, and only needed where the maximum is not unique
     tied = values[..., 0] == values[..., min(1, vocab_size - 1)]
     if torch.compiler.is_compiling():
         first = x.argmax(-1, keepdim=True)

@@ -46,7 +46,7 @@ class Strict:
     """Accepts a draft token when it is the target's greedy token (lowest id at exact ties)."""
 
     lossless = True
-    greedy_only = True  # of the logits, it reads the greedy tokens alone
+    greedy_only = True  # it reads only the greedy tokens of the logits
 
     def __repr__(self) -> str:
         return "strict"

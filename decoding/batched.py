@@ -36,7 +36,7 @@ from certdraft.drafters import CachedLM, Drafter, TreeCache
 
 @dataclass
 class _Text:
-    """One row: what decoding knows about it between rounds."""
+    """State of one row between rounds."""
 
     index: int  # in the caller's order
     length: int  # of the prompt

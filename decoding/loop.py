@@ -44,7 +44,7 @@ class Round:
         verify_s: seconds of the target pass and of reading its verdict.
         host_s: every other second of the round.
         bonus_rank: rank of the bonus token at its depth under a marginal drafter, 0 = its first choice; known
-            to replays alone.
+            only to replays.
         candidates: by draft depth from 1, how many tokens the tree offers after the accepted ones before.
     """
 
@@ -154,7 +154,7 @@ def decode(
     if getattr(target, "chains_only", False) and not isinstance(builder, Chain):
         raise ValueError(
             f"{type(builder).__name__} makes token trees, and the target has linear_attention layers, which "
-            "read tokens in order: it decodes chains alone. Use Chain."
+            "read tokens in order: it decodes only chains. Use Chain."
         )
     prompt, stops = checked_prompt(target, drafter, prompt_ids, max_new_tokens), eos_set(eos)
     if listen := getattr(accept, "listen", None):  # an acceptor that also reads the drafter's logits

@@ -23,7 +23,7 @@ from certdraft.support import pack_linears
 
 
 class Target(Protocol):
-    """What the loop asks of a target; the state returned by `start` is opaque to it."""
+    """What the loop needs from a target; the state returned by `start` is opaque to it."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -97,7 +97,7 @@ class TargetRunner:
         return self.lm.extend(state, tree.tokens, tree.parents)
 
     def verify_greedy(self, state: TreeCache | ChainCache, tree: Tree) -> Float[Tensor, "S V"]:
-        """As `verify`, exact in the greedy tokens alone, which is cheaper in bf16 on a CPU."""
+        """Like `verify`, but only the greedy tokens are exact, which is cheaper in bf16 on a CPU."""
         return self.lm.extend(state, tree.tokens, tree.parents, greedy_only=True)
 
     def features(self, state: TreeCache | ChainCache) -> Float[Tensor, "S L H"] | None:

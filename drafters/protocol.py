@@ -2,7 +2,7 @@
 
 Four kinds ship with certdraft. A causal drafter is fed every drafted token and reads nothing else. An EAGLE
 head is fed every drafted token too, and reads the target's hidden states at committed tokens. A block drafter
-is fed the round's root alone and returns the distributions of all following depths at once. A DSpark drafter
+is fed only the round's root and returns the distributions of all following depths at once. A DSpark drafter
 is a block drafter that is fed every drafted token, to correct the distribution after it. Another kind is one
 class that implements this protocol, registered with `register_drafter`.
 
@@ -15,7 +15,7 @@ them, the round's root, has not been run through either model yet.
         …                                             # the target verifies, an acceptor picks a path
         drafter.commit(state, path, features)
 
-An accepted leaf was never fed, and a marginal drafter was fed the root alone. Such committed tokens are fed
+An accepted leaf was never fed, and a marginal drafter was fed only the root. Such committed tokens are fed
 first in the next round, as a chain in front of its root, and are then nodes like any other.
 
 Letters: R rows, T tokens of a row, N committed tokens, K nodes of one call, D draft depth, L aux hidden-state
@@ -273,7 +273,7 @@ class Drafter(nn.Module, ABC):
     ) -> Paths:
         """Rounds of drafting along the true text, for training and validation.
 
-        The default is for drafters whose distribution depends on the text alone: one draft a path, from every
+        The default is for drafters whose distribution depends only on the text: one draft a path, from every
         token position in the loss mask.
 
         Args:

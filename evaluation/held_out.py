@@ -18,7 +18,7 @@ def refuse_training_texts(drafters: Mapping[str, str], trace: str) -> None:
     """Raise if a trace is not held out from the training of a drafter.
 
     The run record in an exported drafter's folder has the hash of its training trace. Where that trace still
-    lies where the run read it, the corpora of both are compared, too.
+    is where the run read it, the corpora of both are compared, too.
 
     Args:
         drafters: name → folder of an export.

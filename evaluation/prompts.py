@@ -1,8 +1,8 @@
 """Prompts files as benchmarks publish them: Spec-Bench and MT-Bench, GSM8K, HumanEval, MBPP, and plain rows.
 
-The first row tells the format by its keys, every other row must have the same. Questions to a chat target are
-worded as DFlash and DDTree word them, so that acceptance lengths can be compared; without a chat template the
-target continues the bare text.
+The keys of the first row determine the format; every other row must have the same keys. Questions to a chat
+target are worded as DFlash and DDTree word them, so that acceptance lengths can be compared; without a chat
+template the target continues the bare text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Losses that use a certificate's number itself: KL against its radius, and cross-entropy against log(m + 1).
 
 The forward radius κ_m satisfies KL(p‖q) < κ_m ⇒ covered, with the best constant, so 1[miss] ≤ KL/κ_m at every
-margin. As training objectives these are honest but not strong: the certificate stops asking once it holds,
+margin. As training objectives these are valid but weak: the gradient ends once the certificate holds,
 and κ_m → 0 at near-ties. They are here to raise the *certified* fraction. For coverage see
 `losses.discounted`. Axes: N steps · V vocabulary · C coarse classes.
 """

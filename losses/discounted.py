@@ -3,7 +3,7 @@
     loss = log(1 + Σ_{j≠g} w_j e^{z_j − z_g}),    w_j in [0, 1],    gradient = softmax(z + log w) − e_g
 
 At near-ties of the target, hard cross-entropy spends the capacity of a small drafter on pushing g over a
-runner-up that the target can hardly tell from g. A discount w_j < 1 asks for less, at a known price:
+runner-up that the target can hardly tell from g. A discount w_j < 1 requires less, at a known price:
 
 **What every member bounds.** If g is not in the drafter's top-m (ties count against it), m competitors have
 z_j ≥ z_g, hence loss ≥ log(1 + Σ of the m smallest weights) =: `miss_floor`. So loss < miss_floor means

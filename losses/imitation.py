@@ -3,7 +3,7 @@
 The divergences are computed over the full vocabulary when the target brings it along, else between the two
 *coarsenings* (K head tokens and one bucket for the rest of the vocabulary). Merging tokens never increases
 a divergence of these families (data processing), so the coarse value is a lower bound of the full one: it is
-0 iff q agrees with p on the K tokens, and it lets q spread its tail as it likes. The tail is never dropped or
+0 iff q agrees with p on the K tokens, and the tail of q is free. The tail is never dropped or
 renormalised away, except in `SoftTopK(form="renormalised")`, which peers use and which is here to compare.
 
 Gradients with respect to the logits (p, q over the classes that are seen; D = value):
@@ -111,7 +111,7 @@ class ForwardKL(Divergence):
 class ReverseKL(Divergence):
     """KL(q‖p), nats; 0 iff equal. Mode-seeking: the drafter may drop what it cannot match.
 
-    On a head it asks for the log of the tail mass, which a stored fp32 head knows only to about 1e-7/mass:
+    On a head it needs the log of the tail mass, which a stored fp32 head has only to about 1e-7/mass:
     a nearly empty tail makes the value imprecise by that much, and expensive for a drafter with a full one.
     """
 
@@ -265,7 +265,7 @@ class TokenCE(Loss):
     """−log q(y), y the next token in the data; 0 where the data end (`next_ids` = −1), nats.
 
     What SpecForge and DeepSpec call hard CE for DFlash and DSpark. `HardCE` has the target's argmax as its
-    label instead, which is what a greedy verifier asks for; on a trace of the target's own greedy text the
+    label instead, which is what a greedy verifier checks; on a trace of the target's own greedy text the
     two are the same loss.
 
     *What it bounds.* y is outside the drafter's top-m ⇒ loss ≥ log(m + 1). It bounds

@@ -88,7 +88,7 @@ def certain_budget_nats(node_budget: int, depth: int) -> float:
 def estimated_budget_nats(
     nll: Float[Tensor, "P D"], mask: Bool[Tensor, "P D"] | None, node_budget: int
 ) -> Float[Tensor, ""]:
-    """−log of the inclusion threshold λ of an average best-first tree of B nodes, from greedy paths alone.
+    """−log of the inclusion threshold λ of an average best-first tree of B nodes, from greedy paths only.
 
     *Why no tree has to be built.* If a path is drawn from the drafter, a node of probability Q is met with
     probability Q, so each node met stands for 1/Q nodes of that level:
@@ -145,7 +145,7 @@ def budget_loss(
 
         lost tokens = Σ_k 1[s_k ≥ b] ≤ Σ_k ψ((s_k − b)/temperature),
 
-    with ψ = 2σ ("sigmoid": bounded, concentrates on paths near the threshold, silent far beyond it) or
+    with ψ = 2σ ("sigmoid": bounded, concentrates on paths near the threshold, vanishes far beyond it) or
     ψ(u) = log(1 + e^u)/log 2 ("softplus": grows with the nll, for a weak drafter): both are > 0, and ≥ 1
     for u ≥ 0.
 

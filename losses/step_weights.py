@@ -288,7 +288,7 @@ class BudgetWeights(PathWeights):
     same, the loss they weigh is smaller: a heuristic, not a bound.
 
     *When to use.* Best-first trees, as a second phase after a few hundred steps of a cross-entropy: from
-    scratch every path is beyond the threshold, where "sigmoid" is silent.
+    scratch every path is beyond the threshold, where "sigmoid" has no gradient.
 
     The threshold of a tree is not known while training. `budget_nats` fixes it; by default it is estimated on
     every batch (`estimated_budget_nats`).
@@ -339,7 +339,7 @@ class BudgetWeights(PathWeights):
 class DepthWeights(PathWeights):
     """exp(−d/γ) at depth d = 0, 1, … of every path.
 
-    *When to use.* Drafters whose training has paths of its own: an EAGLE-3 unroll (0.8^d is γ = 4.48), a
+    *When to use.* Drafters trained along draft paths: an EAGLE-3 unroll (0.8^d is γ = 4.48), a
     DFlash block (γ = 7 for 16 positions, 5 for 10, 4 for 8). With a causal drafter every step has one draft
     and the weights are all one.
 

@@ -35,7 +35,7 @@ class TargetBatch:
         head: the K most probable tokens of each step, steps on one axis:
             `TargetBatch(batch.head[batch.loss_mask])`.
         logp: log-probabilities over the full vocabulary, nats; None when only the head was stored.
-        next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
+        next_ids: the token that follows in the data, −1 where none does; only `TokenCE` needs it.
         num_absent: how many of the last classes the drafter has no logit for; see `DraftVocabulary`.
         depths: draft depth of each step, from 1; None where a step lies at several, as in the training of
             causal drafters.
@@ -202,7 +202,7 @@ class OnlineTarget:
         weight: its output embedding, [V, H].
         k: head entries to keep.
         full: keep full log-probabilities in every chunk; needed by full-vocabulary divergences.
-        next_ids: the token that follows in the data, −1 where none does; only `TokenCE` asks for it.
+        next_ids: the token that follows in the data, −1 where none does; only `TokenCE` needs it.
         bias: of the target's output layer, [V]; None where it has none.
         depths: see `TargetBatch`.
     """

@@ -82,7 +82,7 @@ def appearing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Let whoever may read the folder read its files: safetensors makes its own for their owner alone."""
+    """Give files the read permissions of their folder; safetensors makes them readable by their owner only."""
     readable = folder.stat().st_mode & 0o444
     for file in folder.rglob("*"):
         if file.is_file():

@@ -83,7 +83,7 @@ def text_config(config: Any) -> Any:
 
 
 def facts_of(model: PreTrainedModel | PreTrainedConfig) -> ModelFacts:
-    """Read the facts of a model, or of a config alone."""
+    """Read the facts of a model, or of a config."""
     outer: Any = model.config if isinstance(model, nn.Module) else model
     config = text_config(outer)
     types = tuple(getattr(config, "layer_types", None) or ())
@@ -123,7 +123,7 @@ def text_body(model: PreTrainedModel) -> nn.Module:
 
 
 def has_head_bias(model: PreTrainedModel) -> bool:
-    """Whether the lm_head adds a bias that is not zero, which losses of a weight alone would miss."""
+    """Whether the lm_head adds a bias that is not zero, which losses that read only the weight would miss."""
     bias = getattr(model.get_output_embeddings(), "bias", None)
     return bias is not None and bias.device.type != "meta" and bool(bias.any())
 

@@ -49,7 +49,7 @@ class PackedLinear(nn.Linear):
         return product
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles hold the weight alone."""
+        """Copies and pickles hold only the weight."""
         return {key: value for key, value in self.__dict__.items() if key != "packed"}
 
     def _packed(self) -> Tensor | None:

@@ -20,7 +20,7 @@ def shard(drafter: Drafter, mesh: DeviceMesh) -> None:
         mesh: of Lightning's `ModelParallelStrategy`.
 
     Raises:
-        ValueError: the strategy asks for tensor parallelism.
+        ValueError: the strategy requests tensor parallelism.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 

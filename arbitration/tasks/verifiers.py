@@ -60,7 +60,7 @@ def verify(problem: Problem, response: str, sandbox: Sandbox = Sandbox()) -> boo
     Args:
         problem: says how to check.
         response: the text behind the prompt, without the end-of-text token.
-        sandbox: limits for "expression" and "tests", which run in a process of their own.
+        sandbox: limits for "expression" and "tests", which run in a separate process.
 
     Examples:
         >>> verify(Problem("2+2=", "4", "number"), "two and two make 4.0")

@@ -59,7 +59,7 @@ class FeatureStream:
         self.size = feature_size(recording)
         config = target_config(recording.target, revision=recording.revision)
         tokenizer = load_tokenizer(recording.tokenizer or recording.target, revision=recording.revision)
-        # of this process alone: two runs may train on one trace
+        # of this process only: two runs may train on one trace
         owner = trace.path / f"stream-{os.getpid()}"
         files = FeatureFiles(server.features_dir, layers, self.size, owner, server.timeout_s)
         self._compared = self._documents_to_compare()
@@ -107,7 +107,7 @@ class FeatureStream:
                 future.cancel()
 
     def close(self) -> None:
-        """Cancel what is in flight, and delete files that nobody waits for any more."""
+        """Cancel what is in flight, and delete the files of abandoned requests."""
         atexit.unregister(self.close)
         self._client.close()
         self._pool.shutdown(cancel_futures=True)

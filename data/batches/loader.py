@@ -18,7 +18,7 @@ class ResumableLoader:
     """Batches of rows, from `fetch`; every process gets the same number of them.
 
     Lightning saves and restores `state_dict` with the checkpoint, at any batch. The epoch is counted when an
-    epoch's first batch is asked for, not when its last was: Lightning never asks for the batch after the
+    epoch's first batch is asked for, not when its last was: Lightning never requests the batch after the
     last.
 
     Args:
@@ -107,7 +107,7 @@ class ResumableLoader:
                 "weights."
             )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        # An epoch that had ended is iterated once more and gives nothing: Lightning asks for that.
+        # An epoch that had ended is iterated once more and gives nothing: Lightning needs that.
         self._restored = self._epoch >= 0
 
     def _identity(self) -> dict[str, int]:

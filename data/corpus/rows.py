@@ -1,6 +1,6 @@
 """Checked rows: `{"messages": [...]}`, `{"prompt": ...}`, `{"text": ...}` or ShareGPT's `conversations`.
 
-Splits are by content hash: the same row lies in the same split on every machine, in any order of files.
+Splits are by content hash: the same row is in the same split on every machine, in any order of files.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _source_rows(corpus: Source, accounting: Accounting, seen: set[bytes]) -> It
 
 
 def split_of_content(row: Row, corpus: Source) -> Literal["train", "validation", "test"]:
-    """The split a row belongs to, by its content alone."""
+    """Return the split of a row, which depends only on its content."""
     part = int.from_bytes(hashlib.sha256(b"certdraft-split" + row.digest).digest()[:8], "big") / 2**64
     if part < corpus.validation_fraction:
         return "validation"

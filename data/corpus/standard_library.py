@@ -5,7 +5,7 @@ text is ever seen in training and the split stays the same on another machine. L
 from some distributions), machine-written tables (`encodings`), and build residue. `pydoc_data.topics`, the
 language reference, is one document of prose.
 
-The text is read where it lies; nothing of it is shipped with certdraft.
+The text is read in place; none of it is shipped with certdraft.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Greedy continuations by the target, with its top-k logits at every position, in one pass over each token.
 
 Prompts of different lengths are padded on the left with their own positions and mask, so that a batch gives
-what each prompt alone would give. Greedy and top-k ids come from the same fp32 logits: `top_ids[t, 0]` is the
+what each prompt gives by itself. Greedy and top-k ids come from the same fp32 logits: `top_ids[t, 0]` is the
 greedy token, the lowest id at an exact tie, and the token fed next.
 
 Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K top-k entries · L layers whose
@@ -61,7 +61,9 @@ class LogitHead:
                 f"{type(target).__name__} has no linear output layer; its logits cannot be recorded"
             )
         self.weight, self.bias = layer.weight.detach(), layer.bias
-        if changes := facts_of(target).logit_changes:  # some classes leave to engines what their config says
+        if changes := facts_of(
+            target
+        ).logit_changes:  # some classes leave logit changes of their config to engines
             raise TargetError(
                 f"{type(target).__name__} scales or soft-caps its logits ({', '.join(changes)} in its "
                 "config); recording such targets is not supported, because its margins would be wrong"
@@ -96,7 +98,7 @@ def eos_ids_of(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> f
 
 
 def eos_ids_of_configs(configs: Iterable[object], tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The same from the configs alone; None stands for one that does not exist."""
+    """The same from the configs only; None: that config does not exist."""
     found: set[int] = set()
     parts = [part for config in configs for part in (config, text_config(config))]
     for ids in (*(getattr(part, "eos_token_id", None) for part in parts), tokenizer.eos_token_id):

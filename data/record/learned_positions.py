@@ -61,7 +61,7 @@ class Generation:
         max_length: longest document, prompt included.
         corpus_positions: also learn the positions inside the prompt. Always so when `max_new_tokens` is 0.
         loops: what becomes of a continuation that repeats itself to the end: "cut" drops it from the first
-            repeated token on, "mask" keeps it but learns nothing there, "keep" leaves it alone.
+            repeated token on, "mask" keeps it but learns nothing there, "keep" changes nothing.
     """
 
     max_new_tokens: int = 256

@@ -51,14 +51,14 @@ class Recording:
         corpus: which rows to read.
         prompts: how rows become token ids.
         generation: how the target continues prompts, and which token positions are learned.
-        tokenizer: where the tokenizer lies, when not beside the target.
+        tokenizer: where the tokenizer is, when not beside the target.
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
         num_kept: K, top-k logits kept per token position.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
-            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`, which lies in memory.
+            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`: a shard is held in memory.
     """
 
     target: str = EMBEDDED
@@ -232,7 +232,7 @@ def check_fit(prompts: PromptSet, recording: Recording, vocab_size: int, config:
     longest = min(longest, recording.generation.max_length)
     if limit is not None and longest > limit:
         raise TargetError(
-            f"documents may reach {longest} tokens, but {recording.target} knows {limit} positions; "
+            f"documents may reach {longest} tokens, but {recording.target} has {limit} positions; "
             f"set generation.max_length={limit} or shorten prompts and continuations"
         )
 

@@ -281,5 +281,5 @@ def _first_words(sampling: Sampling, tokenizer: PreTrainedTokenizerBase) -> list
 
 
 def _key(text: str) -> str:
-    """Letters and digits alone: prompts that differ in case, spaces or marks count as one."""
+    """Keep letters and digits only: prompts that differ in case, spaces or marks count as one."""
     return "".join(character for character in text.casefold() if character.isalnum())

@@ -1,6 +1,6 @@
 """Recording a trace under the Lightning Trainer: `predict` runs the target, a callback writes the shards.
 
-Which rows lie in which shard, and which rows share a batch, follows from the settings alone; so a recording
+Which rows are in which shard, and which rows share a batch, depends only on the settings, so a recording
 that was killed and resumed, or that several processes share, ends in the same bytes as an undisturbed one.
 """
 
@@ -80,7 +80,7 @@ def record_trace(
     """Record a target's top-k logits along its own greedy continuations of a corpus.
 
     Killed at any moment, the same command goes on at the next unwritten shard; on a finished trace it records
-    damaged shards again and leaves whole ones alone. Ctrl-C and SIGTERM end it within seconds.
+    damaged shards again and keeps whole ones. Ctrl-C and SIGTERM end it within seconds.
 
     Args:
         out_dir: folder of the trace: new, empty, or an unfinished recording with the same settings.
@@ -88,14 +88,14 @@ def record_trace(
         corpus: which rows to read.
         prompts: how rows become token ids.
         generation: how the target continues prompts, and which token positions are learned.
-        tokenizer: where the tokenizer lies, when not beside the target.
+        tokenizer: where the tokenizer is, when not beside the target.
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
         num_kept: K, top-k logits kept per token position.
         batch_size: prompts per forward pass.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
-            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`, which lies in memory.
+            (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`: a shard is held in memory.
         accelerator: Lightning accelerator.
         devices: processes per node; each writes its own shards.
         num_nodes: nodes; they must share `out_dir`.

@@ -44,7 +44,7 @@ _CHECKED_TOKENS = 1 << 16  # at once
 
 @dataclass(frozen=True)
 class Columns:
-    """One document as read-only views into the memory map; `loss_mask`, stored as bits, alone is a copy."""
+    """One document as read-only views into the memory map; only `loss_mask`, stored as bits, is a copy."""
 
     input_ids: Int32[ndarray, " T"]
     loss_mask: Bool[ndarray, " T"]

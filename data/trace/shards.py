@@ -31,7 +31,7 @@ NOT_RECORDED = "not recorded, because the recording was closed before its end"
 
 
 class RecordingError(ValueError):
-    """A recording that cannot start, go on or finish; the message says what to do."""
+    """Raised when a recording cannot start, go on or finish; the message says what to do."""
 
 
 @contextmanager

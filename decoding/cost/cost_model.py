@@ -83,7 +83,7 @@ class CostModel:
                 raise ValueError(f"cost model: {name} must ascend without repeats, got {list(values)}")
         if self.nodes[0] != 0:
             raise ValueError(
-                f"cost model: nodes must start at 0, a pass over the root alone, not {self.nodes[0]}"
+                f"cost model: nodes must start at 0, a pass over only the root, not {self.nodes[0]}"
             )
         if not (np.isfinite(grid).all() and (grid > 0).all() and (np.diff(grid, axis=1) >= 0).all()):
             raise ValueError(
@@ -132,7 +132,7 @@ class CostModel:
         )
 
     def require(self, *, device: str, target: str, drafter: str) -> None:
-        """Raise if the table was measured on other hardware or models; "*" stands for unknown.
+        """Raise if the table was measured on other hardware or models; "*" means unknown.
 
         Raises:
             ValueError: device, target or drafter differ from what was measured.
@@ -203,7 +203,7 @@ def fit_convex(nodes: Sequence[int], seconds: Sequence[float]) -> Float[np.ndarr
     columns = [np.ones_like(x), x - x[0], *(np.maximum(0.0, x - knot) for knot in x[1:-1])]
     design, scale = np.stack(columns, axis=1), y.max()
     coefficients, _ = nnls(design, y / scale)
-    return np.maximum.accumulate(design @ coefficients * scale)  # rounding alone may dip
+    return np.maximum.accumulate(design @ coefficients * scale)  # rounding may dip
 
 
 Phase = Literal["open", "draft", "verify", "host"]

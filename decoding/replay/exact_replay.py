@@ -1,4 +1,4 @@
-"""Exact replay: the rounds a drafter would have, from the target's greedy text alone.
+"""Exact replay: the rounds a drafter would have, from the target's greedy text only.
 
 Under `Strict` every accepted path is a prefix of the target's own greedy text, so the target need not run
 again, and the drafter's context at every verified slot is a prefix of that text. Three ways, the cheapest
@@ -102,7 +102,7 @@ def _at_once(
     limit: int,
     features: Float[Tensor, "T L H"] | None,
 ) -> list[Round] | None:
-    """Rounds without a sequential loop; None where only the loop knows them."""
+    """Rounds without a sequential loop; None where only the loop can give them."""
     plain, marginal = drafter.kind == "conditional" and not drafter.taps, drafter.kind == "marginal"
     if not (plain or hasattr(drafter, "paths")):
         return None

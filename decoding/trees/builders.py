@@ -1,6 +1,6 @@
 """Tree builders: from a drafter's distributions to the draft tree that one target pass will verify.
 
-A builder is a small object with one method, `build`. It asks the drafter through `propose`, never sees its
+A builder is a small object with one method, `build`. It queries the drafter through `propose`, never sees its
 state, and returns a `Tree`. Two kinds of drafter answer differently:
 
 * *conditional* (autoregressive): each node it reads yields the distribution of that node's children; the mass
@@ -35,7 +35,7 @@ class Propose(Protocol):
     given, and `parents` refers to those numbers.
 
     Optional: `draft_ids`, the ascending ids of the tokens that can be proposed. Nodes are then ranked among
-    those alone, and the logits may be of those alone, [K, D]. `confidence`, the chance [K] that the token
+    those only, and the logits may be of those only, [K, D]. `confidence`, the chance [K] that the token
     drafted after each node of the latest call is accepted, from drafters with a head that estimates it; None
     from others. `limit`, the draft tokens on one path at the most; None: any.
     """

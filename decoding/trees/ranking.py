@@ -34,7 +34,7 @@ def top_rows(
         width: tokens to keep per row, >= 1; clipped to V.
         temperature: divides the logits before the softmax, > 0; does not change the order.
         draft_ids: the tokens that the drafter can propose, ascending; all others are left out. The logits may
-            be of these alone, [K, D].
+            be of these only, [K, D].
 
     Raises:
         NonFiniteLogits: a row holds NaN or +inf, or is -inf everywhere.

@@ -32,13 +32,13 @@ _MERGE_TOLERANCE = 1e-4  # of the largest logit; fp32 merges measured at 1e-7 to
 def write_transformers(drafter: CausalDrafter, folder: Path, request: ExportRequest) -> PreTrainedModel:
     """Write the folder's files and check them by loading them again; see `Drafter.write`.
 
-    The draft length is stored for `generate`; the LoRA adapter alone, where asked for, goes into `adapter/`.
+    The draft length is stored for `generate`; a LoRA adapter, if requested, is written to `adapter/`.
 
     Raises:
         ValueError: no LoRA to write; the merged or reloaded network is not the drafter.
     """
     if request.adapter and drafter.lora is None:
-        raise ValueError("adapter=True asks for the LoRA adapter alone, but this drafter has none.")
+        raise ValueError("adapter=True writes the LoRA adapter, but this drafter has none.")
     model = standalone(drafter, request.dtype)
     _name_special_tokens(model, request.tokenizer)
     with quiet():
@@ -49,7 +49,7 @@ def write_transformers(drafter: CausalDrafter, folder: Path, request: ExportRequ
         folder / "generation_config.json",
         {
             "_from_model_config": False,  # or transformers derives it again, without the settings below
-            # what `generate(assistant_model=…)` reads from the drafter alone; the defaults stop drafts early
+            # what `generate(assistant_model=…)` reads only from the drafter; the defaults stop drafts early
             "num_assistant_tokens": request.draft_length,
             "num_assistant_tokens_schedule": "constant",
             "assistant_confidence_threshold": 0.0,
@@ -85,7 +85,7 @@ def standalone(drafter: CausalDrafter, dtype: torch.dtype | None = None) -> PreT
     if drafter.lora is not None and drafter.model.dtype == torch.float32:
         _check_merge(model, drafter)
     dtype = dtype or drafter.model.dtype
-    for parameter in model.parameters():  # parameters alone: `to` would round the rotary frequencies as well
+    for parameter in model.parameters():  # only parameters: `to` would also round the rotary frequencies
         parameter.data = parameter.data.to(dtype)
     return model
 
@@ -152,7 +152,7 @@ def _update_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write_adapter(drafter: CausalDrafter, directory: Path) -> None:
-    """The adapter alone, with the base named as the user named it instead of where it was loaded from."""
+    """Return the adapter, with the base named as the user named it instead of where it was loaded from."""
     network: Any = drafter.network
     network.save_pretrained(directory, save_embedding_layers=False)
     _update_json(directory / "adapter_config.json", {"base_model_name_or_path": drafter.pretrained})

@@ -32,7 +32,7 @@ def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     try:
         known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta"}
     except ValueError as error:
-        raise ValueError(f"drafter config: transformers knows no model_type {model_type!r}.") from error
+        raise ValueError(f"drafter config: transformers has no model_type {model_type!r}.") from error
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -148,7 +148,7 @@ class CausalDrafter(Drafter):
         """Fit the drafter to its target; to be called once, before the optimiser is made.
 
         Creates a fresh network that did not know its vocabulary, refuses one of another vocabulary, and
-        copies the target's embeddings and lm_head where `init_from_target` asks for it.
+        copies the target's embeddings and lm_head with `init_from_target`.
 
         Args:
             vocab_size: entries of the target's vocabulary.
@@ -357,7 +357,7 @@ class CausalDrafter(Drafter):
 
 
 def _freeze_bias(model: PreTrainedModel) -> None:
-    """Keep a zero bias of the lm_head at zero: the chunked losses read its weight alone.
+    """Keep a zero bias of the lm_head at zero: the chunked losses read only its weight.
 
     Raises:
         ValueError: a bias that is not zero.

@@ -22,7 +22,7 @@ class BlockConfig(LayerSizes):
             drafter has, evenly spread.
         layer_types: of each layer "full_attention" or "sliding_attention"; None: full attention in all.
         sliding_window: positions that a query of a sliding layer sees, its own included.
-        causal: inside the block positions see earlier ones alone; None: in sliding layers, not in others.
+        causal: inside the block positions see only earlier ones; None: in sliding layers, not in others.
 
     Raises:
         ValueError: layer types that do not fit the number of layers, or the window.

@@ -46,7 +46,7 @@ _SPECULATORS = {
 
 
 def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the format that `request` asks for.
+    """config.json and named tensors of the requested format.
 
     Raises:
         ValueError: target layers that engines would read as others, or no card for speculators.
@@ -130,7 +130,7 @@ def _all_causal(config: BlockConfig) -> bool:
 
 
 def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
-    """Read a block drafter in any of the three layouts, whoever wrote it.
+    """Read a block drafter in any of the three layouts, from any trainer.
 
     Returns:
         The config, the target's vocabulary size where the folder names it, and the tensors under the names of
@@ -220,7 +220,7 @@ def _from_speculators(config: Json, where: str) -> Json:
     vocab = config["transformer_layer_config"].get("vocab_size")
     if unknown or config.get("sample_from_anchor") or config.get("draft_vocab_size", vocab) != vocab:
         raise ValueError(
-            f"{where} is not a DFlash drafter of speculators that certdraft knows: unknown keys {unknown}, "
+            f"{where} is not a DFlash drafter of speculators that certdraft reads: unknown keys {unknown}, "
             f"sample_from_anchor {config.get('sample_from_anchor')}, draft vocabulary "
             f"{config.get('draft_vocab_size')} of {vocab}."
         )

@@ -2,7 +2,7 @@
 
 A block is the root (the anchor) and B − 1 mask tokens. Every layer reads the fused target features of the
 committed tokens as keys and values through its own projections, and the block itself, in both directions;
-layers with a window see the last of them alone (`windows`).
+layers with a window see only the last of them (`windows`).
 Position k of the block drafts the token at position k: nothing is shifted. Embeddings and lm_head are the
 target's, frozen.
 
@@ -253,7 +253,7 @@ class BlockDrafter(FeatureDrafter):
         anchors: Int[Tensor, "R A"],
         depth: int,
     ) -> Float[Tensor, "R A D H"]:
-        """Normed states at the `depth` drafting positions of blocks at the anchors, each block alone."""
+        """Normed states at the `depth` drafting positions of blocks at the anchors, kept apart."""
         size, mask_id = self.lead + depth, known(self.config.mask_token_id)
         tokens = torch.full((*anchors.shape, size), mask_id, device=ids.device)
         tokens[..., 0] = ids.gather(1, anchors)

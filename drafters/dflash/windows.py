@@ -2,7 +2,7 @@
 
 A query at position q of a layer with a window of W sees keys at positions above q − W, its own included, as
 in z-lab's own code and in the engines: later positions of a block see less of the far context. Inside the
-block a layer reads in both directions, or earlier positions alone; layers with a window do the latter unless
+block a layer reads in both directions, or only earlier positions; layers with a window do the latter unless
 a config says otherwise. transformers' own class sees one key more (|q − k| ≤ W), and speculators trains with
 windows that start W before the anchor, for every position of the block.
 
@@ -28,7 +28,7 @@ class View:
 
     Attributes:
         window: positions back that a query sees, its own included; None: all.
-        causal: inside the block a position sees earlier ones and itself alone.
+        causal: inside the block a position sees only earlier ones and itself.
     """
 
     window: int | None

@@ -44,7 +44,7 @@ _SPECULATORS = {
 
 
 def layout(drafter: DSparkDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the format that `request` asks for.
+    """config.json and named tensors of the requested format.
 
     Raises:
         ValueError: target layers that engines would read as others, or no card for speculators.
@@ -72,7 +72,7 @@ def layout(drafter: DSparkDrafter, weights: Weights, request: ExportRequest) -> 
 
 
 def read_dspark(folder: str | Path) -> tuple[DSparkConfig, int | None, Weights]:
-    """Read a DSpark drafter in either layout, whoever wrote it.
+    """Read a DSpark drafter in either layout, from any trainer.
 
     Returns:
         The config, the target's vocabulary size where the folder names it, and the tensors under the names of
@@ -113,11 +113,11 @@ def _check(config: Json, inner: Json, unknown: list[str], where: str) -> None:
     kind, vocab = config.get(_TYPE), inner.get("vocab_size")
     if kind != _VANILLA:
         raise ValueError(
-            f"{where} has {_TYPE} {kind!r}; certdraft computes {_VANILLA!r} alone, as vLLM and SGLang do."
+            f"{where} has {_TYPE} {kind!r}; certdraft computes only {_VANILLA!r}, as vLLM and SGLang do."
         )
     if unknown or config.get("draft_vocab_size", vocab) != vocab:
         raise ValueError(
-            f"{where} is not a DSpark drafter that certdraft knows: unknown keys {unknown}, draft vocabulary "
+            f"{where} is not a DSpark drafter that certdraft reads: unknown keys {unknown}, draft vocabulary "
             f"{config.get('draft_vocab_size')} of {vocab}."
         )
     kinds = set(inner.get("layer_types") or ()) - {"full_attention"}

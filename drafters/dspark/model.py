@@ -42,7 +42,7 @@ from certdraft.support import project_fp32
 
 @register_drafter("dspark")
 class DSparkDrafter(BlockDrafter):
-    """A block drafter whose tokens depend on each other, and which knows how sure it is.
+    """A block drafter whose tokens depend on each other, with a confidence estimate.
 
     Args:
         config: sizes, block, target layers, rank; for `pretrained` its own are used.
@@ -129,7 +129,7 @@ class DSparkDrafter(BlockDrafter):
         return 0 if self.config.sample_from_anchor else 1
 
     def engines(self, format: str) -> Engines:
-        """See `Drafter.engines`: SGLang drafts from the root's position alone."""
+        """See `Drafter.engines`: SGLang drafts only from the root's position."""
         found = self.export_formats[format]
         return found if self.config.sample_from_anchor else replace(found, sglang=None)
 

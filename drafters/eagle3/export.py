@@ -3,7 +3,7 @@
 Flat: config.json of a one-layer Llama with two keys for the aux hidden-state layers (one per numbering, see
 `target_layers`), tensors under the names of the EAGLE repository. vLLM, SGLang, TensorRT-LLM, llama.cpp and
 OpenVINO read it. speculators: the same config one level down, `layers.0.` for `midlayer.`; read by vLLM,
-speculators and llama.cpp, and served by its path alone.
+speculators and llama.cpp, and served by its path.
 
 Everything optional is written out, because defaults differ between readers.
 """
@@ -56,7 +56,7 @@ _OWN = {
 
 
 def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the format that `request` asks for.
+    """config.json and named tensors of the requested format.
 
     Raises:
         ValueError: target layers that engines would read as others, or no card for speculators.
@@ -97,7 +97,7 @@ def _inner(config: EagleConfig, vocab_size: int, dtype: torch.dtype) -> Json:
 
 
 def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
-    """Read a head in either layout, whoever wrote it.
+    """Read a head in either layout, from any trainer.
 
     Returns:
         The config (`target_layer_ids` None where the folder leaves them to the reader), the target's
@@ -120,7 +120,7 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
     if inner.get("model_type", "llama") not in ("llama", "qwen3") or inner.get("num_hidden_layers", 1) != 1:
         raise ValueError(
             f"{where}: {inner.get('num_hidden_layers')} layers of model_type {inner.get('model_type')!r} are "
-            "not an EAGLE-3 head that certdraft knows; those have one layer, of llama or qwen3."
+            "not an EAGLE-3 head that certdraft supports; those have one layer, of llama or qwen3."
         )
     _check_windows(inner, where)
     sizes = sizes_from_json(inner, _OWN, where)
@@ -214,7 +214,7 @@ def _check_speculators(config: Json, where: str) -> None:
     unknown = sorted(config.keys() - known)
     if unknown or config.get("speculators_model_type") != "eagle3" or not isinstance(inner, dict):
         raise ValueError(
-            f"{where} is not an EAGLE-3 head of speculators that certdraft knows: speculators_model_type "
+            f"{where} is not an EAGLE-3 head of speculators that certdraft supports: speculators_model_type "
             f"{config.get('speculators_model_type')!r}, unknown keys {unknown}."
         )
     if "norm_before_residual" not in config:

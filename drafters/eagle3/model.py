@@ -55,7 +55,7 @@ class EagleDrafter(FeatureDrafter):
         unroll: draft steps trained, each on the drafter's own output of the step before.
         init_from_target: start the output layer of a fresh head as the target's, cut to the draft vocabulary.
         max_lost_coverage: refuse a draft vocabulary that misses more of the target's greedy tokens.
-        short_until: share of the training in which the first draft step alone is trained, before the unroll;
+        short_until: share of the training in which only the first draft step is trained, before the unroll;
             None: half for a fresh head, nothing for a published one.
         dtype: of the parameters.
         gradient_checkpointing: recompute each unroll step in the backward pass, for memory.
@@ -282,7 +282,7 @@ class EagleDrafter(FeatureDrafter):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One unroll step: its output, keys and values.
 
-        Each row attends to the first step's rows up to its own, and in later steps to its own row alone.
+        Each row attends to the first step's rows up to its own, and in later steps only to its own row.
         """
         layer = self.midlayer
         read, residual = layer.read(self.embed(tokens), state)

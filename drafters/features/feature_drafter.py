@@ -139,7 +139,7 @@ class FeatureDrafter(Drafter):
         self.ends, self.num_target_layers = ends, num_target_layers
 
     def load_folder(self, folder: Path) -> None:
-        """Make the network of a folder, whoever wrote it, and load its weights.
+        """Make the network of a folder from any trainer and load its weights.
 
         Raises:
             FileNotFoundError: no such folder, or files missing.

@@ -112,7 +112,7 @@ def check_target(
 def write(drafter: FeatureDrafter, folder: Path, request: ExportRequest) -> FeatureDrafter:
     """Write a folder's files and check them by loading them again; see `Drafter.write`.
 
-    The target's tokenizer is written beside the drafter: OpenVINO wants it there, others do not mind.
+    The target's tokenizer is written beside the drafter: OpenVINO needs it there, other engines ignore it.
 
     Raises:
         ValueError: logits that are not finite, or a folder that does not load as the drafter it was written

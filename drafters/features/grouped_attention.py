@@ -39,13 +39,13 @@ def grouped_attention(
 ) -> Float[Tensor, "R heads A Q D"]:
     """Each group of queries attends to the context that is visible to it and to keys of its own.
 
-    Costs at most A·Q·(T + M) scores: groups never meet. Softmax in fp32, or in fp64 for fp64 queries. Without
-    keys of their own this is torch's own attention.
+    Costs at most A·Q·(T + M) scores, because groups do not see each other. Softmax in fp32, or in fp64 for
+    fp64 queries. Without own keys this is torch's attention.
 
     Args:
         queries: of A groups.
         context: keys and values [R, N, T, D] that all groups share.
-        own: keys and values [R, N, A, M, D] that one group alone sees; None: none.
+        own: keys and values [R, N, A, M, D] that only one group sees; None: none.
         visible: which of the context a group sees; at least one, where it has no keys of its own.
         first: the context before this token is hidden from a query, in order of the queries; only for groups
             with keys of their own. None: nothing more is hidden.

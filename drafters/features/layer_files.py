@@ -68,7 +68,7 @@ def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
 
 
 def speculators_section(algorithm: str, request: ExportRequest) -> Json:
-    """Keys of a speculators folder that vLLM needs to serve it by its path alone: proposal and target.
+    """Keys of a speculators folder that vLLM needs to serve it by its path: proposal and target.
 
     Args:
         algorithm: "eagle3" or "dflash".
@@ -117,7 +117,7 @@ def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
 
 
 def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
-    """Arguments of `LayerSizes`, from a config that asks for nothing certdraft does not compute.
+    """Arguments of `LayerSizes`, from a config with nothing that certdraft does not compute.
 
     Args:
         config: of the network.
@@ -125,7 +125,7 @@ def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
         where: for messages.
 
     Raises:
-        ValueError: a key that is missing, unknown, or asks for what certdraft does not compute.
+        ValueError: a key that is missing, unknown, or for something that certdraft does not compute.
     """
     for key, value in _FIXED.items():
         if config.get(key, value) != value:

@@ -1,7 +1,7 @@
 """Metadata of an export: what is asked for, which engines read it, and certdraft's own `drafter.json`.
 
-`drafter.json` lies beside the files every engine reads. It names the target and tokenizer the drafter was
-made for, how it was trained, what was measured, and the hashes of what was written.
+`drafter.json` is written beside the files that engines read. It names the target and tokenizer the drafter
+was made for, how it was trained, what was measured, and the hashes of what was written.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Engines:
         vllm: its `method`.
         sglang: its `--speculative-algorithm`.
         llama_cpp: its `--spec-type`, after conversion to GGUF.
-        by_path: vLLM serves the folder's path alone.
+        by_path: vLLM serves the folder by its path.
     """
 
     transformers: str | None = None

@@ -56,7 +56,7 @@ def export(
         draft_length: draft tokens per round, ≥ 1; stored where engines read it and in the card's commands.
         card: facts for the model card and `drafter.json`; "speculators" needs the target's name and class.
         dtype: of the weights in the file; None: the drafter's.
-        adapter: also write the LoRA adapter alone.
+        adapter: also write the LoRA adapter by itself.
         overwrite: replace an existing folder.
         copies: further files of the folder: name → file to copy.
 

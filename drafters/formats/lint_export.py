@@ -1,4 +1,4 @@
-"""A static check of exported drafters: every rule of the formats that files alone can break.
+"""A static check of exported drafters: every rule of the formats that can be checked from files.
 
 Engines load wrong folders silently: a layer id off by one, a missing lm_head, a flag left to its default cost
 acceptance, never correctness, and go unnoticed. This reads config.json, the headers of the safetensors and
@@ -20,7 +20,7 @@ def lint_export(path: str | Path, target: str | Path | Config | None = None) -> 
     """List what is wrong with a folder that engines are to load as a drafter.
 
     Args:
-        path: folder with config.json and safetensors, in any layout `export` writes, whoever wrote it.
+        path: folder with config.json and safetensors, in any layout `export` writes, from any trainer.
         target: folder of the target, its config.json, or what is in it, for what only the pair can get wrong:
             hidden size, vocabulary, number of layers and positions.
 

@@ -235,7 +235,7 @@ def check_positions(config: Config, target: Config | None, at: str = "") -> Iter
 
 
 def check_speculators(config: Config, algorithm: str) -> Iterator[Finding]:
-    """Keys without which vLLM does not serve a folder of speculators by its path alone."""
+    """Keys without which vLLM does not serve a folder of speculators by its path."""
     section = config.get("speculators_config") or {}
     at = "speculators_config."
     yield from check_equal(section, {"algorithm": algorithm, "default_proposal_method": "greedy"}, at)

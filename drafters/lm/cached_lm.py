@@ -23,7 +23,7 @@ from certdraft.drafters.lm.tree_probe import check_decoding
 from certdraft.support import HiddenStates, PackedLinear, facts_of, project_fp32, project_greedy, text_body
 
 _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
-_IN_ORDER = {"full_attention", "linear_attention"}  # read as chains alone
+_IN_ORDER = {"full_attention", "linear_attention"}  # read only as chains
 
 
 def split_causal_lm(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:

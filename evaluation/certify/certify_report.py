@@ -151,7 +151,7 @@ def headline_of_certificates(report: CertifyReport) -> Table:
         ["rule", *(f"ε = {b:g}" for b in budgets)],
         rows,
         "Read a row from left to right: the worse the drafter, the fewer steps are guaranteed. coverage(m) "
-        "asks that the target's greedy token be among the drafter's m best: what a tree of width m needs.",
+        "needs the target's greedy token among the drafter's m best: what a tree of width m needs.",
         emphasis=0,
     )
 

@@ -1,7 +1,7 @@
 """Acceptance lengths: tokens committed per target pass, acceptance by draft depth, and why rounds end.
 
 The rounds come from real decoding (`bench`), or from replaying the target's recorded greedy text with the
-drafter alone, which gives the same rounds without running the target.
+drafter only, which gives the same rounds without running the target.
 
 Axis letters: N prompts. τ = Σ tokens / Σ target passes over all prompts, bonus tokens included.
 """
@@ -240,7 +240,7 @@ def replay_lengths(
 
 
 def fresh(builder: TreeBuilder) -> TreeBuilder:
-    """Return a copy without learned state: a cost-aware tree learns anew with each drafter."""
+    """Return a copy without learned state: a cost-aware tree starts again with each drafter."""
     made = copy.deepcopy(builder)
     if reset := getattr(made, "reset", None):
         reset()

@@ -40,7 +40,7 @@ class Interval:
         high: upper end.
         confidence: nominal coverage, e.g. 0.95.
         method: "BCa", "percentile", "crossed percentile" or "none".
-        prompts: how many prompts the interval stands on.
+        prompts: number of prompts behind the interval.
     """
 
     value: float

@@ -42,7 +42,7 @@ _CURVES = {  # what is drawn, and its axis
 }
 _KINDS = _RUN, _REPORT = "metrics.csv", "report.json"
 _TIME = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")
-# Settings that say where a run lies, not what it is.
+# Settings of where a run is stored, not of what it is.
 _PLACES = (
     "config", "name", "runs_dir", "ckpt_path", "allow_change", "trainer.default_root_dir",
     "checkpoint.dirpath",
@@ -51,7 +51,7 @@ _PLACES = (
 
 @dataclass(frozen=True)
 class Run:
-    """A training run as it lies on disk.
+    """A training run as stored on disk.
 
     Attributes:
         label: how the page calls it.
@@ -91,7 +91,7 @@ def compare(runs: list[str], out: str | None = None, title: str = "") -> Path:
     for run in runs:
         if not any(Path(run) in found for found in folders.values()):
             raise FileNotFoundError(
-                f"{run}: neither metrics.csv (a training run) nor report.json (an evaluation) lies there; "
+                f"{run}: neither metrics.csv (a training run) nor report.json (an evaluation) is there; "
                 "give folders such as runs/NAME/TIME"
             )
     trained = [read_run(f, n) for f, n in zip(folders[_RUN], labels(folders[_RUN]), strict=True)]
@@ -279,7 +279,9 @@ def warnings(trained: Sequence[Run], reports: Sequence[tuple[str, Mapping[str, A
     """Return why some of these numbers may not be compared."""
     found = []
     if len({report["provenance"].get("sha-256 of trace.json") for _, report in reports}) > 1:
-        found.append("The evaluations used different traces: their differences are not the drafters' alone.")
+        found.append(
+            "The evaluations used different traces: their differences are not only those of the drafters."
+        )
     if len({report["provenance"].get("machine") for _, report in reports}) > 1:
         found.append("The evaluations were made on different machines: compare no speeds.")
     data = ("data.init_args.validation", "data.init_args.validation_rows")

@@ -86,7 +86,7 @@ def bench_table(bench: Data) -> Table:
         rows,
         "Methods take turns on every prompt; prefill counts on both sides. Speed-ups are ratios of pooled "
         "tokens per second, paired by prompt. On a tiny target the drafter is not much cheaper than the "
-        "target, so a speed-up below 1 there says nothing about a large one. τ does not depend on the "
+        "target, so a speed-up below 1 there does not carry over to a large one. τ does not depend on the "
         "machine, seconds do.",
         "bench",
         text_columns=2,
@@ -114,7 +114,7 @@ def rule_table(acceptance: Data) -> Table:
         ["rule", "drafter", "certified", "accepted", "certified ÷ accepted", "undecided"][:shown],
         [row[:shown] for row in rows],
         "strict is lossless greedy verification; the slack rules accept other likely tokens too; coverage(m) "
-        "asks for the greedy token among the drafter's m best. Intervals: 95 %, bootstrap over texts."
+        "needs the greedy token among the drafter's m best. Intervals: 95 %, bootstrap over texts."
         + (
             " Undecided: the recorded head is too short to tell whether the rule accepts the drafter's "
             "token; such steps count as rejected. A longer head, or exact_kl, decides them."

@@ -6,7 +6,7 @@
 | `SERIES` | drafters and runs, in the order of their table |
 | `TIMES` | parts of a token's time |
 | `CAUSES` | causes of rejection |
-| `TARGET` | properties of the target alone |
+| `TARGET` | properties of the target |
 | cividis, dark to light | an ordered parameter of a rule |
 
 Five of `SERIES` and the dark blue are Okabe-Ito's; markers and line styles distinguish series as well.

@@ -100,7 +100,7 @@ class Page:
         title: page title.
         lead: one or two sentences: what was measured, on what.
         tiles: the few numbers to remember: (number, what it is).
-        headline: the table a reader wants first.
+        headline: the table shown first.
         sections: the rest.
         provenance: name → value: versions, command, hashes.
         warnings: things the reader must know before believing a number.

@@ -163,7 +163,7 @@ def _settings(run: str | None) -> dict[str, Any]:
 
 
 def _traces(run: str | None, report: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The traces a result stands on: of the run, then of the report; each with its hash."""
+    """The traces a result is based on: of the run, then of the report; each with its hash."""
     parts = read_parts(Path(run)) if run else []
     found = [{"use": use, **trace} for use, trace in parts[-1]["data"].items()] if parts else []
     facts = report.get("provenance", {})
@@ -173,7 +173,7 @@ def _traces(run: str | None, report: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _use(active: Any, artifact: Any, trace: Mapping[str, str]) -> None:
-    """Puts a trace.json into the run's lineage; W&B cannot offline, and gets the hash alone."""
+    """Puts a trace.json into the run's lineage; W&B cannot offline, and gets only the hash."""
     file = Path(trace["path"]) / "trace.json"
     if active.offline or not file.is_file():
         active.config.update({f"trace_{trace['use']}": trace["sha256"]})

@@ -12,7 +12,7 @@ from certdraft.support import hub_answers, hub_endpoint
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 _KEPT = "run.yaml"  # names this machine and its paths
-_CARD, _PLACE = "README.md", "PATH_OF_THIS_FOLDER"  # what a card says until it is known where it lies
+_CARD, _PLACE = "README.md", "PATH_OF_THIS_FOLDER"  # stands in a card until its place is known
 
 
 def publish_to_hub(export: Path, repo: str, private: bool = True) -> str:

@@ -64,7 +64,7 @@ def run_bench(
 
     Args:
         url: of a running server with the drafter, such as http://localhost:8000.
-        baseline_url: of a running server of the target alone; without it nothing is said about speed-up.
+        baseline_url: of a running server of the target alone; without it no speed-up is reported.
         target: "embedded", a local folder or a hub name; served here when there is no url, and otherwise
             loaded for our loop's τ.
         drafter: exported folder or hub name, likewise.

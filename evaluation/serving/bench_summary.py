@@ -219,7 +219,7 @@ def checks(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 for label, row in arms
                 if row["counted_tokens"] != row["tokens"]
             ],
-            "the engine counted other tokens than were received, so somebody else asks this server",
+            "the engine counted other tokens than were received, so another client uses this server",
         ),
         _listed(
             "no cache hits",

@@ -69,8 +69,8 @@ class Counters:
     def tau(self) -> float | None:
         """Tokens per target pass, bonus included; None without rounds.
 
-        An engine counts what it accepts beyond the end of a text too, so this lies a little above the tokens
-        that reach the client.
+        An engine also counts what it accepts beyond the end of a text, so this is slightly more than the
+        tokens that reach the client.
         """
         if not self.rounds:
             return None

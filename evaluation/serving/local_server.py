@@ -31,7 +31,7 @@ class LocalVLLM:
         target: "embedded", a folder or a hub name.
         drafter: exported folder, or another one that vLLM reads.
         dtype: of the weights.
-        draft_length: draft tokens per round; what the export says when None.
+        draft_length: draft tokens per round; that of the export when None.
         method: vLLM's word for the drafter; by the export when None.
         options: further options of the server.
         port: to listen on; a free one when None.
@@ -91,7 +91,7 @@ class LocalVLLM:
 
         Args:
             arm: with the drafter or without.
-            log: file for what it says.
+            log: log file.
 
         Raises:
             ServerError: it cannot be started, ends, or takes too long.

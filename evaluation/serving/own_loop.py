@@ -21,7 +21,7 @@ _TIE_GAP = 1e-3  # nats
 
 @dataclass(frozen=True)
 class OwnLoop:
-    """What our loop says of a server's texts.
+    """Results of our loop on a server's texts.
 
     Attributes:
         lengths: rounds of chains of the server's draft length, by answer.

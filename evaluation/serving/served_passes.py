@@ -90,7 +90,7 @@ class PassFolder:
             )
 
     def note(self, arm: str, facts: dict[str, Any]) -> None:
-        """Keep what an arm's server says about itself.
+        """Keep what an arm's server reports about itself.
 
         Raises:
             ServerError: earlier passes are of another model or another draft length.

@@ -206,7 +206,7 @@ class Chunked(nn.Module):
         if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"Chunked: chunk_tokens={chunk_tokens} must be at least 1.")
         if any(True for _ in loss.parameters()):
-            raise ValueError(f"Chunked: {loss!r} has parameters of its own; their gradient would be lost.")
+            raise ValueError(f"Chunked: {loss!r} has parameters; their gradient would be lost.")
         self.loss, self.reduction, self.chunk_tokens = loss, reduction, chunk_tokens
         self.backend: Backend = backend
 

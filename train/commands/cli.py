@@ -55,7 +55,7 @@ COMMANDS = {
         "certdraft.train.runs.config_files:init", "copy a config that ships, to change it", "name"
     ),
     "doctor": Command(
-        f"{_HERE}.doctor:doctor", "what this machine has, and what stands in the way", configs=("fit_config",)
+        f"{_HERE}.doctor:doctor", "what this machine has, and what is missing", configs=("fit_config",)
     ),
     "plan": Command(
         "certdraft.train.plan.plan_command:plan",

@@ -44,7 +44,7 @@ def export_run(
         name: what to call the drafter; when not given the name of `out`, or of the run where that is missing.
         license: SPDX identifier of the drafter's weights.
         dtype: of the weights in the file; the drafter's when not given.
-        adapter: also write the LoRA adapter alone.
+        adapter: also write the LoRA adapter by itself.
         overwrite: replace an existing folder.
         trust_classes: also build classes that are neither certdraft's nor registered: read the run's
             config.yaml first, building them runs their code.
@@ -83,7 +83,7 @@ def lint(path: str, target: str | None = None) -> None:
 
     Args:
         path: folder with config.json and safetensors: a causal LM, an EAGLE-3 head or a DFlash drafter, in
-            any layout, whoever wrote it.
+            any layout, from any trainer.
         target: folder of the target, or its config.json; checks the pair too.
 
     Raises:

@@ -18,7 +18,7 @@ from certdraft.train.plan.model_sizes import meta_drafter, read_config
 def preflight(settings: dict[str, Any]) -> list[str]:
     """Check a resolved config of `certdraft fit`: traces, how they are recorded, drafter and target.
 
-    The drafter's network is made on the meta device from the target's config alone.
+    The drafter's network is made on the meta device from the target's config.
 
     Args:
         settings: as `certdraft fit --print_config` prints them.
@@ -102,4 +102,4 @@ def _may_be_too_long(recording: Recording) -> list[str]:
     longest = min(recording.prompts.max_prompt_tokens + generation.max_new_tokens, generation.max_length)
     if limit is None or longest <= limit:
         return []
-    return [f"documents may reach {longest} tokens, and {recording.target} knows {limit} positions"]
+    return [f"documents may reach {longest} tokens, and {recording.target} has {limit} positions"]

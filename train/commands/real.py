@@ -315,7 +315,7 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
-    """A token that stands in no chat, for DFlash's mask; None where the vocabulary has a spare row for it.
+    """Return a token that no chat contains, for DFlash's mask; None where the vocabulary has a spare row.
 
     Raises:
         ValueError: the tokenizer fills the vocabulary, and every added token is in use.

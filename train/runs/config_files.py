@@ -1,6 +1,6 @@
 """Configs that ship with the package: found by name, listed, copied; and the newest run as `latest`.
 
-Nothing here imports torch: the command line asks for names before it knows which command needs what.
+Nothing here imports torch: the command line resolves names before the command is known.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _HERE = (None, ".")  # a save_dir that leaves the choice to the run
 def name_loggers(loggers: Any, folder: Path) -> None:
     """Let W&B, TensorBoard and trackio write into the run's folder, and call the run NAME/TIME like it.
 
-    What the config says is kept.
+    Settings of the config are kept.
 
     Args:
         loggers: `trainer.logger` as parsed: one entry or a list; entries have `class_path` and `init_args`.

@@ -167,7 +167,7 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop; the exit code says by which signal."""
+    """The run was stopped by a signal, which is in the exit code."""
 
 
 class GracefulStop(Callback):

@@ -1,4 +1,4 @@
-"""Run folders: whose they are, what lies in them, and whether a run may go on with today's settings.
+"""Run folders: whose they are, what they hold, and whether a run may go on with today's settings.
 
 runs/<name>/<time>/ holds config.yaml (resolved), command.txt and run.yaml (every command that worked on the
 run, with versions and source state), checkpoints/ and metrics.csv. A resumed run goes on in its own folder.
@@ -90,7 +90,7 @@ def held(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"{folder} is in use by another process; wait until it ends, or start a run of its own "
+            f"{folder} is in use by another process; wait until it ends, or start a separate run "
             "(another --name, another --out, or no --ckpt_path)"
         ) from None
     try:
@@ -140,7 +140,7 @@ def find_checkpoint(name_dir: str | os.PathLike[str], which: str = "last") -> Pa
 
 
 def run_folder(checkpoint: str | os.PathLike[str]) -> Path | None:
-    """The run folder a checkpoint lies in, or None for a checkpoint that was moved away."""
+    """Return the run folder of a checkpoint, or None if the checkpoint was moved away."""
     folder = Path(checkpoint).parent
     return folder.parent if folder.name == "checkpoints" else None
 

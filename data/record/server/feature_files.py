@@ -101,7 +101,7 @@ class FeatureFiles:
         self._ended.wait(seconds)
 
     def close(self) -> None:
-        """End all waiting, and delete the files of requests that nobody waits for any more."""
+        """End all waiting, and delete the files of requests that were abandoned."""
         self._ended.set()
         if self._opened:  # otherwise another process may be recording into the trace
             self._sweep()
@@ -134,7 +134,7 @@ class FeatureFiles:
         return features
 
     def _local(self, path: object) -> Path:
-        """The file as this machine sees it; never one outside the shared folder, whatever the server says."""
+        """Return the file as this machine sees it; never one outside the shared folder."""
         given = PurePosixPath(path) if isinstance(path, str) else PurePosixPath()
         if not _PLAIN.fullmatch(given.name):
             raise ServerError(

@@ -52,7 +52,7 @@ class Server:
         timeout_s: seconds after which a request without a whole answer counts as lost.
         retries: further attempts after a lost request, a 429 or a 5xx.
         backoff_s: wait before the first of them; doubles each time, up to a minute.
-        api_key_variable: environment variable that holds the key to send, if the server wants one.
+        api_key_variable: environment variable that holds the key to send, if the server requires one.
         features_dir: with feature_layers, folder shared with vLLM servers, where they leave features.
             Without a url the command ends with the line that starts such a server.
         check_features: load the target here too, and compare features of a test text, before recording.
@@ -92,7 +92,7 @@ class Connection:
 
     Args:
         server: its address, and how often and how long to try.
-        options: what stands in front of its settings on the command line, for errors.
+        options: prefix of its settings on the command line, for errors.
 
     Raises:
         ServerError: the variable that should hold the key is not set.
@@ -134,7 +134,7 @@ class Connection:
 
         Args:
             path: below the server's address.
-            body: JSON; it asks for a stream.
+            body: JSON that requests a stream.
             max_bytes: longest answer that is read.
             where: prompt that is asked about, for errors.
 
@@ -319,7 +319,7 @@ class Connection:
     def _refused(self, path: str, status: int, reason: str) -> ServerError:
         if status in (401, 403):
             return ServerError(
-                f"{self.base}{path}: HTTP {status}, the server wants a key ({reason}); give the name of the "
+                f"{self.base}{path}: HTTP {status}, the server needs a key ({reason}); give the name of the "
                 f"environment variable that holds it as {self._options}api_key_variable"
             )
         return BadRequest(

@@ -108,7 +108,7 @@ class Client:
         )
 
     def close(self) -> None:
-        """Cancel the requests in flight, and delete files that nobody waits for any more."""
+        """Cancel the requests in flight, and delete the files of abandoned requests."""
         self.replicas.close()
         if self.features is not None:
             self.features.close()

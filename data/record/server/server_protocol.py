@@ -54,7 +54,7 @@ class Request:
     """A greedy continuation to ask for.
 
     Args:
-        prompt: token ids, or text that the server shall tokenise.
+        prompt: token ids, or text for the server to tokenise.
         max_tokens: longest continuation, at least 1.
         num_kept: K.
         eos: ids that end a text.

@@ -117,7 +117,7 @@ def in_parallel(
     """Pairs (item, act(item)) in the order in which they are done, few items being taken ahead.
 
     Raises:
-        Exception: the first that `act` raised; the items that were not begun are left alone.
+        Exception: the first that `act` raised; items not begun are skipped.
 
     Examples:
         >>> sorted(in_parallel([3, 1, 2], lambda n: n * n, threads=2))
@@ -161,7 +161,7 @@ def _record(ledger: Ledger, client: Client, signals: StopSignals) -> None:
         missing[shard] -= rows[shard].keys()
 
     def work() -> Iterator[int]:
-        for shard in shards:  # a shard whose rows are all there, but which is not, asks for one again
+        for shard in shards:  # a shard whose rows are all there but which was not written needs one again
             yield from sorted(missing[shard]) or [shard * size]
 
     def finish(shard: int) -> None:

@@ -42,7 +42,7 @@ def script(shell: str, options: Mapping[str, Sequence[str]], summaries: Mapping[
     """The completion script.
 
     Args:
-        shell: one that shtab knows.
+        shell: one that shtab supports.
         options: command → its options; their values are completed as files.
         summaries: command → one line of help.
     """

@@ -1,4 +1,4 @@
-"""Which classes a config or checkpoint of somebody else may name: those of certdraft, and registered ones.
+"""Which classes a config or checkpoint from elsewhere may name: those of certdraft, and registered ones.
 
 A config can name any class or function that Python can import, so building what it describes runs its
 author's code. `fit` and the commands around it build what the user's own config names; `reproduce` and

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from certdraft.train.runs.config_files import LATEST, find_config, newest_run, shipped
 
-_LATEST = re.compile(rf"(?<![\w./-]){LATEST}(?![\w./-])")  # alone, or in a list
+_LATEST = re.compile(rf"(?<![\w./-]){LATEST}(?![\w./-])")  # by itself, or in a list
 _INLINE = re.compile(r"[{:\n]|^(?:-|null)?$")  # settings written out, standard input or none: not a name
 
 
