@@ -82,7 +82,7 @@ def appearing_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give files the read permissions of their folder; safetensors makes them readable by their owner only."""
+    """Give files the read permissions of their folder; safetensors lets only their owner read them."""
     readable = folder.stat().st_mode & 0o444
     for file in folder.rglob("*"):
         if file.is_file():

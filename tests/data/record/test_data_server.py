@@ -227,7 +227,7 @@ def test_a_signal_does_not_wait_for_answers(
         ({"text_names": True}, "completions", "names tokens by their text"),
         ({"models": ["a", "b"]}, "completions", r"serves several models \(a, b\); name one as server.model"),
         ({"max_model_len": 9}, "completions", r"documents may reach \d+ tokens, but .* tiny with room for 9"),
-        ({"key": "k"}, "completions", "the server wants a key"),
+        ({"key": "k"}, "completions", "the server needs a key"),
         ({"shape": {"choices": []}}, "completions", "another shape than server.api=completions gives"),
         ({"shape": {"id": 1}}, "completions", "lacks `choices`, which a trace needs"),
         ({"shape": {"id": 1}}, "sglang", "lacks `meta_info`"),
