@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -173,6 +174,7 @@ class DrafterModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self._sums is not None
+        batch = replace(batch, loss_mask=self.drafter.validation_mask(batch.input_ids, batch.loss_mask))
         paths, outputs = self._paths(batch, depth=self.validation_settings.depth, every=True)
         hits = torch.zeros(paths.mask.shape, dtype=torch.bool, device=self.device)
         size = max(1, _ENTRIES_PER_CHUNK // self.drafter.vocab_size)

@@ -38,7 +38,7 @@ from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import has_head_bias, path_mask, project_fp32
 
-_ANCHORS_AT_ONCE = 64  # a row, where every position is one
+_ANCHORS_AT_ONCE = 64  # a row, where all of them are wanted and none is drawn
 
 
 @register_drafter("block")
@@ -191,7 +191,8 @@ class BlockDrafter(FeatureDrafter):
 
     def first_drafts(self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor) -> Tensor:
         """See `FeatureDrafter.first_drafts`; every token is an anchor, at the cost of B causal passes."""
-        return self._everywhere(ids, positions, documents, features, 1)[:, :, 0]
+        anchors = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        return self._in_chunks(ids, positions, documents, features, anchors, 1)[:, :, 0]
 
     def passes(self, seq_len: int) -> tuple[float, float]:
         """See `Drafter.passes`: blocks at the anchors, as many tokens in short ones as in full ones."""
@@ -208,35 +209,52 @@ class BlockDrafter(FeatureDrafter):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """Blocks of `depth` masks at random anchors, full ones everywhere if `every`; see `Drafter.paths`."""
+        """Blocks of `depth` masks at random anchors, or those of decoding at all; see `Drafter.paths`.
+
+        With `every` only positions in the loss mask are drafted from, padded to the longest row of them.
+        """
         longest = self.max_draft_length
         depth = min(depth or (1 if self._short and not every else longest), longest)
         mask = path_mask(loss_mask, document_ids, depth)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
         if every:
-            starts = mask[..., 0].flatten().nonzero().squeeze(-1)
-            hidden = self._everywhere(input_ids, position_ids, document_ids, features, depth)
-            hidden, mask = hidden.flatten(0, 1)[starts], mask.flatten(0, 1)[starts]
+            anchors, chosen = all_anchors(mask[..., 0])
+            blocks = self._in_chunks(input_ids, position_ids, document_ids, features, anchors, depth)
         else:
             num = self.num_anchors * self.config.block_size // (self.lead + depth)
             anchors, chosen = sample_anchors(mask[..., 0], num)
             context = self._context(self._features(features), position_ids)
             blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors, depth)
-            starts = (rows + anchors)[chosen]
-            hidden, mask = blocks[chosen], mask.flatten(0, 1)[starts]
-        return Paths(hidden, steps_from(starts, mask), mask)
+        starts = (rows + anchors)[chosen]
+        mask = mask.flatten(0, 1)[starts]
+        return Paths(blocks[chosen], steps_from(starts, mask), mask)
 
-    def _everywhere(
-        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor | None, depth: int
-    ) -> Float[Tensor, "R T D H"]:
+    def validation_mask(
+        self, input_ids: Int[Tensor, "R T"], loss_mask: Bool[Tensor, "R T"]
+    ) -> Bool[Tensor, "R T"]:
+        """See `Drafter.validation_mask`; `num_anchors` positions of a row, which is what training drafts."""
+        return stretch(loss_mask, input_ids.sum(-1), self.num_anchors)
+
+    def _in_chunks(
+        self,
+        ids: Int[Tensor, "R T"],
+        positions: Int[Tensor, "R T"],
+        documents: Int[Tensor, "R T"],
+        features: Tensor | None,
+        anchors: Int[Tensor, "R A"],
+        depth: int,
+    ) -> Float[Tensor, "R A D H"]:
+        """The first `depth` drafting positions of the blocks that decoding drafts, a few anchors at once.
+
+        Blocks are full ones, because in a layer that reads in both directions every position depends on the
+        masks behind it; where no layer does, they end at `depth`.
+        """
         context = self._context(self._features(features), positions)
-        parts = []
-        for start in range(0, ids.shape[1], _ANCHORS_AT_ONCE):
-            anchors = torch.arange(start, min(start + _ANCHORS_AT_ONCE, ids.shape[1]), device=ids.device)
-            blocks = self._blocks(
-                ids, positions, documents, context, anchors.expand(len(ids), -1), self.max_draft_length
-            )
-            parts.append(blocks[:, :, :depth])
+        masks = depth if all(view.causal for view in self.config.views()) else self.max_draft_length
+        parts = [
+            self._blocks(ids, positions, documents, context, part, masks)[:, :, :depth]
+            for part in anchors.split(_ANCHORS_AT_ONCE, 1)
+        ]
         return torch.cat(parts, 1)
 
     def _context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
@@ -352,3 +370,24 @@ def sample_anchors(eligible: Bool[Tensor, "R T"], num: int) -> tuple[Int[Tensor,
     drawn = torch.rand(eligible.shape, device=eligible.device).masked_fill_(~eligible, -1.0)
     anchors = drawn.topk(min(num, most), -1).indices.sort(-1).values
     return anchors, eligible.gather(1, anchors)
+
+
+def all_anchors(eligible: Bool[Tensor, "R T"]) -> tuple[Int[Tensor, "R A"], Bool[Tensor, "R A"]]:
+    """All eligible positions of each row, ascending; rows with fewer than the longest are filled up.
+
+    Returns:
+        Positions, and which of them are eligible.
+    """
+    most = max(int(eligible.sum(-1).max()), 1)
+    anchors = (~eligible).byte().sort(dim=-1, stable=True).indices[:, :most]
+    return anchors, eligible.gather(1, anchors)
+
+
+def stretch(eligible: Bool[Tensor, "R T"], start: Int[Tensor, " R"], num: int) -> Bool[Tensor, "R T"]:
+    """At most `num` eligible positions of each row, one after another, on a circle from the `start`th one.
+
+    Over all values of `start` every eligible position is kept equally often.
+    """
+    count = eligible.sum(-1, keepdim=True).clamp(min=1)
+    place = eligible.cumsum(-1) - 1
+    return eligible & ((place - start[:, None]) % count < num)
