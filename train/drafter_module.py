@@ -315,7 +315,7 @@ class DrafterModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Shard the drafter under `ModelParallelStrategy` (FSDP2)."""
         if self.device_mesh is not None:
-            shard(self.drafter, self.device_mesh)
+            shard(self.drafter, self.device_mesh, str(self.trainer.precision))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state, frozen = checkpoint["state_dict"], self._frozen()

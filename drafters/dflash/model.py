@@ -26,7 +26,6 @@ from certdraft.drafters.dflash.config import BlockConfig, BlockLayer
 from certdraft.drafters.dflash.export import layout, read_dflash
 from certdraft.drafters.dflash.lint import LAYOUTS
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
-from certdraft.drafters.features.grouped_attention import grouped_attention
 from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
@@ -260,7 +259,7 @@ class BlockDrafter(FeatureDrafter):
     def _context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
         """Keys and values of the context, layer by layer."""
         fused = self.hidden_norm(self.fc(features.flatten(-2)))
-        return [layer.self_attn.keys_values(fused, positions) for layer in self._layers]
+        return [layer.context(fused, positions) for layer in self._layers]
 
     def _blocks(
         self,
@@ -281,26 +280,13 @@ class BlockDrafter(FeatureDrafter):
         visible = (index < anchors[..., None]) & (documents[:, None] == own_document)  # [R, A, T]
         x = self.embed(tokens).flatten(1, 2)
         for layer, (keys, values) in zip(self._layers, context, strict=True):
-            run = (layer, x, keys, values, places.flatten(1), visible, layer.view.first(anchors, size))
+            run = (x, keys, values, places.flatten(1), visible, layer.view.first(anchors, size))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._train_layer, *run, use_reentrant=False)
+                x = checkpoint(layer, *run, use_reentrant=False)
             else:
-                x = self._train_layer(*run)
+                x = layer(*run)
         normed: Tensor = self.norm(x)
         return normed.unflatten(1, (-1, size))[:, :, self.lead :]
-
-    def _train_layer(
-        self, layer: BlockLayer, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, visible: Tensor,
-        first: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """One layer over all blocks of a row: [R, A·B, H]."""
-        read, attention = layer.input_layernorm(x), layer.self_attn
-        groups = (-1, x.shape[1] // visible.shape[1])
-        own = tuple(part.unflatten(2, groups) for part in attention.keys_values(read, places))
-        queries = attention.queries(read, places).unflatten(2, groups)
-        seen = layer.view.own(groups[1], x.device)
-        mixed = grouped_attention(queries, (keys, values), (own[0], own[1]), visible, first, seen)
-        return layer.finish(x, mixed.flatten(2, 3))
 
     @property
     def _layers(self) -> list[BlockLayer]:
