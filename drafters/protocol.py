@@ -290,6 +290,24 @@ class Drafter(nn.Module, ABC):
         starts = mask[:, 0].nonzero().squeeze(-1)
         return Paths(hidden[starts, None], steps_from(starts, mask[starts]), mask[starts])
 
+    @property
+    def own_layers(self) -> list[nn.Module]:
+        """Decoder layers of classes of its own, whose `forward` (and `context`) training calls.
+
+        They are sharded and compiled one by one, as those of transformers models inside a drafter are.
+        """
+        return []
+
+    def validation_mask(
+        self, input_ids: Int[Tensor, "R T"], loss_mask: Bool[Tensor, "R T"]
+    ) -> Bool[Tensor, "R T"]:
+        """Positions of the loss mask that validation drafts from, for metrics that estimate those of all.
+
+        The default is all of them. A kind whose training drafts from some of them keeps as many, chosen by
+        the text of the row alone: the same in every validation, batch and rank.
+        """
+        return loss_mask
+
     # ---- decoding
 
     @abstractmethod

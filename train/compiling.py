@@ -28,13 +28,13 @@ class CompileLayers(Callback):
         """Compile the layers, once the network is built and on its devices.
 
         Raises:
-            ValueError: the drafter has no decoder layers of a transformers model.
+            ValueError: the drafter has no decoder layers, of a transformers model or of ours.
         """
         drafter: Any = pl_module.drafter
         layers = decoder_layers(drafter)
         if not layers:
             raise ValueError(
-                f"CompileLayers: {type(drafter).__name__} has no transformers decoder layers to "
+                f"CompileLayers: {type(drafter).__name__} has no decoder layers to "
                 "compile; leave the callback out"
             )
         for layer in layers:

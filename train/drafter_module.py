@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -174,6 +175,7 @@ class DrafterModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         assert self._sums is not None
+        batch = replace(batch, loss_mask=self.drafter.validation_mask(batch.input_ids, batch.loss_mask))
         paths, outputs = self._paths(batch, depth=self.validation_settings.depth, every=True)
         hits = torch.zeros(paths.mask.shape, dtype=torch.bool, device=self.device)
         size = max(1, _ENTRIES_PER_CHUNK // self.drafter.vocab_size)
@@ -314,7 +316,7 @@ class DrafterModule(pl.LightningModule):
     def configure_model(self) -> None:
         """Shard the drafter under `ModelParallelStrategy` (FSDP2)."""
         if self.device_mesh is not None:
-            shard(self.drafter, self.device_mesh)
+            shard(self.drafter, self.device_mesh, str(self.trainer.precision))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state, frozen = checkpoint["state_dict"], self._frozen()

@@ -1,12 +1,19 @@
-"""The network of a block drafter: its sizes, and one of its layers (DFlash, arXiv 2602.06036)."""
+"""The network of a block drafter: its sizes, and one of its layers (DFlash, arXiv 2602.06036).
+
+Letters: R rows, A anchors of a row, Q positions of a block, T context tokens, H hidden.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
 from certdraft.drafters.dflash.windows import View, views
-from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, known
+from certdraft.drafters.features.grouped_attention import grouped_attention
+from certdraft.drafters.features.transformer_layer import DecoderLayer, KeysValues, LayerSizes, known
 
 
 @dataclass(frozen=True)
@@ -50,3 +57,34 @@ class BlockLayer(DecoderLayer):
     def __init__(self, config: BlockConfig, view: View) -> None:
         super().__init__(config, known(config.hidden_size), qk_norm=True)
         self.view = view
+
+    def context(self, fused: Float[Tensor, "R T H"], positions: Int[Tensor, "R T"]) -> KeysValues:
+        """Keys and values of the context."""
+        return self.self_attn.keys_values(fused, positions)
+
+    def forward(
+        self,
+        x: Float[Tensor, "R A*Q H"],
+        keys: Tensor,
+        values: Tensor,
+        places: Int[Tensor, "R A*Q"],
+        visible: Bool[Tensor, "R A T"],
+        first: Int[Tensor, "R A Q"] | None,
+    ) -> Float[Tensor, "R A*Q H"]:
+        """One pass over all blocks of a row, for training.
+
+        Args:
+            x: residual stream of the blocks, one after the other.
+            keys: of `context`.
+            values: of `context`.
+            places: positions in their documents.
+            visible: as in `grouped_attention`.
+            first: as in `grouped_attention`.
+        """
+        read, attention = self.input_layernorm(x), self.self_attn
+        groups = (-1, x.shape[1] // visible.shape[1])
+        own_keys, own_values = (part.unflatten(2, groups) for part in attention.keys_values(read, places))
+        queries = attention.queries(read, places).unflatten(2, groups)
+        seen = self.view.own(groups[1], x.device)
+        mixed = grouped_attention(queries, (keys, values), (own_keys, own_values), visible, first, seen)
+        return self.finish(x, mixed.flatten(2, 3))

@@ -26,7 +26,6 @@ from certdraft.drafters.dflash.config import BlockConfig, BlockLayer
 from certdraft.drafters.dflash.export import layout, read_dflash
 from certdraft.drafters.dflash.lint import LAYOUTS
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
-from certdraft.drafters.features.grouped_attention import grouped_attention
 from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
@@ -38,7 +37,7 @@ from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import has_head_bias, path_mask, project_fp32
 
-_ANCHORS_AT_ONCE = 64  # a row, where every position is one
+_ANCHORS_AT_ONCE = 64  # a row, where all of them are wanted and none is drawn
 
 
 @register_drafter("block")
@@ -191,7 +190,8 @@ class BlockDrafter(FeatureDrafter):
 
     def first_drafts(self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor) -> Tensor:
         """See `FeatureDrafter.first_drafts`; every token is an anchor, at the cost of B causal passes."""
-        return self._everywhere(ids, positions, documents, features, 1)[:, :, 0]
+        anchors = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        return self._in_chunks(ids, positions, documents, features, anchors, 1)[:, :, 0]
 
     def passes(self, seq_len: int) -> tuple[float, float]:
         """See `Drafter.passes`: blocks at the anchors, as many tokens in short ones as in full ones."""
@@ -208,41 +208,58 @@ class BlockDrafter(FeatureDrafter):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """Blocks of `depth` masks at random anchors, full ones everywhere if `every`; see `Drafter.paths`."""
+        """Blocks of `depth` masks at random anchors, or those of decoding at all; see `Drafter.paths`.
+
+        With `every` only positions in the loss mask are drafted from, padded to the longest row of them.
+        """
         longest = self.max_draft_length
         depth = min(depth or (1 if self._short and not every else longest), longest)
         mask = path_mask(loss_mask, document_ids, depth)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
         if every:
-            starts = mask[..., 0].flatten().nonzero().squeeze(-1)
-            hidden = self._everywhere(input_ids, position_ids, document_ids, features, depth)
-            hidden, mask = hidden.flatten(0, 1)[starts], mask.flatten(0, 1)[starts]
+            anchors, chosen = all_anchors(mask[..., 0])
+            blocks = self._in_chunks(input_ids, position_ids, document_ids, features, anchors, depth)
         else:
             num = self.num_anchors * self.config.block_size // (self.lead + depth)
             anchors, chosen = sample_anchors(mask[..., 0], num)
             context = self._context(self._features(features), position_ids)
             blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors, depth)
-            starts = (rows + anchors)[chosen]
-            hidden, mask = blocks[chosen], mask.flatten(0, 1)[starts]
-        return Paths(hidden, steps_from(starts, mask), mask)
+        starts = (rows + anchors)[chosen]
+        mask = mask.flatten(0, 1)[starts]
+        return Paths(blocks[chosen], steps_from(starts, mask), mask)
 
-    def _everywhere(
-        self, ids: Tensor, positions: Tensor, documents: Tensor, features: Tensor | None, depth: int
-    ) -> Float[Tensor, "R T D H"]:
+    def validation_mask(
+        self, input_ids: Int[Tensor, "R T"], loss_mask: Bool[Tensor, "R T"]
+    ) -> Bool[Tensor, "R T"]:
+        """See `Drafter.validation_mask`; `num_anchors` positions of a row, which is what training drafts."""
+        return stretch(loss_mask, input_ids.sum(-1), self.num_anchors)
+
+    def _in_chunks(
+        self,
+        ids: Int[Tensor, "R T"],
+        positions: Int[Tensor, "R T"],
+        documents: Int[Tensor, "R T"],
+        features: Tensor | None,
+        anchors: Int[Tensor, "R A"],
+        depth: int,
+    ) -> Float[Tensor, "R A D H"]:
+        """The first `depth` drafting positions of the blocks that decoding drafts, a few anchors at once.
+
+        Blocks are full ones, because in a layer that reads in both directions every position depends on the
+        masks behind it; where no layer does, they end at `depth`.
+        """
         context = self._context(self._features(features), positions)
-        parts = []
-        for start in range(0, ids.shape[1], _ANCHORS_AT_ONCE):
-            anchors = torch.arange(start, min(start + _ANCHORS_AT_ONCE, ids.shape[1]), device=ids.device)
-            blocks = self._blocks(
-                ids, positions, documents, context, anchors.expand(len(ids), -1), self.max_draft_length
-            )
-            parts.append(blocks[:, :, :depth])
+        masks = depth if all(view.causal for view in self.config.views()) else self.max_draft_length
+        parts = [
+            self._blocks(ids, positions, documents, context, part, masks)[:, :, :depth]
+            for part in anchors.split(_ANCHORS_AT_ONCE, 1)
+        ]
         return torch.cat(parts, 1)
 
     def _context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
         """Keys and values of the context, layer by layer."""
         fused = self.hidden_norm(self.fc(features.flatten(-2)))
-        return [layer.self_attn.keys_values(fused, positions) for layer in self._layers]
+        return [layer.context(fused, positions) for layer in self._layers]
 
     def _blocks(
         self,
@@ -263,26 +280,13 @@ class BlockDrafter(FeatureDrafter):
         visible = (index < anchors[..., None]) & (documents[:, None] == own_document)  # [R, A, T]
         x = self.embed(tokens).flatten(1, 2)
         for layer, (keys, values) in zip(self._layers, context, strict=True):
-            run = (layer, x, keys, values, places.flatten(1), visible, layer.view.first(anchors, size))
+            run = (x, keys, values, places.flatten(1), visible, layer.view.first(anchors, size))
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._train_layer, *run, use_reentrant=False)
+                x = checkpoint(layer, *run, use_reentrant=False)
             else:
-                x = self._train_layer(*run)
+                x = layer(*run)
         normed: Tensor = self.norm(x)
         return normed.unflatten(1, (-1, size))[:, :, self.lead :]
-
-    def _train_layer(
-        self, layer: BlockLayer, x: Tensor, keys: Tensor, values: Tensor, places: Tensor, visible: Tensor,
-        first: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """One layer over all blocks of a row: [R, A·B, H]."""
-        read, attention = layer.input_layernorm(x), layer.self_attn
-        groups = (-1, x.shape[1] // visible.shape[1])
-        own = tuple(part.unflatten(2, groups) for part in attention.keys_values(read, places))
-        queries = attention.queries(read, places).unflatten(2, groups)
-        seen = layer.view.own(groups[1], x.device)
-        mixed = grouped_attention(queries, (keys, values), (own[0], own[1]), visible, first, seen)
-        return layer.finish(x, mixed.flatten(2, 3))
 
     @property
     def _layers(self) -> list[BlockLayer]:
@@ -352,3 +356,24 @@ def sample_anchors(eligible: Bool[Tensor, "R T"], num: int) -> tuple[Int[Tensor,
     drawn = torch.rand(eligible.shape, device=eligible.device).masked_fill_(~eligible, -1.0)
     anchors = drawn.topk(min(num, most), -1).indices.sort(-1).values
     return anchors, eligible.gather(1, anchors)
+
+
+def all_anchors(eligible: Bool[Tensor, "R T"]) -> tuple[Int[Tensor, "R A"], Bool[Tensor, "R A"]]:
+    """All eligible positions of each row, ascending; rows with fewer than the longest are filled up.
+
+    Returns:
+        Positions, and which of them are eligible.
+    """
+    most = max(int(eligible.sum(-1).max()), 1)
+    anchors = (~eligible).byte().sort(dim=-1, stable=True).indices[:, :most]
+    return anchors, eligible.gather(1, anchors)
+
+
+def stretch(eligible: Bool[Tensor, "R T"], start: Int[Tensor, " R"], num: int) -> Bool[Tensor, "R T"]:
+    """At most `num` eligible positions of each row, one after another, on a circle from the `start`th one.
+
+    Over all values of `start` every eligible position is kept equally often.
+    """
+    count = eligible.sum(-1, keepdim=True).clamp(min=1)
+    place = eligible.cumsum(-1) - 1
+    return eligible & ((place - start[:, None]) % count < num)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from certdraft.drafters.features.grouped_attention import grouped_attention
 from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, RMSNorm, known
 
 
@@ -61,3 +62,32 @@ class EagleLayer(DecoderLayer):
         normed = self.hidden_norm(feature)
         read = torch.cat([self.input_layernorm(embedded), normed], -1)
         return read, normed if self.norm_before_residual else feature
+
+    def forward(
+        self,
+        embedded: Float[Tensor, "R T H"],
+        state: Float[Tensor, "R T H"],
+        positions: Int[Tensor, "R T"],
+        visible: Bool[Tensor, "R T T"],
+        *seen: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One unroll step of training: its output, keys and values.
+
+        Each row attends to the first step's rows up to its own, and in later steps to its own row alone.
+
+        Args:
+            embedded: embeddings of the tokens.
+            state: features, or the output of the step before.
+            positions: of the rows.
+            visible: which rows of the first step a row sees.
+            seen: keys and values of the steps before, in turn.
+        """
+        read, residual = self.read(embedded, state)
+        queries = self.self_attn.queries(read, positions)
+        keys, values = self.self_attn.keys_values(read, positions)
+        context = (seen[0], seen[1]) if seen else (keys, values)
+        own = None
+        if seen:
+            own = torch.stack([*seen[2::2], keys], 3), torch.stack([*seen[3::2], values], 3)
+        mixed = grouped_attention(queries[:, :, :, None], context, own, visible).squeeze(3)
+        return self.finish(residual, mixed), keys, values

@@ -34,7 +34,6 @@ from certdraft.drafters.eagle3.export import layout, read_eagle3
 from certdraft.drafters.eagle3.lint import LAYOUTS
 from certdraft.drafters.eagle3.state import EagleState
 from certdraft.drafters.features.feature_drafter import FeatureDrafter, completed, initialise
-from certdraft.drafters.features.grouped_attention import grouped_attention
 from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import check_layers, eagle_layers
 from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attention, known
@@ -267,7 +266,7 @@ class EagleDrafter(FeatureDrafter):
         outputs = []
         for step in range(depth):
             tokens = functional.pad(ids[:, step:], (0, min(step, num)))
-            run = (state, tokens, positions - 1 + step, visible, *seen)
+            run = (tokens, state, positions - 1 + step, visible, *seen)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 state, *new = checkpoint(self._step, *run, use_reentrant=False)
             else:
@@ -277,23 +276,10 @@ class EagleDrafter(FeatureDrafter):
             state = outputs[-1] if self.config.norm_output else state
         return outputs, linked
 
-    def _step(
-        self, state: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, *seen: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One unroll step: its output, keys and values.
-
-        Each row attends to the first step's rows up to its own, and in later steps only to its own row.
-        """
-        layer = self.midlayer
-        read, residual = layer.read(self.embed(tokens), state)
-        queries = layer.self_attn.queries(read, positions)
-        keys, values = layer.self_attn.keys_values(read, positions)
-        context = (seen[0], seen[1]) if seen else (keys, values)
-        own = None
-        if seen:
-            own = torch.stack([*seen[2::2], keys], 3), torch.stack([*seen[3::2], values], 3)
-        mixed = grouped_attention(queries[:, :, :, None], context, own, visible).squeeze(3)
-        return layer.finish(residual, mixed), keys, values
+    def _step(self, tokens: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer on tokens, so that a recomputed step holds their ids and not their embeddings."""
+        step: tuple[Tensor, Tensor, Tensor] = self.midlayer(self.embed(tokens), *more)
+        return step
 
     # ---- decoding
 

@@ -24,7 +24,7 @@ from certdraft.drafters.features import feature_folder
 from certdraft.drafters.features.layer_files import Json, Weights, check_names
 from certdraft.drafters.features.rotary import checked_scaling
 from certdraft.drafters.features.target_layers import check_layers
-from certdraft.drafters.features.transformer_layer import LayerSizes, RMSNorm, known
+from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
 from certdraft.drafters.protocol import Drafter, TargetSource
 from certdraft.support import facts_of, text_config
@@ -248,6 +248,11 @@ class FeatureDrafter(Drafter):
         return self.ends
 
     # ---- training
+
+    @property
+    def own_layers(self) -> list[nn.Module]:
+        """See `Drafter.own_layers`."""
+        return [module for module in self.modules() if isinstance(module, DecoderLayer)]
 
     def hidden(
         self,

@@ -12,7 +12,7 @@ from oracles.rotary import YARN
 from torch import Tensor
 
 from certdraft.drafters import BlockConfig, BlockDrafter
-from certdraft.drafters.dflash.model import sample_anchors
+from certdraft.drafters.dflash.model import sample_anchors, stretch
 
 V = 40
 TARGET = tiny_qwen3(0, V, layers=6)
@@ -154,6 +154,45 @@ def test_few_anchors_are_rows_of_the_whole() -> None:
     assert len(some.steps) == 3
     index = [whole.steps[:, 0].tolist().index(s) for s in some.steps[:, 0].tolist()]
     torch.testing.assert_close(some.hidden, whole.hidden[index])
+
+
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+@pytest.mark.parametrize("depth", [None, 2])
+def test_only_eligible_positions_are_drafted_from(depth: int | None, config: dict[str, Any]) -> None:
+    """Drafts are those of blocks at every token, at the price of the longest row's eligible ones."""
+    drafter = block(**config)
+    num = 150
+    ids, features = (torch.stack(part) for part in zip(text(num, 1), text(num, 2), strict=True))
+    documents = torch.arange(num).div(40, rounding_mode="floor").expand(2, -1)
+    mask = torch.rand(2, num, generator=torch.Generator().manual_seed(3)) < torch.tensor([[0.2], [0.6]])
+    args = ids, torch.arange(num).remainder(40).expand(2, -1), documents
+    tokens: list[int] = []
+    drafter.layers[0].mlp.register_forward_hook(lambda _, given, __: tokens.append(given[0].shape[1]))
+    with torch.no_grad():
+        whole = drafter.paths(*args, torch.ones_like(mask), features, every=True)
+        assert sum(tokens) == num * 5
+        tokens.clear()
+        some = drafter.paths(*args, mask, features, depth, every=True)
+    size = 3 if config.get("causal") and depth else 5  # a later mask of such a block is seen by nobody
+    assert sum(tokens) == int(mask.sum(-1).max()) * size
+    starts = mask.flatten().nonzero().flatten()
+    assert torch.equal(some.steps[:, 0], starts)
+    torch.testing.assert_close(some.hidden, whole.hidden[starts][:, :depth], rtol=1e-4, atol=1e-5)
+
+
+def test_a_stretch_gives_every_position_its_turn() -> None:
+    eligible = torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    first, second = eligible.sum(-1).tolist()
+    kept = torch.zeros(2, 40)
+    for start in range(first * second):
+        mask = stretch(eligible, torch.tensor([start, 7 * start]), 6)
+        assert mask.sum(-1).tolist() == [6, 6]
+        places = torch.nonzero(mask[0][eligible[0]]).flatten().tolist()
+        assert places == sorted((start + i) % first for i in range(6))
+        kept += mask
+    assert torch.equal(kept, torch.where(eligible, torch.tensor([[6.0 * second], [6.0 * first]]), 0.0))
+    assert torch.equal(stretch(eligible, torch.tensor([3, 5]), 40), eligible)
+    assert not stretch(torch.zeros_like(eligible), torch.tensor([3, 5]), 4).any()
 
 
 def test_misuse_is_refused() -> None:
