@@ -37,6 +37,7 @@ _IMPORT = re.compile(
     r"module '[^']+' has no attribute )(?P<name>\S+)"
 )
 
+_CONFIG = ("-c", "--config")
 _read_yaml = get_loader("yaml")
 
 
@@ -102,27 +103,33 @@ def check_syntax(args: Sequence[str]) -> None:
     """Read every YAML file named on the command line once: the parser's own message does not name the file.
 
     Raises:
-        ValueError: a file is no YAML; names file, line and column.
+        ValueError: a file is not YAML, with its name, line and column; or a config holds no settings.
     """
     Strict.typed = tuple(args)
-    for path in _config_files(args):
+    for flag, path in _yaml_files(args):
         try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
             raise ValueError(
                 f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
             ) from error
+        if flag in _CONFIG and not isinstance(found, dict):
+            what = "empty" if found is None else f"holds a {type(found).__name__}"
+            raise ValueError(
+                f"{path}: {what}; a config is `key: value` lines, as `certdraft init demo` writes them"
+            )
 
 
-def _config_files(args: Sequence[str]) -> Iterator[Path]:
+def _yaml_files(args: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Each option that names a YAML file, and the file."""
     for flag, value in zip(args, [*args[1:], ""], strict=False):
         name, _, attached = flag.partition("=")
         path = Path(attached or value)
-        named = name in ("-c", "--config") or path.suffix in (".yaml", ".yml")
+        named = name in _CONFIG or path.suffix in (".yaml", ".yml")
         if name.startswith("-") and named and path.is_file():
-            yield path
+            yield name, path
 
 
 def place_in_files(complaint: str, args: Sequence[str]) -> str:
@@ -136,7 +143,7 @@ def place_in_files(complaint: str, args: Sequence[str]) -> str:
     word = quoted[1] if quoted else key[1] if key else ""
     if not word or any(word in arg for arg in args if not arg.endswith((".yaml", ".yml"))):
         return ""
-    for path in _config_files(args):
+    for _, path in _yaml_files(args):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w])", re.sub(r"(^|\s)#.*", "", line)):
                 return f"{path}:{number}: "
@@ -190,6 +197,7 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
         dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
     )
     several = several.replace("<class 'dict'>", "a mapping, as in '{name: value}'")
+    several = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", several).replace(". Got value: ", ", got ")
     return where + (f"expected {several}" if complaint.startswith("Expected a ") else several)
 
 
