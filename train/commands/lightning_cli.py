@@ -135,6 +135,10 @@ class CertdraftCLI(LightningCLI):
         if given not in ("last", "best"):
             if not Path(given).exists():
                 raise FileNotFoundError(f"--ckpt_path {given}: no such checkpoint; try --ckpt_path last")
+            if Path(given).is_dir() and not Path(given, "meta.pt").exists():  # FSDP2 writes a folder
+                raise ValueError(
+                    f"--ckpt_path: {given} is a folder; give the .ckpt file in it, or --ckpt_path last"
+                )
             self.checkpoint = first_whole([Path(given)])
             return
         self.resuming = True

@@ -117,6 +117,15 @@ def test_help_of_fit_leads_with_what_a_run_sets(capsys: pytest.CaptureFixture[st
         (["--model.loss", "MarginDiscountCE"], "did you mean 'MarginDiscountedCE'?"),
         (["--model.loss.mm", "1"], "has no option 'mm'"),
         (["--model.loss", "nowhere.yaml"], "no such file: nowhere.yaml"),
+        (["--model.drafter", "nowhere.yaml"], "model.drafter: no such file: nowhere.yaml"),
+        (["--trainer.precision", "fp16"], "'bf16-mixed'"),
+        (["--trainer.logger", "wandb"], "the config of that name is logger/wandb.yaml"),
+        (["--model.loss", "ce-kl"], "the config of that name is loss/ce-kl.yaml"),
+        (
+            ["--model.drafter", "/"],
+            "/ is a folder, not a class; the weights to begin with are `drafter.pretr",
+        ),
+        (["--ckpt_path", "/"], "/ is a folder; give the .ckpt file in it, or --ckpt_path last"),
         (
             ["--data.sequence_len", "1"],
             "TraceDataModule has no option 'sequence_len'; did you mean 'seq_len'?",
