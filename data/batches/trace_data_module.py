@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -250,9 +251,17 @@ def _record_if_missing(path: str, recording: Recording) -> None:
 def check_recording(file: Path, recording: Recording) -> None:
     """Raise TraceError if the trace of `file`, its trace.json, was recorded with other settings."""
     then, now = with_defaults(TraceMeta.read(file).settings), recording.settings()
-    differing = [f"{k}: {then.get(k)} there, {value} now" for k, value in now.items() if then.get(k) != value]
-    if differing:
+    if differing := list(_differing(then, now)):
         raise TraceError(
             f"{file} was recorded with other settings ({'; '.join(differing)}). Delete the folder to record "
             "it again, name another folder, or leave `record` out to use the trace as it is."
         )
+
+
+def _differing(then: Any, now: Any, key: str = "") -> Iterator[str]:
+    """Each setting that differs, under its dotted key."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name, value in now.items():
+            yield from _differing(then.get(name), value, f"{key}.{name}" if key else name)
+    elif then != now:
+        yield f"{key}: {then} there, {now} now"

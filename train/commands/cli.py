@@ -152,6 +152,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def act() -> None:
         typed = explicit(args[1:], command.argument, command.configs, command.runs)
+        if command.target == TRAINER:
+            if not typed:
+                raise ValueError(
+                    f"no settings; give a config, as in `{label} --config configs/demo.yaml` "
+                    f"(all options: {label} --help=all)"
+                )
+            from certdraft.train.commands.parsing.hub_target import refuse_unreachable
+
+            if "--print_config" not in typed:
+                refuse_unreachable(
+                    typed
+                )  # torch and Lightning, imported below, take longer than a hub's answer
         _load(command)(name, typed, label)
 
     def shorten() -> None:

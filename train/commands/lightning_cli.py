@@ -20,6 +20,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 import certdraft.data
 import certdraft.drafters
 import certdraft.losses
+from certdraft.train.commands.devices import check_devices
 from certdraft.train.commands.parsing.parser import Strict, check_syntax
 from certdraft.train.compiling import CompileLayers as CompileLayers
 from certdraft.train.drafter_module import DrafterModule
@@ -75,6 +76,7 @@ class CertdraftCLI(LightningCLI):
         if settings.get("weights_only") is False:
             raise ValueError("weights_only: false would run code from the checkpoint; leave the key out")
         settings.weights_only = True
+        check_devices(settings.trainer.accelerator, settings.trainer.devices)
         if self.subcommand in ("validate", "test"):  # Lightning's own table has sixteen digits
             self.tabulate, settings.verbose = settings.verbose, False
         if self.checkpoint is not None:
@@ -133,6 +135,10 @@ class CertdraftCLI(LightningCLI):
         if given not in ("last", "best"):
             if not Path(given).exists():
                 raise FileNotFoundError(f"--ckpt_path {given}: no such checkpoint; try --ckpt_path last")
+            if Path(given).is_dir() and not Path(given, "meta.pt").exists():  # FSDP2 writes a folder
+                raise ValueError(
+                    f"--ckpt_path: {given} is a folder; give the .ckpt file in it, or --ckpt_path last"
+                )
             self.checkpoint = first_whole([Path(given)])
             return
         self.resuming = True
@@ -176,11 +182,6 @@ class CertdraftCLI(LightningCLI):
 
 def run(name: str, args: list[str], prog: str) -> None:
     """Run one of the Trainer's commands with arguments as typed."""
-    if not args:
-        raise ValueError(
-            f"no settings; give a config, as in `{prog} --config configs/demo.yaml` (all options: "
-            f"{prog} --help=all)"
-        )
     _quieten()
     check_syntax(args)
     skipped = CertdraftCLI.subcommands()[name]

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from certdraft.data import TRACE_FILE, Recording, check_recording, check_settings, open_trace
 from certdraft.support import facts_of
+from certdraft.train.commands.devices import lacks_gpu
 from certdraft.train.drafter_setup import check_features, check_positions
 from certdraft.train.optim import check_precision, check_steps
 from certdraft.train.plan.model_sizes import meta_drafter, read_config
@@ -36,7 +37,8 @@ def preflight(settings: dict[str, Any]) -> list[str]:
         check_precision(str(trainer.get("precision")))
         check_steps(int(trainer.get("max_steps") or 0))
     recording = _recording(data.get("record"))
-    found, metas, lengths = [], [], []
+    found = ["it asks for a GPU, and torch sees none here"] if lacks_gpu(trainer.get("accelerator")) else []
+    metas, lengths = [], []
     for key in ("train", "validation"):
         if not (path := data.get(key)):
             continue

@@ -77,7 +77,7 @@ def fill_in_groups(settings: Any, exists: Callable[[str], bool]) -> Any:
 
 
 def newest_run(runs_dir: str = "runs") -> Path:
-    """The run that was started last.
+    """The run that was started last, of those that trained; of all where none did.
 
     Args:
         runs_dir: parent of all run folders.
@@ -90,7 +90,12 @@ def newest_run(runs_dir: str = "runs") -> Path:
     found = [file for file in found if (file.parent / "run.yaml").is_file()]
     if not found:
         raise FileNotFoundError(f"{LATEST}: no run under {runs_dir}/; train first, or give a run's folder")
+    found = [file for file in found if _trained(file.parent)] or found  # a refused one leaves a folder too
     return max(found, key=lambda file: (file.stat().st_mtime, file)).parent
+
+
+def _trained(run: Path) -> bool:
+    return (run / "metrics.csv").is_file() or any(run.glob("checkpoints/*.ckpt"))
 
 
 def configs(containing: str = "") -> None:

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from certdraft.evaluation import RECORD_FILE, provenance, read_parts
@@ -86,4 +87,5 @@ def installed_packages() -> dict[str, str]:
     for name in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
+    found["torch"] = str(torch.__version__)  # with the CUDA it was built for, which PyPI's metadata leave out
     return found

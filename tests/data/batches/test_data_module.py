@@ -52,7 +52,7 @@ def test_missing_traces_are_recorded_once(recording: Recording, tmp_path: Path) 
     module.prepare_data()
     assert Path(paths[0], "trace.json").stat().st_mtime_ns == before
     other = replace(recording, generation=Generation(max_new_tokens=5, max_length=80))
-    with pytest.raises(TraceError, match=r"recorded with other settings \(generation: .*Delete"):
+    with pytest.raises(TraceError, match=r"settings \(generation.max_new_tokens: 4 there, 5 now\)\. Delete"):
         TraceDataModule(*paths, record=other).prepare_data()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
+from certdraft.train.commands.devices import check_devices
 from certdraft.train.commands.parsing.completion import options_of
 from certdraft.train.commands.parsing.parser import check_syntax, explain, place_in_files
 
@@ -110,12 +111,21 @@ def test_help_of_fit_leads_with_what_a_run_sets(capsys: pytest.CaptureFixture[st
     ("arguments", "expected"),
     [
         (["--trainer.max_step", "3"], "did you mean '--trainer.max_steps'?"),
-        (["--trainer.max_steps", "many"], "trainer.max_steps: expected <class 'int'>. Got value: many"),
+        (["--trainer.max_steps", "many"], "trainer.max_steps: expected int, got many"),
         (["--model.optimiser.lr", "1"], "DrafterModule has no option 'optimiser"),
         (["--model.optimizer.lrr", "1"], "OptimizerSettings has no option 'lrr'; did you mean 'lr'?"),
         (["--model.loss", "MarginDiscountCE"], "did you mean 'MarginDiscountedCE'?"),
         (["--model.loss.mm", "1"], "has no option 'mm'"),
         (["--model.loss", "nowhere.yaml"], "no such file: nowhere.yaml"),
+        (["--model.drafter", "nowhere.yaml"], "model.drafter: no such file: nowhere.yaml"),
+        (["--trainer.precision", "fp16"], "'bf16-mixed'"),
+        (["--trainer.logger", "wandb"], "the config of that name is logger/wandb.yaml"),
+        (["--model.loss", "ce-kl"], "the config of that name is loss/ce-kl.yaml"),
+        (
+            ["--model.drafter", "/"],
+            "/ is a folder, not a class; the weights to begin with are `drafter.pretr",
+        ),
+        (["--ckpt_path", "/"], "/ is a folder; give the .ckpt file in it, or --ckpt_path last"),
         (
             ["--data.sequence_len", "1"],
             "TraceDataModule has no option 'sequence_len'; did you mean 'seq_len'?",
@@ -161,6 +171,15 @@ def test_unreadable_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "nowhere.yaml" in fails(capsys, "fit", "--config", "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("a: [b\nc: {")
     check_syntax([])
+    for text, words in (
+        ("", "empty"),
+        ("# nothing\n", "empty"),
+        ("- a\n", "holds a list"),
+        ("a", "holds a str"),
+    ):
+        (tmp_path / "no-settings.yaml").write_text(text)
+        said = fails(capsys, "fit", "--config", str(tmp_path / "no-settings.yaml"))
+        assert f"no-settings.yaml: {words}; a config is `key: value` lines" in said
     for flag in ("--config", "--model.loss"):
         assert "broken.yaml:2:2: not valid YAML" in fails(capsys, "fit", flag, str(tmp_path / "broken.yaml"))
 
@@ -168,8 +187,49 @@ def test_unreadable_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_what_is_missing_is_said_in_one_paragraph(capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "fit")
     assert "no settings; give a config, as in `certdraft fit --config configs/demo.yaml`" in said
+    said = fails(capsys, "fit", "--config", "demo", "--trainer.accelerator", "gpu")
+    assert "sees no GPU here" in said
+    assert "--trainer.accelerator cpu" in said
     said = fails(capsys, "evaluate", "--drafters", "x", "--trace", "y", "--out", "z")
     assert "drafters: expected a mapping, as in '{name: value}'" in said
+
+
+def test_a_target_on_an_unreachable_hub_ends_fit_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from certdraft.train.commands.cli import main\n"
+        "try: main(['fit', '--config', 'recipes/qwen3-8b-eagle3', *sys.argv[1:]])\n"
+        "finally: print({'torch', 'pytorch_lightning'} & sys.modules.keys())"
+    )
+    empty = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}
+
+    def call(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *args]
+        return subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, **empty}, cwd=tmp_path
+        )
+
+    done = call()
+    assert (done.returncode, done.stdout) == (2, "set()\n"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "data.record.target Qwen/Qwen3-8B: not a folder here" in done.stderr
+    assert "hf download Qwen/Qwen3-8B --local-dir DIR" in done.stderr
+    other = call("--data.record.target", "me/mine").stderr
+    assert "data.record.target me/mine" in other
+    # with a copy in the cache or a trace, nothing is refused before the settings are read
+    (tmp_path / "models--Qwen--Qwen3-8B").mkdir()
+    (tmp_path / "trace").mkdir()
+    for args in ((), ("--data.record.target", "me/mine", "--data.train", "trace")):
+        assert "has no option 'los'" in call("--model.los", "x", *args).stderr
+
+
+def test_devices_that_are_not_there() -> None:
+    """Ninety-nine processes on a laptop are not started."""
+    cores = os.cpu_count() or 1
+    for accelerator, devices in (("cpu", 1), ("auto", "auto"), ("cpu", 2), ("cpu", str(cores)), ("cpu", [0])):
+        check_devices(accelerator, devices)
+    for devices in (99 * cores, str(99 * cores)):
+        with pytest.raises(ValueError, match=f"{devices} processes, and this machine has {cores} cores"):
+            check_devices("cpu", devices)
 
 
 def test_plain_commands_are_strict_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +326,7 @@ def test_explain_keeps_the_deepest_complaint() -> None:
           Expected a <class 'int'>. Got value: x
     - Expected a <class 'NoneType'>
   Given value type: <class 'dict'>"""
-    assert explain(message) == "model.m: expected <class 'int'>. Got value: x"
+    assert explain(message) == "model.m: expected int, got x"
     assert explain("something\n  else") == "something else" or "something" in explain("something\n  else")
 
 

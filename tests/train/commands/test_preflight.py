@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import certdraft
@@ -49,6 +50,8 @@ def test_every_shipped_config_would_start(
     found = preflight(settings)
     assert "train trace is recorded by the first run" in found
     assert any("trainable parameters" in note for note in found)
+    no_gpu = settings["trainer"]["accelerator"] == "gpu" and not torch.cuda.is_available()
+    assert ("it asks for a GPU, and torch sees none here" in found) is no_gpu
 
 
 def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:

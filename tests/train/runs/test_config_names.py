@@ -139,6 +139,11 @@ def test_latest_is_the_run_started_last() -> None:
     for name in ("export", "reproduce"):
         command = COMMANDS[name]
         assert explicit(["latest"], command.argument, command.configs, command.runs) == ["--run", str(new)]
+    (old / "metrics.csv").write_text("step\n")
+    assert newest_run() == old, "the newer one was refused before it trained"
+    (new / "checkpoints").mkdir()
+    (new / "checkpoints" / "last.ckpt").write_bytes(b"")
+    assert newest_run() == new
 
 
 def test_latest_in_another_name_or_option_stays() -> None:

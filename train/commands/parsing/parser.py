@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 from jsonargparse.typing import Path_fr
 
-from certdraft.train.runs.config_files import fill_in_groups
+from certdraft.train.runs.config_files import fill_in_groups, shipped
 
 _KEY = re.compile(r'^Parser key "(?P<key>[^"]+)":')
 _CLASS = re.compile(r"^Problem with given class_path '(?P<path>[^']+)'")
@@ -36,7 +36,9 @@ _IMPORT = re.compile(
     r"^(?:Expected a dot import path string: ?|Unexpected import path format: ?|No module named |"
     r"module '[^']+' has no attribute )(?P<name>\S+)"
 )
+_PATH = re.compile(r"^Expected a path but (?P<name>\S+\.(?:ya?ml|json)) ")
 
+_CONFIG = ("-c", "--config")
 _read_yaml = get_loader("yaml")
 
 
@@ -102,27 +104,33 @@ def check_syntax(args: Sequence[str]) -> None:
     """Read every YAML file named on the command line once: the parser's own message does not name the file.
 
     Raises:
-        ValueError: a file is no YAML; names file, line and column.
+        ValueError: a file is not YAML, with its name, line and column; or a config holds no settings.
     """
     Strict.typed = tuple(args)
-    for path in _config_files(args):
+    for flag, path in _yaml_files(args):
         try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
             raise ValueError(
                 f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
             ) from error
+        if flag in _CONFIG and not isinstance(found, dict):
+            what = "empty" if found is None else f"holds a {type(found).__name__}"
+            raise ValueError(
+                f"{path}: {what}; a config is `key: value` lines, as `certdraft init demo` writes them"
+            )
 
 
-def _config_files(args: Sequence[str]) -> Iterator[Path]:
+def _yaml_files(args: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Each option that names a YAML file, and the file."""
     for flag, value in zip(args, [*args[1:], ""], strict=False):
         name, _, attached = flag.partition("=")
         path = Path(attached or value)
-        named = name in ("-c", "--config") or path.suffix in (".yaml", ".yml")
+        named = name in _CONFIG or path.suffix in (".yaml", ".yml")
         if name.startswith("-") and named and path.is_file():
-            yield path
+            yield name, path
 
 
 def place_in_files(complaint: str, args: Sequence[str]) -> str:
@@ -136,7 +144,7 @@ def place_in_files(complaint: str, args: Sequence[str]) -> str:
     word = quoted[1] if quoted else key[1] if key else ""
     if not word or any(word in arg for arg in args if not arg.endswith((".yaml", ".yml"))):
         return ""
-    for path in _config_files(args):
+    for _, path in _yaml_files(args):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if re.search(rf"(?<![\w.]){re.escape(word)}(?![\w])", re.sub(r"(^|\s)#.*", "", line)):
                 return f"{path}:{number}: "
@@ -182,14 +190,19 @@ def explain(message: str, keys: Iterable[str] = ()) -> str:
     if match := _OPTION.match(complaint):
         parts = (match["group"], match["a"] or match["b"] or match["c"] or match["d"])
         return where + _unknown(".".join(filter(None, parts)), owner, keys)
+    if match := next((m for entry in found if (m := _PATH.match(entry[3])) and entry[1] == path), None):
+        return f"{where}no such file: {match['name']}"
     if match := next((m for entry in deepest if (m := _IMPORT.match(entry[3]))), None):
         name = match["name"].strip("'\"")
         given = owner and ("No module" in match[0] or owner.endswith(f".{name}"))
-        return where + _no_class(owner if owner and given else name)
+        name = owner if owner and given else name
+        return where + (_not_a_class(name, where[:-2].rpartition(".")[2]) or _no_class(name))
     several = " or ".join(
         dict.fromkeys(entry[3].removeprefix("Expected a ") for entry in deepest if entry[1] == path)
     )
     several = several.replace("<class 'dict'>", "a mapping, as in '{name: value}'")
+    several = several.replace("typing.Literal[", "one of [")
+    several = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", several).replace(". Got value: ", ", got ")
     return where + (f"expected {several}" if complaint.startswith("Expected a ") else several)
 
 
@@ -226,6 +239,15 @@ def _arguments(taker: Any) -> list[str]:
     return [p for p in parameters if p not in ("self", "args", "kwargs")]
 
 
+def _not_a_class(name: str, key: str) -> str | None:
+    """Complaint about a name that means something else: a group that ships, or a folder of weights."""
+    if shipped(f"{key}/{name}"):
+        return f"no class {name!r}; the config of that name is {key}/{name}.yaml"
+    if Path(name).is_dir():
+        return f"{name} is a folder, not a class; the weights to begin with are `{key}.pretrained`"
+    return None
+
+
 def _no_class(name: str) -> str:
     """Complaint about a class that cannot be imported: why, or the nearest of this package's."""
     classes = {
@@ -244,7 +266,7 @@ def _no_class(name: str) -> str:
         own = [key for key, value in vars(import_module(module)).items() if isinstance(value, type)]
         if near := get_close_matches(name.rpartition(".")[2], own, n=1, cutoff=0.5):
             return f"no class {name!r}; did you mean '{module}.{near[0]}'?"
-    near = get_close_matches(name.rpartition(".")[2], sorted(classes), n=1, cutoff=0.5)
+    near = get_close_matches(name.rpartition(".")[2], sorted(classes), n=1, cutoff=0.6)
     return f"no class {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; give its full import path")
 
 
