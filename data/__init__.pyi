@@ -40,6 +40,7 @@ from .record.server.server_writer import in_parallel as in_parallel
 from .record.writer import record_trace as record_trace
 from .targets import embedded_target_path as embedded_target_path
 from .targets import load_target as load_target
+from .targets import load_target_ends as load_target_ends
 from .targets import load_tokenizer as load_tokenizer
 from .targets import target_config as target_config
 from .targets import tokenizer_fingerprint as tokenizer_fingerprint

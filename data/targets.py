@@ -12,6 +12,7 @@ import torch
 from certdraft.support import (
     load_causal_lm,
     load_generation_config,
+    load_model_ends,
     load_pretrained_config,
     load_pretrained_tokenizer,
     weights_origin,
@@ -49,6 +50,15 @@ def load_target(
     """
     model = load_causal_lm(_source(name_or_path), revision=revision, dtype=dtype)
     cast(Any, model).to(device)  # transformers wraps `to` in a way that type checkers misread
+    return model.eval().requires_grad_(False)
+
+
+def load_target_ends(name_or_path: str = EMBEDDED, *, revision: str | None = None) -> PreTrainedModel:
+    """A target of which only embeddings, final norm and lm_head are read; see `load_model_ends`.
+
+    They are fp32 and frozen, on the CPU; names and errors as for `load_target`.
+    """
+    model = load_model_ends(_source(name_or_path), revision=revision)
     return model.eval().requires_grad_(False)
 
 

@@ -55,6 +55,7 @@ class TargetSource:
         num_ids: returns the token ids its tokenizer uses: one more than the largest.
         greedy_counts: returns how often the target's greedy token in the trace was each token; None without
             a trace.
+        ends: returns the target with at least its embeddings, final norm and lm_head; `load` if not given.
     """
 
     name: str
@@ -62,6 +63,11 @@ class TargetSource:
     load: Callable[[], PreTrainedModel]
     num_ids: Callable[[], int]
     greedy_counts: Callable[[], Int[Tensor, " V"] | None] = lambda: None
+    ends: Callable[[], PreTrainedModel] | None = None
+
+    def load_ends(self) -> PreTrainedModel:
+        """The target with at least its embeddings, final norm and lm_head."""
+        return (self.ends or self.load)()
 
 
 class Drafter(nn.Module, ABC):

@@ -264,8 +264,12 @@ class DrafterModule(pl.LightningModule):
 
     def _mean_count(self, steps: int | Tensor) -> Tensor:
         """Mean count (weight) of token positions over ranks: normalises by the global count."""
-        count = torch.as_tensor(steps, dtype=torch.float32, device=self.device)
-        return self.trainer.strategy.reduce(count, reduce_op="mean") if self.trainer.world_size > 1 else count
+        count = torch.as_tensor(steps, dtype=torch.float32, device=self.device).detach().clone()
+        if self.trainer.world_size > 1:
+            # `strategy.reduce` waits at a barrier first, in every micro-batch
+            torch.distributed.all_reduce(count)
+            count /= self.trainer.world_size
+        return count
 
     def _paths(
         self, batch: Batch, depth: int | None = None, every: bool = False

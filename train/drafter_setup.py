@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from certdraft.data import load_target, load_tokenizer, tokenizer_fingerprint
+from certdraft.data import load_target, load_target_ends, load_tokenizer, tokenizer_fingerprint
 from certdraft.drafters import Drafter, TargetSource
 from certdraft.support import facts_of
 from certdraft.train.target_outputs import Online
@@ -47,6 +47,7 @@ def fit_to_target(
         name,
         vocab_size,
         load=lambda: load_target(name) if online is None else online.model,
+        ends=lambda: load_target_ends(name) if online is None else online.model,
         greedy_counts=lambda: None if trace is None else greedy_counts(trace),
     )
     known = drafter.notice
@@ -73,10 +74,17 @@ def fit_to_target(
     check_positions(drafter, max(lengths, default=0), getattr(datamodule, "seq_len", None))
 
 
-def target_source(name: str, vocab_size: int, load: Any, greedy_counts: Any = lambda: None) -> TargetSource:
-    """Everything a drafter may ask about a target whose tokenizer can be loaded by its name."""
+def target_source(
+    name: str, vocab_size: int, load: Any, ends: Any, greedy_counts: Any = lambda: None
+) -> TargetSource:
+    """What a drafter may read of a target whose tokenizer can be loaded by its name."""
     return TargetSource(
-        name, vocab_size, load, lambda: max(load_tokenizer(name).get_vocab().values()) + 1, greedy_counts
+        name,
+        vocab_size,
+        load,
+        lambda: max(load_tokenizer(name).get_vocab().values()) + 1,
+        greedy_counts,
+        ends,
     )
 
 

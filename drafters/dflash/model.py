@@ -143,7 +143,7 @@ class BlockDrafter(FeatureDrafter):
     def build_from_target(self, target: TargetSource) -> Self:
         """See `Drafter.build_from_target`; the mask token is the first id that the tokenizer does not use."""
         if self.ends is None:
-            self.build(target.vocab_size, target.load(), target.num_ids())
+            self.build(target.vocab_size, target.load_ends(), target.num_ids())
         return self
 
     @property

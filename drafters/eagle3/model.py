@@ -158,13 +158,13 @@ class EagleDrafter(FeatureDrafter):
         """See `Drafter.build_from_target`; the trace's greedy tokens choose the draft vocabulary."""
         if self.ends is None:
             partial = self.pretrained is not None or self.config.draft_vocab_size is not None
-            self.build(target.vocab_size, target.load(), target.greedy_counts() if partial else None)
+            self.build(target.vocab_size, target.load_ends(), target.greedy_counts() if partial else None)
         return self
 
     def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
         """See `Drafter.restore`; the checkpoint's draft vocabulary, as counts, chooses itself again."""
         member = state.get("t2d")
-        return self.build(target.vocab_size, target.load(), None if member is None else member.long())
+        return self.build(target.vocab_size, target.load_ends(), None if member is None else member.long())
 
     @property
     def notice(self) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from certdraft.data import load_target, load_tokenizer, target_config
+from certdraft.data import load_target, load_target_ends, load_tokenizer, target_config
 from certdraft.drafters import CardFacts, export, lint_export
 from certdraft.train import drafter_module
 from certdraft.train.commands.parsing.known_classes import refuse_foreign_classes
@@ -151,6 +151,7 @@ def load_module(checkpoint: Path, trust: bool = False) -> tuple[DrafterModule, d
         target["target"],
         target["vocab_size"],
         load=lambda: load_target(target["target"], revision=target["target_revision"]),
+        ends=lambda: load_target_ends(target["target"], revision=target["target_revision"]),
     )
     state = content["state_dict"].items()
     module.drafter.restore(source, {n.removeprefix(prefix): v for n, v in state if n.startswith(prefix)})
