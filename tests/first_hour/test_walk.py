@@ -96,6 +96,16 @@ FAILURES = {
         ["fit", "--config", "demo", "--model.loss", "my_losses.Best"],
         "my_losses",
     ),
+    "an empty config": (["fit", "--config", "empty.yaml"], "empty.yaml: empty"),
+    "a recipe without a hub": (
+        ["fit", "--config", "recipes/qwen3-8b-eagle3"],
+        "data.record.target Qwen/Qwen3-8B",
+    ),
+    "a GPU that is not there": (
+        ["fit", "--config", "demo", "--trainer.accelerator", "gpu"],
+        "sees no GPU here",
+    ),
+    "more processes than cores": (["fit", "--config", "demo", "--trainer.devices", "999"], "999 processes"),
     "a target without a hub": (["trace", "t", "--target", "Qwen/Qwen3-0.6B"], "Qwen/Qwen3-0.6B"),
     "a target that is no folder": (["trace", "t", "--target", "./models/mine"], "models/mine"),
     "drafters that are no dict": (["evaluate", "--drafters", "x", "--trace", "t"], "drafters"),
@@ -114,6 +124,7 @@ def test_a_failure_is_one_paragraph(name: str, user: Installed, tmp_path: Path) 
     args, words = FAILURES[name]
     alone = Installed(user.bin, tmp_path)
     (tmp_path / "broken.yaml").write_text("model: {drafter: [\n")
+    (tmp_path / "empty.yaml").write_text("")
     (tmp_path / "unknown.yaml").write_text("model: {drafterr: x}\n")
     began = time.monotonic()
     extra = SMALL if name.startswith("W&B") else []
