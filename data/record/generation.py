@@ -11,11 +11,11 @@ outputs are kept · H hidden · V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -209,8 +209,8 @@ class _Recording:
         self.done = self.budget == 0 if cache is not None else np.ones_like(self.done)
         return cache
 
-    def keep(self, hidden: Float[Tensor, "N H"], rows: ndarray, positions: ndarray) -> None:
-        """Store the top-k logits of these positions."""
+    def keep(self, hidden: Float[Tensor, "N H"], rows: ndarray, positions: ndarray) -> Int[Tensor, " N"]:
+        """Store the top-k logits of these positions; return the greedy tokens, on the target's device."""
         logits = self.head(hidden)
         try:
             head = Head.from_logits(logits, self.top_ids.shape[-1])
@@ -223,12 +223,15 @@ class _Recording:
                 f"{_first_bad_position(self.target, self.head, known, position)} of the document hold NaN or "
                 "+inf; nothing of this shard was written. Check the checkpoint, or try dtype=float32."
             ) from error
-        self.top_ids[rows, positions] = head.ids.int().cpu().numpy()
-        with np.errstate(over="ignore"):  # a gap above 65504 nats is probability zero in any dtype
-            self.top_gap[rows, positions] = head.gap.cpu().numpy().astype(np.float16)
-        self.lse_gap[rows, positions] = head.lse_gap.cpu().numpy()
         assert head.entropy is not None
-        self.entropy[rows, positions] = head.entropy.cpu().numpy()
+        columns = [head.ids.int().view(torch.float32), head.gap, head.lse_gap[:, None], head.entropy[:, None]]
+        found = torch.cat(columns, -1).cpu().numpy()  # one copy, so one synchronisation
+        num = self.top_ids.shape[-1]
+        self.top_ids[rows, positions] = found[:, :num].view(np.int32)
+        with np.errstate(over="ignore"):  # a gap above 65504 nats is probability zero in any dtype
+            self.top_gap[rows, positions] = found[:, num : 2 * num].astype(np.float16)
+        self.lse_gap[rows, positions], self.entropy[rows, positions] = found[:, -2], found[:, -1]
+        return head.greedy
 
     def row(self, index: int) -> RecordedRow:
         length = int(self.lengths[index])
@@ -251,32 +254,35 @@ def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozense
     slots = np.arange(len(recording.prompts))  # rows the cache still holds
     mask = recording.mask
     removable = cache is not None and can_drop_rows(cache)
+    last = recording.lengths - 1
+    tokens = torch.from_numpy(recording.top_ids[slots, last, 0].astype(np.int64)).to(device)
+    places = torch.from_numpy(recording.lengths.astype(np.int64)).to(device)  # of these tokens
     while not recording.done.all():
         assert cache is not None
         alive = ~recording.done
         if removable and alive[slots].mean() <= 0.75:  # finished rows leave the batch
             stay = torch.from_numpy(alive[slots].nonzero()[0]).to(device)
             cache.batch_select_indices(stay)
-            mask, slots = mask[stay], slots[alive[slots]]
-        last = recording.lengths[slots] - 1
-        tokens = recording.top_ids[slots, last, 0].astype(np.int64)
+            mask, tokens, places, slots = mask[stay], tokens[stay], places[stay], slots[alive[slots]]
         mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=1)
         hidden = recording.body(
-            input_ids=torch.from_numpy(tokens[:, None]).to(device),
+            input_ids=tokens[:, None],
             attention_mask=mask.long(),
-            position_ids=torch.from_numpy(last[:, None] + 1).to(device),
+            position_ids=places[:, None],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, 0]
-        live = alive[slots]
-        rows, positions = slots[live], last[live] + 1
-        kept = torch.from_numpy(live).to(device)
-        recording.input_ids[rows, positions] = tokens[live]
-        recording.keep(hidden[kept], rows, positions)
+        rows = slots[alive[slots]]
+        kept: Any = slice(None) if len(rows) == len(slots) else torch.from_numpy(alive[slots]).to(device)
+        positions = recording.lengths[rows]
+        written_ids = recording.top_ids[rows, positions - 1, 0]
+        recording.input_ids[rows, positions] = written_ids
+        tokens[kept] = recording.keep(hidden[kept], rows, positions)
+        places[kept] += 1
         if recording.hidden is not None:
             recording.hidden[rows, positions] = bits_of(recording.hidden_states.take()[kept, 0].bfloat16())
         recording.lengths[rows] += 1
-        for row, token in zip(rows.tolist(), tokens[live].tolist(), strict=True):
+        for row, token in zip(rows.tolist(), written_ids.tolist(), strict=True):
             written = int(recording.lengths[row] - recording.given[row])
             if token in eos_ids:
                 recording.finish[row] = "eos"

@@ -156,11 +156,15 @@ def _rank(rank: int, folder: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_hold_half_each_and_train_alike(kind: str, tmp_path: Path) -> None:
     """Both read the same rows, so the mean gradient is that of one."""
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(rank, str(tmp_path), kind)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        assert process.exitcode == 0
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    ranks = [spawn.Process(target=_rank, args=(rank, str(tmp_path), kind)) for rank in range(2)]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)
+            assert process.exitcode == 0
+    finally:
+        for process in ranks:
+            process.kill()
     check_equal(trained(drafter_of(kind)), torch.load(tmp_path / "found.pt", weights_only=True))
