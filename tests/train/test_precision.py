@@ -49,7 +49,7 @@ def test_bf16_mixed_metrics_are_those_of_an_exact_head(tiny: Path, monkeypatch: 
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-4, nan_ok=True), name
     other = validated(tiny, rounded, monkeypatch)
-    assert max(abs(other[name] - value) for name, value in expected.items()) > 1e-3  # the test can see it
+    assert max(abs(other[name] - value) for name, value in expected.items()) > 1.5e-4  # the test can see it
 
 
 def test_online_targets_stay_fp32_under_autocast() -> None:
