@@ -5,8 +5,9 @@ Axis letters: T tokens of a document · K top-k entries · L layers whose output
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,14 +61,25 @@ def write_shard(file: Path, rows: Sequence[RecordedRow], schema: pa.Schema) -> S
 
 def write_part(file: Path, rows: Mapping[int, RecordedRow], schema: pa.Schema) -> None:
     """Write rows by number of their prompt, with what a shard leaves out: how and where they ended."""
-    batch = _record_batch(list(rows.values()), schema)
-    values = {"index": list(rows), "notes": ["\n".join(row.notes) for row in rows.values()]}
-    values |= {name: [getattr(row, name) for row in rows.values()] for name in ("finish", "where")}
-    for name, kind in _EXTRA:
-        batch = batch.append_column(name, pa.array(values[name], kind))
     hidden = next(iter(rows.values())).hidden
-    batch = batch.replace_schema_metadata({"layers": str(0 if hidden is None else hidden.shape[1])})
-    write_file(file, lambda temporary: _write_stream(temporary, batch.schema, [batch]))
+    layers = {"layers": str(0 if hidden is None else hidden.shape[1])}
+    whole = pa.schema([*schema, *starmap(pa.field, _EXTRA)], layers)
+    numbers = iter(rows)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for part in _batches(list(rows.values())):
+            batch = _record_batch(part, schema)
+            values: dict[str, list[Any]] = {
+                name: [getattr(row, name) for row in part] for name in ("finish", "where")
+            }
+            values |= {
+                "index": [next(numbers) for _ in part],
+                "notes": ["\n".join(row.notes) for row in part],
+            }
+            extra = [pa.array(values[name], kind) for name, kind in _EXTRA]
+            yield pa.RecordBatch.from_arrays([*batch.columns, *extra], schema=whole)
+
+    write_file(file, lambda temporary: _write_stream(temporary, whole, batches()))
 
 
 def read_part(file: Path) -> dict[int, RecordedRow]:

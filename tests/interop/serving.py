@@ -25,9 +25,9 @@ STARTING_S = 900.0
 
 @contextmanager
 def served(words: list[str], log: Path, **variables: str) -> Iterator[str]:
-    """`vllm serve` with these words, the model first, and a port; the address, once it answers.
+    """A vLLM server with these words, the model first, and a port; the address, once it answers.
 
-    The CPU build has no metadata under the name that `vllm serve` looks up, so its module is run.
+    The CPU build has no metadata under the name that `vllm serve` looks up, so the module is run.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -59,11 +59,11 @@ def server(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     assert make == f"mkdir -p {folder / layers_folder(LAYERS)}"
     (folder / layers_folder(LAYERS)).mkdir()
     words = shlex.split(line.replace('"ExampleHiddenStatesConnector"', CPU))
-    assert words[:2] == ["vllm", "serve"]
+    assert words[:4] == ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
     assert CPU in words[-1]
     words += ["--max-num-batched-tokens", "32", "--max-num-seqs", "4"]
     engines = str(Path(__file__).with_name("engines"))
-    with served(words[2:], folder / "server.log", PYTHONPATH=engines) as url:
+    with served(words[4:], folder / "server.log", PYTHONPATH=engines) as url:
         yield Server(url, concurrency=4, features_dir=str(folder), check_features=True)
 
 

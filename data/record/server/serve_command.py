@@ -11,6 +11,9 @@ from certdraft.data.record.recording import Recording
 from certdraft.data.targets import EMBEDDED, embedded_target_path, target_config
 from certdraft.support import facts_of
 
+# what `vllm serve` runs; vLLM's CPU build starts only so
+_VLLM = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")
+
 
 def engine_layers(layers: Sequence[int]) -> list[int]:
     """vLLM's ids of 0-based layers, ascending as in its files: 0 is the embeddings, i + 1 layer i's output.
@@ -56,7 +59,7 @@ def serve_command(recording: Recording, features_dir: str) -> str:
     }
     target = str(embedded_target_path()) if recording.target == EMBEDDED else recording.target
     words = [
-        "vllm", "serve", target, *(["--revision", recording.revision] if recording.revision else []),
+        *_VLLM, target, *(["--revision", recording.revision] if recording.revision else []),
         "--max-logprobs", str(recording.num_kept),
         "--max-model-len", str(longest if limit is None else min(longest, limit)),
         "--generation-config", "vllm", "--hf-overrides", json.dumps({"head_dtype": "float32"}),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import Qwen3ForCausalLM
@@ -26,6 +27,8 @@ from certdraft.data import (
     record_trace,
 )
 from certdraft.data.record.recording import with_defaults
+from certdraft.data.trace import recorded_row
+from certdraft.data.trace.arrow_trace import trace_schema
 
 LAYERS = (1, 0)  # the last one too, which transformers gives after the final norm only
 
@@ -168,3 +171,24 @@ def test_a_trace_from_before_features_is_still_the_same_recording(
     assert open_trace(tmp_path / "t").meta.feature_layers == ()
     record(tmp_path / "t", target_dir, chats, feature_layers=())  # and not "feature_layers: None there"
     assert with_defaults({"num_kept": 8})["prompts"] == Recording().settings()["prompts"]
+
+
+def test_rows_with_more_values_than_an_arrow_offset_counts_are_written_in_several_batches(
+    trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of an unfinished shard: offsets are int32, and features of a large target pass 2^31 values."""
+    names = ("input_ids", "loss_mask", "top_ids", "top_gap", "lse_gap", "entropy", "hidden")
+    rows = {}
+    for number in (3, 0, 5):
+        values = {name: getattr(trace.columns(number), name) for name in names}
+        rows[number] = RecordedRow(**values, finish="length", where=f"row {number}")
+    monkeypatch.setattr(recorded_row, "_BATCH_VALUES", rows[3].hidden.size + 1)
+    recorded_row.write_part(tmp_path / "part", rows, trace_schema(with_features=True))
+    with pa.ipc.open_stream(pa.memory_map(str(tmp_path / "part"))) as stream:
+        assert sum(1 for _ in stream) == len(rows)
+    found = recorded_row.read_part(tmp_path / "part")
+    assert list(found) == list(rows)
+    for number, row in rows.items():
+        for name in names:
+            assert np.array_equal(getattr(found[number], name), getattr(row, name)), name
+        assert (found[number].finish, found[number].where) == ("length", f"row {number}")

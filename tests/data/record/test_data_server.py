@@ -291,7 +291,7 @@ def test_spoiled_answers_are_refused_with_the_row(
 
 def test_what_contradicts_a_server(record: Callable[..., TraceMeta], tmp_path: Path) -> None:
     with pytest.raises(
-        RecordingError, match=r"need server\.features_dir, .*\nmkdir -p .*layers_1 && vllm serve"
+        RecordingError, match=r"need server\.features_dir, .*\nmkdir -p .*layers_1 && python -m vllm"
     ):
         record(tmp_path / "t", server=Server("http://127.0.0.1:9"), feature_layers=(0,))
     with pytest.raises(ValueError, match="must begin with http"):

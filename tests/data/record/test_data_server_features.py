@@ -194,7 +194,7 @@ def test_lost_files_are_asked_for_again(
         ({"features": {"layers": [0, 1]}}, ServerError, "layer 1 .* those of layer 0; start the server"),
         ({"features": {"folder": "/dev/shm/layers_2_3"}, "file": "unlocked"}, ServerError,
          r"to '/dev/shm/layers_2_3'; for feature_layers=\[1, 0\] that folder must be called 'layers_1_2'"),
-        ({"features": None}, ServerError, "gives no features; start it with\nmkdir -p .*/layers_1_2 && vllm"),
+        ({"features": None}, ServerError, "gives no features; start it with\nmkdir -p .*/layers_1_2 && python -m vllm"),
     ],
     ids=lambda value: next(iter(value.values())) if isinstance(value, dict) and "file" in value else None,
 )  # fmt: skip
@@ -247,7 +247,7 @@ def test_files_of_a_killed_recording_are_deleted_and_no_others(
 def test_settings_that_contradict_each_other(
     servers: Servers, record: Callable[..., TraceMeta], tmp_path: Path
 ) -> None:
-    with pytest.raises(RecordingError, match=r"without server\.url\. .*\n.*layers_1_2 && vllm serve"):
+    with pytest.raises(RecordingError, match=r"without server\.url\. .*\n.*layers_1_2 && python -m vllm"):
         record(tmp_path / "t", server=servers(url=None))
     with pytest.raises(RecordingError, match="only vLLM's server"):
         record(tmp_path / "t", server=servers(api="sglang"))
