@@ -106,7 +106,10 @@ class ProductWeights(StepWeights):
         self.factors = nn.ModuleList(factors)
         reading = [factor for factor in factors if factor.needs_nll]
         if len({(factor.acceptance, str(factor.candidates)) for factor in reading}) > 1:
-            kinds = ", ".join(f"{factor.acceptance} of {factor.candidates}" for factor in reading)
+            kinds = ", ".join(
+                f"first of {factor.candidates}" if factor.acceptance == "first" else factor.acceptance
+                for factor in reading
+            )
             raise ValueError(
                 f"ProductWeights: factors read different acceptances ({kinds}); set the same `acceptance` "
                 "and `candidates` for all of them."

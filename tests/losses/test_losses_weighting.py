@@ -229,7 +229,7 @@ def test_end_to_end_total_variation_is_a_product_of_overlaps():
 
 
 def test_factors_must_read_the_same_acceptance():
-    with pytest.raises(ValueError, match=r"different acceptances \(first, greedy\)"):
+    with pytest.raises(ValueError, match=r"different acceptances \(first of 1, greedy\)"):
         L.ProductWeights([L.ReachWeights(), L.PrefixWeights(), L.DepthWeights()])
     assert L.ProductWeights([L.ReachWeights(), L.DepthWeights()]).acceptance == "first"
     with pytest.raises(ValueError, match="acceptance='best'"):

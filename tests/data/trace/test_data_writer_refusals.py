@@ -100,7 +100,7 @@ def test_bad_target_leaves_nothing(
     [
         ({"num_kept": 305}, "num_kept=305 exceeds the vocabulary of 304"),
         ({"num_kept": 0}, "num_kept is 0; give at least 1"),
-        ({"generation": Generation(600, 1000)}, "documents may reach 6.. tokens, but .* knows 512 positions"),
+        ({"generation": Generation(600, 1000)}, "documents may reach 6.. tokens, but .* has 512 positions"),
         ({"prompts": Prompts(max_prompt_tokens=200)}, "leaves no room for a continuation"),
         (
             {"prompts": Prompts(max_prompt_tokens=3)},

@@ -33,7 +33,7 @@ def test_every_layout_says_the_same(tmp_path: Path, layout: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "keys", "message"),
     [
-        ("dspark", {"markov_head_type": "rnn"}, "has markov_head_type 'rnn'; certdraft computes 'vanilla'"),
+        ("dspark", {"markov_head_type": "rnn"}, "markov_head_type 'rnn'; certdraft computes only 'vanilla'"),
         ("dspark", {"markov_rank": KeyError}, "lacks markov_rank"),
         ("deepspec", {"enable_confidence_head": KeyError}, "lacks enable_confidence_head"),
         ("dspark", {"dspark_bonus_anchor": True}, "must be true or false, and differ"),

@@ -14,7 +14,7 @@ Start = Callable[..., tuple[Engine, str]]
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "same texts": ({"seed": 1}, "1 requests: 6 of 6"),
     "same texts every time": ({"restless": True}, "not deterministic"),
-    "no other clients": ({"foreign": 3}, "somebody else"),
+    "no other clients": ({"foreign": 3}, "another client"),
     "no cache hits": ({"cached": 5}, "60 tokens"),
     "no drift": ({"tick_s": 0.01, "slower": 1.0}, "%"),
 }
