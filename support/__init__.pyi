@@ -1,4 +1,5 @@
 from .causal_lm import load_causal_lm as load_causal_lm
+from .causal_lm import load_model_ends as load_model_ends
 from .files import appearing_folder as appearing_folder
 from .files import open_to_readers as open_to_readers
 from .files import sha256_of as sha256_of
@@ -16,7 +17,6 @@ from .hidden_states import bits_of as bits_of
 from .hub import HUB_TIMEOUT_S as HUB_TIMEOUT_S
 from .hub import hub_answers as hub_answers
 from .hub import hub_endpoint as hub_endpoint
-from .model_ends import load_model_ends as load_model_ends
 from .model_facts import ModelFacts as ModelFacts
 from .model_facts import context_limit as context_limit
 from .model_facts import facts_of as facts_of
