@@ -19,6 +19,7 @@ from certdraft.drafters.dflash.windows import FULL, read_windows
 from certdraft.drafters.features.layer_files import (
     Json,
     Weights,
+    check_given,
     read_config,
     read_weights,
     sizes_from_json,
@@ -161,11 +162,7 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
         settings = _from_zlab(config, str(file))
         windows = read_windows(config, config.get("dflash_config") or {}, str(file))
     sizes = sizes_from_json(inner, own, str(file))
-    missing = [key for key, value in settings.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"{file} lacks {', '.join(sorted(missing))}; each engine would take another default."
-        )
+    check_given(settings, str(file))
     block = BlockConfig(
         **sizes,
         num_hidden_layers=inner["num_hidden_layers"],

@@ -46,20 +46,14 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     config = folder.config
     inner = config.get("transformer_layer_config") or {}
     at = "transformer_layer_config."
-    yield from check_equal(inner, {"model_type": "qwen3"}, at)
+    yield from speculators_rules(config, inner, at, "dflash")
     yield from window_rules(inner, {}, at)
-    yield from check_speculators(config, "dflash")
     kinds, flag = inner.get("layer_types") or (), config.get("sliding_window_non_causal")
     if flag is None and SLIDING in kinds:
         yield error("sliding_window_non_causal", "is missing: false for speculators, true for vLLM.")
     elif flag is False and set(kinds) != {SLIDING}:
         yield error("sliding_window_non_causal", "is false, with which vLLM 0.32 makes every layer causal.")
     yield from check_equal(config, {"sample_from_anchor": False})
-    vocab = inner.get("vocab_size")
-    if config.get("draft_vocab_size") != vocab:
-        yield error(
-            "draft_vocab_size", f"is {config.get('draft_vocab_size')!r}; must be vocab_size, {vocab!r}."
-        )
     name = "aux_hidden_state_layer_ids"
     ids = config.get(name)
     from_0 = [number - 1 for number in ids] if isinstance(ids, list) else ids  # it counts hidden states
@@ -78,6 +72,15 @@ def lint_transformers(folder: Folder, target: Config | None) -> Iterator[Finding
     layers = target.get("num_hidden_layers") if target else None
     ids, mask, size = (config.get(key) for key in ("target_layer_ids", "mask_token_id", "block_size"))
     yield from block_rules(folder, config, (ids, "target_layer_ids"), mask, size, layers, target, names=names)
+
+
+def speculators_rules(config: Config, inner: Config, at: str, algorithm: str) -> Iterator[Finding]:
+    """Rules of a block drafter in the layout of speculators; `inner` has the sizes of the layers, at `at`."""
+    yield from check_equal(inner, {"model_type": "qwen3"}, at)
+    yield from check_speculators(config, algorithm)
+    vocab, drafted = inner.get("vocab_size"), config.get("draft_vocab_size")
+    if drafted != vocab:
+        yield error("draft_vocab_size", f"is {drafted!r}; must be vocab_size, {vocab!r}.")
 
 
 def block_rules(
@@ -183,10 +186,6 @@ def window_rules(config: Config, section: Config, at: str = "") -> Iterator[Find
         yield warning(f"{at}layer_types", "has windows, which vLLM and SGLang compute; older readers do not.")
 
 
-def _is_speculators(folder: Folder) -> bool:
-    return by_speculators(folder, "dflash") or (by_speculators(folder) and "DFlash" in class_names(folder))
-
-
 def _is_transformers(folder: Folder) -> bool:
     return folder.config.get("model_type") == "muse_glimmer_assistant"
 
@@ -198,7 +197,7 @@ def _is_zlab(folder: Folder) -> bool:
 
 
 LAYOUTS = (
-    Layout("dflash-speculators", _is_speculators, lint_speculators),
+    Layout("dflash-speculators", lambda folder: by_speculators(folder, "dflash", "DFlash"), lint_speculators),
     Layout("dflash-transformers", _is_transformers, lint_transformers),
     Layout("dflash", _is_zlab, lint_zlab),
 )

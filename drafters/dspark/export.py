@@ -17,6 +17,7 @@ from certdraft.drafters.dspark.config import DSparkConfig
 from certdraft.drafters.features.layer_files import (
     Json,
     Weights,
+    check_given,
     read_config,
     read_weights,
     sizes_from_json,
@@ -99,11 +100,7 @@ def read_dspark(folder: str | Path) -> tuple[DSparkConfig, int | None, Weights]:
     }
     if not block["enable_confidence_head"]:
         block["confidence_head_with_markov"] = bool(block["confidence_head_with_markov"])
-    missing = [key for key, value in block.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"{where} lacks {', '.join(sorted(missing))}; each engine would take another default."
-        )
+    check_given(block, where)
     found = DSparkConfig(**sizes, **block, sample_from_anchor=_from_anchor(config, where))
     return found, inner.get("vocab_size"), weights
 

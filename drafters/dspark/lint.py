@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from certdraft.drafters.dflash.lint import block_rules, window_rules
+from certdraft.drafters.dflash.lint import block_rules, speculators_rules, window_rules
 from certdraft.drafters.formats.lint_files import (
     Config,
     Finding,
@@ -11,7 +11,6 @@ from certdraft.drafters.formats.lint_files import (
     by_speculators,
     check_equal,
     check_numbers,
-    check_speculators,
     class_names,
     error,
 )
@@ -33,14 +32,8 @@ def lint_speculators(folder: Folder, target: Config | None) -> Iterator[Finding]
     config = folder.config
     inner = config.get("transformer_layer_config") or {}
     at = "transformer_layer_config."
-    yield from check_equal(inner, {"model_type": "qwen3"}, at)
-    yield from check_speculators(config, "dspark")
+    yield from speculators_rules(config, inner, at, "dspark")
     yield from _heads(config, needs_anchor=True)
-    vocab = inner.get("vocab_size")
-    if config.get("draft_vocab_size") != vocab:
-        yield error(
-            "draft_vocab_size", f"is {config.get('draft_vocab_size')!r}; must be vocab_size, {vocab!r}."
-        )
     layers = target.get("num_hidden_layers") if target else None
     yield from _block(folder, inner, "aux_hidden_state_layer_ids", layers, target, at)
 
@@ -90,15 +83,11 @@ def _block(
     )
 
 
-def _is_speculators(folder: Folder) -> bool:
-    return by_speculators(folder, "dspark") or (by_speculators(folder) and "DSpark" in class_names(folder))
-
-
 def _is_deepspec(folder: Folder) -> bool:
     return not by_speculators(folder) and "DSpark" in class_names(folder)
 
 
 LAYOUTS = (
-    Layout("dspark-speculators", _is_speculators, lint_speculators),
+    Layout("dspark-speculators", lambda folder: by_speculators(folder, "dspark", "DSpark"), lint_speculators),
     Layout("dspark", _is_deepspec, lint_deepspec),
 )

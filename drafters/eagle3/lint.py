@@ -188,16 +188,12 @@ def _is_ids(ids: object) -> bool:
     return ids[0] >= 1 and all(a < b for a, b in zip(ids, ids[1:], strict=False))
 
 
-def _is_speculators(folder: Folder) -> bool:
-    return by_speculators(folder, "eagle3") or (by_speculators(folder) and "Eagle3" in class_names(folder))
-
-
 def _is_flat(folder: Folder) -> bool:
     keys = {"eagle_config", "draft_vocab_size"} & folder.config.keys()
     return not by_speculators(folder) and ("Eagle3" in class_names(folder) or bool(keys))
 
 
 LAYOUTS = (
-    Layout("eagle3-speculators", _is_speculators, lint_speculators),
+    Layout("eagle3-speculators", lambda folder: by_speculators(folder, "eagle3", "Eagle3"), lint_speculators),
     Layout("eagle3", _is_flat, lint_flat),
 )

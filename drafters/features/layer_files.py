@@ -116,6 +116,13 @@ def sizes_to_json(sizes: LayerSizes, dtype: torch.dtype) -> Json:
     }
 
 
+def check_given(settings: Json, where: str) -> None:
+    """Raise a ValueError that names the settings a config does not give."""
+    missing = sorted(key for key, value in settings.items() if value is None)
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; each engine would take another default.")
+
+
 def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
     """Arguments of `LayerSizes`, from a config with nothing that certdraft does not compute.
 

@@ -92,12 +92,14 @@ def class_names(folder: Folder) -> str:
     return " ".join(folder.config.get("architectures") or ())
 
 
-def by_speculators(folder: Folder, model_type: str | None = None) -> bool:
-    """Whether a folder is written in the layout of speculators, for this of its model types."""
+def by_speculators(folder: Folder, model_type: str | None = None, class_name: str | None = None) -> bool:
+    """Whether a folder is written in the layout of speculators, for a model type or a class named so."""
     found = folder.config.get("speculators_model_type")
-    if model_type is not None:
-        return found == model_type
-    return found is not None or "speculators_config" in folder.config
+    if found is None and "speculators_config" not in folder.config:
+        return False
+    if model_type is None or found == model_type:
+        return True
+    return class_name is not None and class_name in class_names(folder)
 
 
 def read_folder(path: str | Path) -> Folder:
