@@ -48,8 +48,8 @@ class Accounting:
     def skip(self, reason: str, example: str, count: int = 1) -> None:
         _add(self.skipped, reason, example, count)
 
-    def note(self, event: str, example: str, count: int = 1) -> None:
-        _add(self.notes, event, example, count)
+    def note(self, event: str, example: str) -> None:
+        _add(self.notes, event, example, 1)
 
     @property
     def num_skipped(self) -> int:

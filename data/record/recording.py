@@ -169,6 +169,16 @@ def feature_size(recording: Recording) -> int:
     return size
 
 
+def open_ledger(
+    folder: Path, settings: dict[str, Any], *, lock: bool = True, closing: bool = False
+) -> Ledger:
+    """The ledger of a recording with the settings of `recorded_settings`; the caller releases it."""
+    return Ledger(
+        folder, settings, -(-settings["num_prompts"] // settings["shard_rows"]), lock=lock,
+        with_features=bool(settings.get("feature_layers")), complete=with_defaults, closing=closing,
+    )  # fmt: skip
+
+
 def shard_prompts(shard: int, shard_rows: int, num_prompts: int) -> Int64[ndarray, " n"]:
     """Indices of the prompts of a shard: consecutive, in corpus order."""
     return np.arange(shard * shard_rows, min((shard + 1) * shard_rows, num_prompts))
@@ -349,10 +359,7 @@ def close_recording(folder: Path) -> TraceMeta:
     begun = begun_meta(folder)
     settings = begun.settings
     size, total = settings["shard_rows"], settings["num_prompts"]
-    with_features = bool(begun.feature_layers)
-    ledger = Ledger(
-        folder, settings, -(-total // size), with_features=with_features, complete=with_defaults, closing=True
-    )
+    ledger = open_ledger(folder, settings, closing=True)
     try:
         lacking = Accounting("prompts")
         for shard in (s for s in range(ledger.num_shards) if not ledger.is_done(s)):

@@ -36,10 +36,10 @@ from certdraft.data.record.recording import (
     close_recording,
     finish_trace,
     meta_without_shards,
+    open_ledger,
     read_prompts,
     recorded_settings,
     shard_prompts,
-    with_defaults,
 )
 from certdraft.data.record.server.http_server import Server
 from certdraft.data.record.server.serve_command import serve_command
@@ -140,14 +140,7 @@ def record_trace(
     words = load_tokenizer(tokenizer or target, revision=revision)
     prompt_set, accounting = read_prompts(recording, words, trainer.is_global_zero)
     settings = recorded_settings(recording, prompt_set, words)
-    ledger = Ledger(
-        folder,
-        settings,
-        -(-len(prompt_set) // shard_rows),
-        lock=trainer.is_global_zero,
-        with_features=bool(feature_layers),
-        complete=with_defaults,
-    )
+    ledger = open_ledger(folder, settings, lock=trainer.is_global_zero)
     try:
         meta = ledger.finished() if trainer.world_size == 1 else None
         if meta is not None:

@@ -41,9 +41,9 @@ class Tree:
     drafter_ids: tuple[int, ...]
 
     @classmethod
-    def root_only(cls, root: int, *, drafted: bool = False) -> Tree:
-        """The tree of a plain decoding step; `drafted`: the drafter has read the root all the same."""
-        return cls((root,), (-1,), (0.0,), (0 if drafted else -1,))
+    def root_only(cls, root: int) -> Tree:
+        """The tree of a plain decoding step."""
+        return cls((root,), (-1,), (0.0,), (-1,))
 
     @classmethod
     def from_parents(cls, tokens: Sequence[int], parents: Sequence[int]) -> Tree:

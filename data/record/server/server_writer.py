@@ -24,10 +24,10 @@ from certdraft.data.record.recording import (
     feature_size,
     finish_trace,
     meta_without_shards,
+    open_ledger,
     read_prompts,
     recorded_settings,
     shard_prompts,
-    with_defaults,
 )
 from certdraft.data.record.server.feature_files import FeatureFiles
 from certdraft.data.record.server.http_server import Server
@@ -69,10 +69,7 @@ def record_from_server(folder: Path, recording: Recording, server: Server) -> Tr
     settings |= {"server": {"api": server.api, "model": server.model}}
     with closing(client):
         signals = StopSignals()
-        ledger = Ledger(
-            folder, settings, -(-len(prompts) // recording.shard_rows),
-            with_features=features is not None, complete=with_defaults,
-        )  # fmt: skip
+        ledger = open_ledger(folder, settings)
         try:
             meta = ledger.finished()
             if meta is not None:
