@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracles.recordings import record
+from oracles.server_process import ServerProcess
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.data import RecordedRow, Trace, TraceMeta, load_target, load_tokenizer, open_trace
@@ -57,6 +58,14 @@ def tokenizer(target_dir: str) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def target(target_dir: str) -> Qwen3ForCausalLM:
     return load_target(target_dir)
+
+
+@pytest.fixture
+def server(process: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
+    """The test module's server process, as it was when it started."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    process.reset()
+    return process
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles.outcomes import fails, with_other_tokenizer
 
 from certdraft.data import (
     Corpus,
@@ -66,14 +67,6 @@ def cost(drafter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cost") / "cost.json"
     main(["profile", "--drafter", str(drafter), "--out", str(path), *SMALL])
     return path
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2, said
-    return said
 
 
 def test_profile_measures_this_machine_and_prints_a_table(
@@ -148,13 +141,7 @@ def test_impossible_profiles_are_refused(
 def test_a_drafter_of_another_tokenizer_is_refused(
     drafter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in drafter.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    facts = json.loads((drafter / "drafter.json").read_text())
-    facts["facts"]["tokenizer_fingerprint"] = "f" * 64
-    (other / "drafter.json").write_text(json.dumps(facts))
+    other = with_other_tokenizer(drafter, tmp_path / "other")
     said = fails(capsys, "profile", "--drafter", str(other), "--out", str(tmp_path / "cost.json"))
     assert "tokenizer of the target embedded" in said
     assert "ffffffffffff" in said

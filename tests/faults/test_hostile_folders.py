@@ -16,11 +16,11 @@ import torch
 import yaml
 from faults.conftest import Work
 from oracles import forked
+from oracles.outcomes import fails
 
 from certdraft.data import load_target, load_tokenizer
 from certdraft.drafters import Drafter, register_drafter
 from certdraft.support import appearing_folder, write_text
-from certdraft.train.commands.cli import main
 from certdraft.train.commands.parsing.known_classes import refuse_foreign_classes
 
 
@@ -38,15 +38,6 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     monkeypatch.syspath_prepend(tmp_path)
     return ran
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2, said
-    assert "Traceback" not in said
-    return said
 
 
 def rewrite(run: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -88,7 +79,7 @@ def test_foreign_classes_are_refused_before_anything_is_built(
         ("export", "--run", str(run), "--out", str(tmp_path / "export")),
         ("reproduce", "--run", str(run), "--runs_dir", str(tmp_path / "again")),
     ):
-        said = refused(capsys, *command)
+        said = fails(capsys, *command)
         assert f"names {name}, which is neither a class of certdraft nor registered here" in said
         assert "--trust_classes true" in said
     assert not evil.exists()
@@ -108,7 +99,7 @@ def test_foreign_callbacks_are_refused(
     callback: Any, run: Path, evil: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(run, lambda settings: settings["trainer"].update(callbacks=[callback]))
-    said = refused(capsys, "reproduce", "--run", str(run), "--runs_dir", str(tmp_path / "again"))
+    said = fails(capsys, "reproduce", "--run", str(run), "--runs_dir", str(tmp_path / "again"))
     assert "config.yaml: trainer.callbacks" in said
     assert not evil.exists()
 
@@ -148,7 +139,7 @@ def test_trusted_classes_are_built(
 ) -> None:
     rewrite(run, lambda settings: settings["trainer"].update(callbacks=[{"class_path": "evil_module.Evil"}]))
     again = ("reproduce", "--run", str(run), "--runs_dir", str(tmp_path / "again"), "--trust_classes", "true")
-    assert "evil_module" in refused(capsys, *again)  # it is no callback
+    assert "evil_module" in fails(capsys, *again)  # it is no callback
     assert evil.exists()
 
 
@@ -162,7 +153,7 @@ def test_a_larger_drafter_than_the_checkpoint_holds(
         sizes.update(hidden_size=16_384, intermediate_size=65_536, num_hidden_layers=24)
 
     rewrite(run, enlarge)
-    said = refused(capsys, "export", "--run", str(run), "--out", str(tmp_path / "export"))
+    said = fails(capsys, "export", "--run", str(run), "--out", str(tmp_path / "export"))
     assert "trained weights, but holds" in said
 
 
@@ -174,7 +165,7 @@ def test_evaluate_builds_registered_kinds_only(
     config = json.loads((export / "config.json").read_text())
     evaluate = ("evaluate", "--drafters", f"{{a: {export}}}", "--trace", str(work.trace), "--device", "cpu")
     (export / "drafter.json").write_text(json.dumps(facts | {"family": "evil_module.Evil"}))
-    assert "of family 'evil_module.Evil'" in refused(capsys, *evaluate, "--out", str(tmp_path / "out"))
+    assert "of family 'evil_module.Evil'" in fails(capsys, *evaluate, "--out", str(tmp_path / "out"))
     (export / "drafter.json").write_text(json.dumps(facts))
     code = {
         "model_type": "evil",
@@ -182,7 +173,7 @@ def test_evaluate_builds_registered_kinds_only(
     }
     (export / "config.json").write_text(json.dumps(config | code))
     shutil.copy(tmp_path / "evil_module.py", export)
-    refused(capsys, *evaluate, "--out", str(tmp_path / "out"))
+    fails(capsys, *evaluate, "--out", str(tmp_path / "out"))
     assert not evil.exists()
     assert not (tmp_path / "out").exists()
 
@@ -196,7 +187,7 @@ def test_lint_of_a_folder_with_too_many_layers_ends(
     for section in ({}, {"dflash_config": {"target_layer_ids": [0], "mask_token_id": 1, "block_size": 4}}):
         (export / "config.json").write_text(json.dumps(config | section | {"num_hidden_layers": layers}))
         begin = time.monotonic()
-        said = refused(capsys, "lint", "--path", str(export))
+        said = fails(capsys, "lint", "--path", str(export))
         assert time.monotonic() - begin < 60
         assert f"num_hidden_layers: is {layers}, but the folder has" in said
         assert len(said) < 5000

@@ -55,6 +55,14 @@ def run(loss, reduction, backend, hidden, weight, target):
     return value, *torch.autograd.grad(value, (hidden, weight), incoming)
 
 
+def assert_same_as_torch(loss, reduction, hidden, weight, target):
+    found, expected = (
+        run(loss, reduction, backend, hidden, weight, target) for backend in ("triton", "torch")
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
 @needs_kernels
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("vocab", [6, 17, 4096, 5003])  # the head itself; less, as much and more than a block
@@ -62,10 +70,7 @@ def run(loss, reduction, backend, hidden, weight, target):
 def test_kernels_and_readable_path_agree(name, vocab, reduction):
     hidden, weight, online = problem(vocab)
     for target in (online, online[:]):
-        found = run(LOSSES[name], reduction, "triton", hidden, weight, target)
-        expected = run(LOSSES[name], reduction, "torch", hidden, weight, target)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        assert_same_as_torch(LOSSES[name], reduction, hidden, weight, target)
 
 
 @needs_kernels
@@ -74,10 +79,7 @@ def test_a_truncated_head_is_read_at_its_own_stride(name):
     hidden, weight, online = problem(40)
     target = L.TargetBatch(online[:].head.truncate(4))
     assert not target.top_ids.is_contiguous()
-    found = run(LOSSES[name], "mean", "triton", hidden, weight, target)
-    expected = run(LOSSES[name], "mean", "torch", hidden, weight, target)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+    assert_same_as_torch(LOSSES[name], "mean", hidden, weight, target)
 
 
 @needs_kernels

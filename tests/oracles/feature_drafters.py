@@ -30,6 +30,21 @@ def enlarge(module: nn.Module, seed: int = 0) -> None:
         nn.init.normal_(parameter, mean=mean, std=0.25, generator=generator)
 
 
+def assert_checkpointing_changes_nothing(drafter: Any, ids: Tensor, features: Tensor) -> None:
+    """One text's gradients with and without recomputed layers; a seed, because anchors are drawn."""
+    row = torch.arange(len(ids))[None]
+    args = ids[None], row, torch.zeros_like(row), torch.ones_like(row).bool(), features[None]
+    gradients = []
+    for flag in (False, True):
+        drafter.gradient_checkpointing = flag
+        drafter.zero_grad()
+        torch.manual_seed(0)
+        drafter.head(drafter.paths(*args).hidden).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in drafter.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * weight
 

@@ -1,16 +1,39 @@
-"""What commands leave behind, without what may differ between two equal ones."""
+"""What commands leave behind, without what may differ between two equal ones; what they say when refused."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from certdraft.train.commands.cli import main
 
 Start = Callable[[str, Path], Callable[[], None]]
 COMMANDS = ("trace", "fit", "export", "certify", "evaluate")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """stderr of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def with_other_tokenizer(drafter: Path, folder: Path) -> Path:
+    """A copy of an exported drafter that was trained with a tokenizer of fingerprint ffff…"""
+    shutil.copytree(drafter, folder)
+    facts = json.loads((drafter / "drafter.json").read_text())
+    facts["facts"]["tokenizer_fingerprint"] = "f" * 64
+    (folder / "drafter.json").write_text(json.dumps(facts))
+    return folder
 
 
 def outcome(out: Path) -> dict[str, Any]:

@@ -24,13 +24,6 @@ def process(target_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
-@pytest.fixture
-def server(process: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    process.reset()
-    return process
-
-
 @pytest.fixture(scope="module")
 def traces(target_dir: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One trace that stores features, and the same without."""

@@ -43,13 +43,6 @@ def process(target_dir: str) -> Iterator[ServerProcess]:
         yield running
 
 
-@pytest.fixture
-def server(process: ServerProcess, monkeypatch: pytest.MonkeyPatch) -> ServerProcess:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    process.reset()
-    return process
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     file = tmp_path_factory.mktemp("server") / "chats.jsonl"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import eagle_logits, enlarge
+from oracles.feature_drafters import assert_checkpointing_changes_nothing, eagle_logits, enlarge
 from oracles.rotary import LINEAR, LLAMA3, YARN
 from torch import Tensor
 
@@ -215,14 +215,4 @@ def test_target_parts_stay_outside_the_state_dict() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    drafter = eagle().train()
-    ids, features = text(10)
-    args = ids[None], torch.arange(10)[None], torch.zeros(1, 10, dtype=torch.long), torch.ones(1, 10).bool()
-    gradients = []
-    for flag in (False, True):
-        drafter.gradient_checkpointing = flag
-        drafter.zero_grad()
-        drafter.head(drafter.paths(*args, features[None]).hidden).square().mean().backward()
-        gradients.append([parameter.grad.clone() for parameter in drafter.parameters()])
-    for one, two in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, two)
+    assert_checkpointing_changes_nothing(eagle().train(), *text(10))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles.outcomes import with_other_tokenizer
 
 from certdraft.certificates import Additive, Coverage, StrictGreedy, kl_divergence_logp, radius
 from certdraft.data import (
@@ -151,13 +152,7 @@ def test_the_page_shows_the_joined_view(certified: Path) -> None:
 def test_a_drafter_of_another_tokenizer_is_refused_before_anything_is_written(
     certified: Path, drafter: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in drafter.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    facts = json.loads((drafter / "drafter.json").read_text())
-    facts["facts"]["tokenizer_fingerprint"] = "f" * 64
-    (other / "drafter.json").write_text(json.dumps(facts))
+    other = with_other_tokenizer(drafter, tmp_path / "other")
     mine = open_trace(certified / "trace").meta.tokenizer_fingerprint
     with pytest.raises(ValueError, match=rf"{mine[:12]}.*f{{12}}"):
         run_certify(str(tmp_path / "out"), trace=str(certified / "trace"), drafter=str(other))

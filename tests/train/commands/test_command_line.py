@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles.outcomes import fails
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
 from certdraft.train.commands.devices import check_devices
@@ -19,16 +20,6 @@ from certdraft.train.commands.parsing.completion import options_of
 from certdraft.train.commands.parsing.parser import check_syntax, explain, place_in_files
 
 Write = Callable[..., str]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """stderr of a command that must end with exit code 2."""
-    with pytest.raises(SystemExit) as exit_:
-        main(list(args))
-    said = capsys.readouterr().err
-    assert exit_.value.code == 2, said
-    assert "Traceback" not in said
-    return said
 
 
 def test_help_version_and_typos_import_no_torch() -> None:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from filelock import FileLock
 from oracles import forked
+from oracles.outcomes import fails
 
 from certdraft.train.commands.cli import main
 from certdraft.train.runs import run_folder
@@ -41,15 +42,6 @@ def fit(settings: dict[str, Any], write: Write, *more: str) -> Path:
 def newest(settings: dict[str, Any]) -> Path:
     (folder,) = (path for path in Path(settings["runs_dir"], "tiny").iterdir())
     return folder
-
-
-def fails(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(list(args))
-    said = capsys.readouterr().err
-    assert stop.value.code == 2, said
-    assert "Traceback" not in said
-    return said
 
 
 def with_fault(settings: dict[str, Any], name: str, **init: Any) -> dict[str, Any]:
