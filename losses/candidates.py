@@ -42,21 +42,20 @@ class Candidates:
         """The largest m."""
         return max(self.sizes)
 
-    def check(self, target: TargetBatch) -> None:
-        """Raise ValueError when m depends on the depth and the target does not know the depths."""
-        if len(self.sizes) > 1 and target.depths is None:
+    def index(self, target: TargetBatch) -> Int[Tensor, " N"]:
+        """The entry of `sizes` of every position.
+
+        Raises:
+            ValueError: m depends on the depth, and the target does not know the depths.
+        """
+        if len(self.sizes) == 1:
+            return torch.zeros(len(target), dtype=torch.long, device=target.greedy.device)
+        if target.depths is None:
             raise ValueError(
                 f"{self.owner}: m={list(self.sizes)} is a list by draft depth, and these positions have no "
                 "depth. Only drafters trained along draft paths (EagleDrafter, BlockDrafter, DSparkDrafter) "
                 "have one; give a single m for this drafter."
             )
-
-    def index(self, target: TargetBatch) -> Int[Tensor, " N"]:
-        """The entry of `sizes` of every position."""
-        if len(self.sizes) == 1:
-            return torch.zeros(len(target), dtype=torch.long, device=target.greedy.device)
-        self.check(target)
-        assert target.depths is not None
         return target.depths.clamp(1, len(self.sizes)) - 1
 
     def at(self, target: TargetBatch) -> Int[Tensor, " N"]:

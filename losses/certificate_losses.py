@@ -183,10 +183,6 @@ class CoverageMargin(SparseLoss):
             )
         self.slack, self.temperature = slack, temperature
 
-    def check_target(self, target: TargetBatch) -> None:
-        super().check_target(target)
-        self.m.check(target)
-
     def pick(self, logits: Float[Tensor, "N V"], target: TargetBatch) -> Int[Tensor, "N S"]:
         """The greedy token and the m-th strongest of the others (the weakest one when V ≤ m)."""
         vocab = logits.shape[-1]

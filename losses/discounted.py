@@ -137,10 +137,6 @@ class PoolDiscountedCE(DiscountedCE):
         self.m, self.floor = Candidates("PoolDiscountedCE", m), _check_floor("PoolDiscountedCE", floor)
         self.min_head = self.m.most + 1
 
-    def check_target(self, target: TargetBatch) -> None:
-        super().check_target(target)
-        self.m.check(target)
-
     def discount(self, target: TargetBatch) -> Float[Tensor, "N K"]:
         """1 − p_j/c, floored; (c − p_j)/c in units of p_g, without cancellation."""
         excess = (-target.head.gap.double()).expm1()
@@ -174,10 +170,6 @@ class RunnerUpForgivingCE(DiscountedCE):
         super().__init__()
         self.m = Candidates("RunnerUpForgivingCE", m)
         self.min_head = self.m.most
-
-    def check_target(self, target: TargetBatch) -> None:
-        super().check_target(target)
-        self.m.check(target)
 
     def discount(self, target: TargetBatch) -> Float[Tensor, "N K"]:
         """0 for the target's ranks 2..m, 1 below."""

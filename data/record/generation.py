@@ -61,9 +61,8 @@ class LogitHead:
                 f"{type(target).__name__} has no linear output layer; its logits cannot be recorded"
             )
         self.weight, self.bias = layer.weight.detach(), layer.bias
-        if changes := facts_of(
-            target
-        ).logit_changes:  # some classes leave logit changes of their config to engines
+        # some classes leave logit changes of their config to engines
+        if changes := facts_of(target).logit_changes:
             raise TargetError(
                 f"{type(target).__name__} scales or soft-caps its logits ({', '.join(changes)} in its "
                 "config); recording such targets is not supported, because its margins would be wrong"
