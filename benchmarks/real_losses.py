@@ -71,6 +71,15 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
         REACH,
     ),
+    "by depth+adaptive, depth": (
+        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
+        DEPTH,
+    ),
+    "by depth+adaptive, low": (
+        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
+        {"class_path": "ProductWeights", "init_args": {"factors": [REACH, LOW]}},
+    ),
+    "ce+kl, reach": (half(CE, KL), REACH),
     "ce": (CE, DEPTH),
     "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), LOW_DEPTH),
     "top-10 ce": (half(CE, part("TopKCE", k=10)), DEPTH),
