@@ -4,9 +4,9 @@
     python benchmarks/on_policy.py --run runs/real      # about half an hour a seed on one core
 
 The causal drafter of the run is trained further for the same number of steps, from the same weights and on
-the same batches: on the target's text with CE + KL (*text*), and with half of the micro-batches ending in its own
-rounds (`model.on_policy`), with CE + KL (*rounds*), with the loss of Draft-OPD (*draft-opd*), and with the
-same loss weighted by the KL radius of each rejection (*avoidable*). The target runs beside it every time.
+the same batches: on the target's text with CE + KL (*text*), and with half of the micro-batches ending in
+its own rounds (`model.on_policy`), with CE + KL (*rounds*), with the loss of Draft-OPD (*draft-opd*), and
+with the same loss weighted by the KL radius of each rejection (*avoidable*). The target runs beside it.
 Counts are stored a prompt, replayed on the test text of `real_losses.py`; intervals are 95 %, paired
 over prompts, against *text*.
 """
