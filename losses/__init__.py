@@ -24,6 +24,7 @@ from certdraft.losses.imitation import TopKCE as TopKCE
 from certdraft.losses.imitation import TotalVariation as TotalVariation
 from certdraft.losses.mixture import Mixture as Mixture
 from certdraft.losses.mixture import Ramp as Ramp
+from certdraft.losses.on_policy import OnPolicyKL as OnPolicyKL
 from certdraft.losses.path_weights import budget_loss as budget_loss
 from certdraft.losses.path_weights import budget_weights as budget_weights
 from certdraft.losses.path_weights import certain_budget_nats as certain_budget_nats
@@ -54,10 +55,11 @@ from certdraft.losses.target import TargetBatch as TargetBatch
 __all__ = [
     "AdaptiveSharpenedKL", "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin",
     "DepthWeights", "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss",
-    "LowMarginWeights", "MarginDiscountedCE", "Mixture", "OnlineTarget", "PathWeights", "PoolDiscountedCE",
-    "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf", "ReverseKL",
-    "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch", "TokenCE",
-    "TopKCE", "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights", "certain_budget_nats",
-    "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens", "path_mask",
-    "prefix_weights", "reduce", "step_coefficients", "windows",
+    "LowMarginWeights", "MarginDiscountedCE", "Mixture", "OnPolicyKL", "OnlineTarget", "PathWeights",
+    "PoolDiscountedCE", "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction",
+    "RenyiHalf", "ReverseKL", "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss",
+    "StepWeights", "TargetBatch", "TokenCE", "TopKCE", "TotalVariation", "auto_chunk_tokens",
+    "budget_loss", "budget_weights", "certain_budget_nats", "depth_decay", "estimated_budget_nats",
+    "fold", "low_margin_weight", "next_tokens", "path_mask", "prefix_weights", "reduce",
+    "step_coefficients", "windows",
 ]  # fmt: skip
