@@ -41,7 +41,7 @@ from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
-from certdraft.support import path_mask, project_fp32
+from certdraft.support import path_mask
 
 
 @register_drafter("eagle")
@@ -216,7 +216,7 @@ class EagleDrafter(FeatureDrafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits over the target's vocabulary, `ABSENT` outside the draft vocabulary."""
-        logits = project_fp32(hidden, self.lm_head.weight)
+        logits = self._project(hidden, self.lm_head.weight)
         ids = self.draft_ids
         return logits if ids is None else spread(logits, ids, self.vocab_size)
 
