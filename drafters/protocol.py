@@ -134,7 +134,6 @@ class Drafter(nn.Module, ABC):
         vocab_size: int,
         target: PreTrainedModel | None,
         dtype: Literal["float32", "bfloat16"] | None,
-        attention: Literal["sdpa", "eager"],
     ) -> Self:
         """Load what `write` wrote, in eval mode; arguments as in `load_drafter`."""
         raise NotImplementedError(f"{cls.__name__} cannot be loaded from a folder: it lacks from_folder.")

@@ -69,15 +69,12 @@ def load_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def split_problems(
-    problems: Sequence[Problem], shares: Sequence[float], salt: str = ""
-) -> list[list[Problem]]:
+def split_problems(problems: Sequence[Problem], shares: Sequence[float]) -> list[list[Problem]]:
     """Disjoint parts, chosen by a hash of each problem: the same on every machine and in any order.
 
     Args:
         problems: what is divided; equal problems go to the same part.
         shares: of each part, >= 0; what is left of 1 is dropped.
-        salt: another one gives another division.
 
     Raises:
         ValueError: a negative share, or a sum above 1.
@@ -86,7 +83,7 @@ def split_problems(
         raise ValueError(f"shares {list(shares)} must be ≥ 0 and sum to at most 1")
     parts: list[list[Problem]] = [[] for _ in shares]
     for problem in problems:
-        digest = hashlib.sha256(f"{salt}\0{problem.digest}".encode()).digest()
+        digest = hashlib.sha256(f"\0{problem.digest}".encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         for part, share in zip(parts, shares, strict=True):
             if place < share:

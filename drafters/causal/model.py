@@ -212,9 +212,9 @@ class CausalDrafter(Drafter):
         return drafter
 
     @classmethod
-    def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, attention: Any, **_: Any) -> Self:
+    def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, **_: Any) -> Self:
         """See `Drafter.from_folder`; no target is needed."""
-        return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
+        return cls(pretrained=str(folder), dtype=dtype).build(vocab_size).eval()
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -60,17 +60,16 @@ def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
-def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"], worst: int = 5) -> DraftVocabCoverage:
+def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"]) -> DraftVocabCoverage:
     """Count the greedy tokens that a draft vocabulary lacks.
 
     Args:
         counts: as in `choose`.
         ids: the draft vocabulary.
-        worst: missed tokens to name.
     """
     outside = counts.clone()
     outside[ids] = 0
-    values, tokens = outside.topk(min(worst, len(outside)))
+    values, tokens = outside.topk(min(5, len(outside)))
     missed = tuple((t, c) for t, c in zip(tokens.tolist(), values.tolist(), strict=True) if c)
     total = int(counts.sum())
     return DraftVocabCoverage(int(outside.sum()) / max(total, 1), total, missed)

@@ -32,8 +32,8 @@ class EagleState:
     carry: Float[Tensor, "C H"]
     outputs: Float[Tensor, "K H"]
 
-    def __init__(self, num_tokens: int, room: int = 256) -> None:
-        self.cache = TreeCache(1, num_tokens + room)
+    def __init__(self, num_tokens: int) -> None:
+        self.cache = TreeCache(1, num_tokens + 256)
         self.waiting: list[int] = []
         self.blind = False
         self._tokens: list[int] = []  # of the round's nodes
