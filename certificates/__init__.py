@@ -3,26 +3,21 @@
 from certdraft.certificates.bounds import ceiling as ceiling
 from certdraft.certificates.bounds import margin_bound as margin_bound
 from certdraft.certificates.divergences import entropy as entropy
-from certdraft.certificates.divergences import js_divergence as js_divergence
 from certdraft.certificates.divergences import kl_divergence as kl_divergence
 from certdraft.certificates.divergences import kl_divergence_logp as kl_divergence_logp
-from certdraft.certificates.divergences import tv_distance as tv_distance
 from certdraft.certificates.head import Head as Head
-from certdraft.certificates.head import greedy_token as greedy_token
 from certdraft.certificates.head import margin as margin
 from certdraft.certificates.head import order_margin as order_margin
 from certdraft.certificates.head_radius import coarse_kl as coarse_kl
 from certdraft.certificates.head_radius import coarse_radius as coarse_radius
 from certdraft.certificates.head_radius import num_tail_above as num_tail_above
 from certdraft.certificates.inverse import safe_margin as safe_margin
-from certdraft.certificates.inverse import safe_probability as safe_probability
 from certdraft.certificates.lengths import RunLengths as RunLengths
 from certdraft.certificates.lengths import budget_radius as budget_radius
 from certdraft.certificates.lengths import certified_length as certified_length
 from certdraft.certificates.lengths import certified_rank as certified_rank
 from certdraft.certificates.lengths import certified_run_lengths as certified_run_lengths
 from certdraft.certificates.lengths import expected_length_bound as expected_length_bound
-from certdraft.certificates.lengths import path_radius as path_radius
 from certdraft.certificates.lengths import smooth_certified_length as smooth_certified_length
 from certdraft.certificates.lengths import used_budget as used_budget
 from certdraft.certificates.pooling import Direction as Direction
@@ -45,8 +40,8 @@ __all__ = [
     "Additive", "Coverage", "Direction", "Head", "Multiplicative", "Rule", "RunLengths", "SingleTokenRule",
     "StrictGreedy", "TopM", "Typical", "budget_radius", "ceiling", "certified_length", "certified_rank",
     "certified_run_lengths", "coarse_kl", "coarse_radius", "coverage_level", "entropy",
-    "expected_length_bound", "greedy_token", "js_divergence", "kl_divergence", "kl_divergence_logp",
-    "largest", "margin", "margin_bound", "minimiser", "num_tail_above", "order_margin", "path_radius",
-    "radii", "radius", "safe_margin", "safe_probability", "smooth_certified_length", "tv_distance",
+    "expected_length_bound", "kl_divergence", "kl_divergence_logp",
+    "largest", "margin", "margin_bound", "minimiser", "num_tail_above", "order_margin",
+    "radii", "radius", "safe_margin", "smooth_certified_length",
     "tv_radius", "used_budget",
 ]  # fmt: skip

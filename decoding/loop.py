@@ -90,11 +90,6 @@ class DecodeResult:
         return acceptance_length([self])
 
     @property
-    def accepted_per_round(self) -> float:
-        """Mean accepted draft tokens per target pass; the bonus token is not counted."""
-        return sum(r.accepted for r in self.rounds) / len(self.rounds)
-
-    @property
     def seconds(self) -> float:
         """Of all rounds; the prefill is not counted."""
         return sum(r.seconds for r in self.rounds)

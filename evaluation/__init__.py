@@ -23,7 +23,6 @@ from certdraft.evaluation.report.page import (
     Page,
     Section,
     Table,
-    claim_directory,
     write_json,
     write_page,
 )
@@ -33,7 +32,7 @@ from certdraft.evaluation.serving.bench_command import run_bench
 __all__ = [
     "Acceptance", "Benchmark", "CertificateViolation", "CertifyProtocol", "CertifyReport", "EvaluationReport",
     "Figure", "Interval", "Lengths", "NotLossless", "Page", "RECORD_FILE", "Section", "Table", "benchmark",
-    "certify", "certify_tables", "claim_directory", "compare_ratios", "evaluate", "flatten_settings",
+    "certify", "certify_tables", "compare_ratios", "evaluate", "flatten_settings",
     "greedy_documents", "headline_table", "measure_acceptance", "pooled_ratio", "provenance", "read_parts",
     "read_questions", "replay_lengths", "run_bench", "run_certify", "run_evaluate", "run_profile", "sha256",
     "write_certify", "write_evaluation", "write_json", "write_page",

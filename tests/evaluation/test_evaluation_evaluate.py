@@ -21,7 +21,7 @@ from certdraft.evaluation.measure.acceptance_lengths import replay_lengths
 from certdraft.evaluation.measure.bench import benchmark, difference, tie_width
 from certdraft.evaluation.measure.trace_reading import TargetFeatures, features_for, greedy_documents
 from certdraft.evaluation.report.evaluate_report import headline_table, write_evaluation
-from certdraft.evaluation.report.page import claim_directory, write_json
+from certdraft.evaluation.report.page import refuse_folder_in_use, write_json
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -308,10 +308,10 @@ def test_bad_requests_are_refused(trace: Rows, drafters: dict[str, CausalDrafter
 
 
 def test_results_are_never_overwritten_and_json_is_strict(tmp_path: Path) -> None:
-    assert claim_directory(tmp_path / "new" / "run").is_dir()
-    (tmp_path / "new" / "run" / "x").write_text("")
+    assert refuse_folder_in_use(tmp_path) == tmp_path
+    (tmp_path / "x").write_text("")
     with pytest.raises(FileExistsError, match="already in use"):
-        claim_directory(tmp_path / "new" / "run")
+        refuse_folder_in_use(tmp_path)
     write_json(
         tmp_path / "a.json", {"a": [1.5, float("inf"), float("nan")], "b": [1, 2, -3e-5], "c": "x [1,\t2]"}
     )
