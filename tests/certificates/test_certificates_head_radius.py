@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
-from oracles.certificates import accepted_set, large_radius, width
+from oracles.mathematics.certificates import accepted_set, large_radius, width
 from strategies import DIRECTIONS, RULES, directions, dirichlet, distributions, rules
 
 from certdraft.certificates import (

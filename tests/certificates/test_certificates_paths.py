@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import certificates as oracle
+from oracles.mathematics import certificates as oracle
 from strategies import directions, distributions
 
 from certdraft.certificates import (

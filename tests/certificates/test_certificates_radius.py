@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles.certificates import accepted_set, exact_radius, solver_radius, width
+from oracles.mathematics.certificates import accepted_set, exact_radius, solver_radius, width
 from strategies import DIRECTIONS, RULES, directions, dirichlet, distributions, rules, single_token_rules
 
 from certdraft.certificates import (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
-from oracles.certificates import accepted_set
+from oracles.mathematics.certificates import accepted_set
 from strategies import distributions, single_token_rules
 
 from certdraft.certificates import (

@@ -1,7 +1,7 @@
 """Three-token models whose rounds fit on paper: who accepts what, and what tau must come out."""
 
 import pytest
-from oracles.decoding_models import MarginalDrafter, TableDrafter, TableTarget
+from oracles.models.decoding_models import MarginalDrafter, TableDrafter, TableTarget
 
 from certdraft.certificates import Multiplicative
 from certdraft.decoding import (

@@ -5,7 +5,7 @@ import dataclasses
 import jsonargparse
 import pytest
 import torch
-from oracles.loss_cases import HEAD_LOSSES, K, full_target, head_target, target_probs
+from oracles.mathematics.loss_cases import HEAD_LOSSES, K, full_target, head_target, target_probs
 
 from certdraft import losses as L
 from certdraft.certificates import Head

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from oracles import drafter_layouts as layouts
-from oracles.rotary import LLAMA3, YARN
+from oracles.mathematics.rotary import LLAMA3, YARN
+from oracles.models import drafter_layouts as layouts
 from transformers import PreTrainedTokenizerFast
 
 from certdraft.data import Corpus, Generation, TraceDataModule, record_trace

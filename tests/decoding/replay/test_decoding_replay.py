@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     FeatureDrafter,
     FeatureMarginalDrafter,
     GarbageDrafter,
@@ -12,7 +12,7 @@ from oracles.decoding_models import (
     random_distribution,
     tiny_qwen3,
 )
-from oracles.feature_drafters import enlarge
+from oracles.models.feature_drafters import enlarge
 
 from certdraft.decoding import (
     BestFirst,

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import dspark_drafts, enlarge
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import dspark_drafts, enlarge
 from torch import Tensor
 
 from certdraft.decoding import Chain, CutChain, TargetRunner, decode, greedy

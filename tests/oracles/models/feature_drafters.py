@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from oracles.rotary import frequencies
+from oracles.mathematics.rotary import frequencies
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
