@@ -23,13 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from certdraft.drafters.eagle3.config import EagleConfig, EagleLayer
-from certdraft.drafters.eagle3.draft_vocab import (
-    DraftVocabCoverage,
-    choose,
-    coverage,
-    spread,
-    to_tables,
-)
+from certdraft.drafters.eagle3.draft_vocab import DraftVocabCoverage, choose, coverage, spread, to_tables
 from certdraft.drafters.eagle3.export import layout, read_eagle3
 from certdraft.drafters.eagle3.lint import LAYOUTS
 from certdraft.drafters.eagle3.state import EagleState

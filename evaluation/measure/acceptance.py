@@ -22,15 +22,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from certdraft.certificates import (
-    Additive,
-    Coverage,
-    Multiplicative,
-    Rule,
-    StrictGreedy,
-    TopM,
-    Typical,
-)
+from certdraft.certificates import Additive, Coverage, Multiplicative, Rule, StrictGreedy, TopM, Typical
 from certdraft.data import LogitHead
 from certdraft.evaluation.measure.distributions import Calibration, StepDistribution
 from certdraft.evaluation.measure.joined_steps import JoinedSteps

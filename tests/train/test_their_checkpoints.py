@@ -15,14 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from certdraft.data import Corpus, Generation, TraceDataModule, record_trace
 from certdraft.decoding import Chain, decode, greedy
-from certdraft.drafters import (
-    BlockDrafter,
-    CardFacts,
-    EagleDrafter,
-    export,
-    load_causal_lm,
-    load_drafter,
-)
+from certdraft.drafters import BlockDrafter, CardFacts, EagleDrafter, export, load_causal_lm, load_drafter
 from certdraft.drafters.features.feature_folder import probe
 from certdraft.losses import HardCE
 from certdraft.train import DrafterModule

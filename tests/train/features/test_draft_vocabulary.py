@@ -10,12 +10,7 @@ import torch
 from oracles.runs.feature_training import data_of, loss_of, make
 
 from certdraft.certificates import Head
-from certdraft.losses import (
-    Chunked,
-    ForwardKL,
-    HardCE,
-    TargetBatch,
-)
+from certdraft.losses import Chunked, ForwardKL, HardCE, TargetBatch
 from certdraft.train import DrafterModule
 from certdraft.train.drafter_setup import fit_to_target
 from certdraft.train.restricted_target import DraftVocabulary

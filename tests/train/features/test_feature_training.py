@@ -12,11 +12,7 @@ from oracles.runs.feature_training import data_of, loss_of, make
 from torch import Tensor
 
 from certdraft.data import load_target
-from certdraft.drafters import (
-    CausalDrafter,
-    EagleConfig,
-    EagleDrafter,
-)
+from certdraft.drafters import CausalDrafter, EagleConfig, EagleDrafter
 from certdraft.losses import (
     DepthWeights,
     HardCE,
