@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,7 +36,7 @@ from certdraft.drafters.features.transformer_layer import known
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds
+from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds
 from certdraft.support import project_fp32
 
 
@@ -170,21 +170,10 @@ class DSparkDrafter(BlockDrafter):
         """See `FeatureDrafter.first_drafts`; the token before the first draft token is the anchor."""
         return self._beside(super().first_drafts(ids, positions, documents, features), ids)
 
-    def paths(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        loss_mask: Bool[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-        depth: int | None = None,
-        every: bool = False,
-    ) -> Paths:
-        """Blocks as in `BlockDrafter.paths`, each draft token after the true token before it."""
-        paths = super().paths(
-            input_ids, position_ids, document_ids, loss_mask, features, depth=depth, every=every
-        )
-        return paths._replace(hidden=self._beside(paths.hidden, input_ids.flatten()[paths.steps]))
+    def rounds(self, rows: PackedRows, depth: int | None, every: bool) -> Paths:
+        """Blocks as in `BlockDrafter.rounds`, each draft token after the true token before it."""
+        paths = super().rounds(rows, depth, every)
+        return paths._replace(hidden=self._beside(paths.hidden, rows.input_ids.flatten()[paths.steps]))
 
     def _beside(self, hidden: Float[Tensor, "*step H"], previous: Int[Tensor, "*step"]) -> Tensor:
         """States with the embeddings of the tokens before them, [..., H + E]."""

@@ -34,7 +34,7 @@ from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attent
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import path_mask, project_fp32
 
 
@@ -228,20 +228,11 @@ class EagleDrafter(FeatureDrafter):
         """See `Drafter.passes`: once for every draft step that is unrolled."""
         return self.short_until + (1 - self.short_until) * self.unroll, self.unroll
 
-    def paths(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        loss_mask: Bool[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-        depth: int | None = None,
-        every: bool = False,
-    ) -> Paths:
+    def rounds(self, rows: PackedRows, depth: int | None, every: bool) -> Paths:
         """Rollouts of `unroll` (or `depth`) steps from positions in the loss mask; see `Drafter.paths`."""
         depth = depth or (1 if self._short and not every else self.unroll)
-        hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
-        mask = (path_mask(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
+        hidden, linked = self._rollouts(*rows[:3], rows.features, depth)
+        mask = (path_mask(rows.loss_mask, rows.document_ids, depth) & linked[..., None]).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         chosen = torch.stack([step.flatten(0, 1)[starts] for step in hidden], 1)
         return Paths(chosen, steps_from(starts, mask[starts]), mask[starts])
