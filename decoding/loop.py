@@ -293,11 +293,7 @@ class _NonFiniteGuard(Backoff):
 
 
 def as_target(target: Target | PreTrainedModel, taps: Sequence[int] = ()) -> Target:
-    """A model as a target; a target as it is.
-
-    Raises:
-        ValueError: the target does not keep the layers that the drafter reads.
-    """
+    """A model as a target; a target as it is."""
     if isinstance(target, PreTrainedModel):
         return TargetRunner(target, taps)
     if taps and getattr(target, "taps", ()) != tuple(taps):

@@ -50,9 +50,6 @@ def kind_named(family: str, where: object) -> type[Drafter]:
     Args:
         family: as in `drafter.json`.
         where: the folder, for the message.
-
-    Raises:
-        ValueError: no such kind.
     """
     if family not in _KINDS:
         raise ValueError(

@@ -23,9 +23,6 @@ def refuse_training_texts(drafters: Mapping[str, str], trace: str) -> None:
     Args:
         drafters: name → folder of an export.
         trace: folder of the trace that is evaluated on.
-
-    Raises:
-        ValueError: names the drafter, the trace, and what they share.
     """
     file = Path(trace) / "trace.json"
     if not file.is_file():

@@ -37,11 +37,7 @@ class TargetVocabulary:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA when there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
+    """Return the device of that name; "auto" is CUDA when there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

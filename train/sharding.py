@@ -26,9 +26,6 @@ def shard(drafter: Drafter, mesh: DeviceMesh, precision: str = "32-true") -> Non
         drafter: with its network; sharded only once.
         mesh: of Lightning's `ModelParallelStrategy`.
         precision: of the trainer.
-
-    Raises:
-        ValueError: the strategy requests tensor parallelism.
     """
     from torch.distributed.fsdp import (
         FSDPModule,

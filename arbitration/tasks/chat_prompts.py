@@ -29,9 +29,6 @@ def prompt_texts(
         template: "none" takes prompts as they stand; "chat" makes each the user's turn of a chat.
         system: the system's turn in front of it; without one the template's own, where it has one.
         thinking: value of `enable_thinking` for the template.
-
-    Raises:
-        ValueError: "chat" with a tokenizer that has no chat template, or one that rejects the turns.
     """
     if template == "none":
         return [problem.prompt for problem in problems]

@@ -23,9 +23,6 @@ def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     Args:
         keys: of the config class that `model_type` names ("qwen3" when absent).
         vocab_size: the target's; stands in when `keys` has none.
-
-    Raises:
-        ValueError: an unknown model_type, an unknown key (transformers would ignore it), or a size left out.
     """
     keys = {"vocab_size": vocab_size} | keys
     model_type: str = keys.pop("model_type", "qwen3")

@@ -65,9 +65,6 @@ def cut_from(
         layers: to keep.
         dtype: of the copy; None keeps the target's.
         attention: implementation.
-
-    Raises:
-        ValueError: layers the target does not have, or an architecture whose layers depend on their number.
     """
     body, head = split_causal_lm(target)
     facts = facts_of(target)

@@ -47,11 +47,7 @@ _SPECULATORS = {
 
 
 def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format.
-
-    Raises:
-        ValueError: target layers that engines would read as others, or no card for speculators.
-    """
+    """config.json and named tensors of the requested format."""
     config, vocab_size, num = drafter.config, drafter.vocab_size, drafter.num_target_layers
     dtype = weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), num)
@@ -113,11 +109,7 @@ def _layer_types(config: BlockConfig) -> list[str]:
 
 
 def _all_causal(config: BlockConfig) -> bool:
-    """Whether every layer reads blocks in order, which speculators can say only of layers with a window.
-
-    Raises:
-        ValueError: an order inside the block that speculators' config cannot state.
-    """
+    """Whether every layer reads blocks in order, which speculators can say only of layers with a window."""
     directions = {view.causal for view in config.views()}
     if directions == {False}:
         return False

@@ -48,9 +48,6 @@ def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
         counts: how often the target's greedy token was each token.
         size: tokens to choose, in [1, V].
 
-    Raises:
-        ValueError: a size out of range.
-
     Examples:
         >>> choose(torch.tensor([5, 0, 7, 0, 1]), 3).tolist()
         [0, 2, 4]

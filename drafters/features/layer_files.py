@@ -55,11 +55,7 @@ _SPECULATORS_VERSION = "0.9.0"  # of the library whose layout this is
 
 
 def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
-    """config.json and its path.
-
-    Raises:
-        FileNotFoundError: it is not there.
-    """
+    """config.json and its path."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json there; give a folder with {kind}.")
@@ -73,9 +69,6 @@ def speculators_section(algorithm: str, request: ExportRequest) -> Json:
     Args:
         algorithm: "eagle3" or "dflash".
         request: its card names the target and its class.
-
-    Raises:
-        ValueError: no card that does.
     """
     card = request.card
     if card is None or card.target_architecture is None:
@@ -130,9 +123,6 @@ def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
         config: of the network.
         own: keys that the format itself reads.
         where: for messages.
-
-    Raises:
-        ValueError: a key that is missing, unknown, or for something that certdraft does not compute.
     """
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
@@ -167,12 +157,7 @@ def write_folder(directory: Path, config: Json, weights: Weights) -> None:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Every tensor of a folder, from safetensors, their shards, or a pickle that holds only tensors.
-
-    Raises:
-        FileNotFoundError: none of these, or a shard missing.
-        ValueError: a file that cannot be read.
-    """
+    """Every tensor of a folder, from safetensors, their shards, or a pickle that holds only tensors."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -195,11 +180,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def check_names(weights: Weights, expected: Mapping[str, Tensor], where: str) -> None:
-    """Compare names and shapes with those of a network.
-
-    Raises:
-        ValueError: missing, unknown, or of another shape; all are named.
-    """
+    """Compare names and shapes with those of a network."""
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(weights.keys() - expected.keys())
     both = weights.keys() & expected.keys()

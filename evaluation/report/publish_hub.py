@@ -26,11 +26,6 @@ def publish_to_hub(export: Path, repo: str, private: bool = True) -> str:
 
     Returns:
         The commit's address.
-
-    Raises:
-        FileNotFoundError: no export.
-        ValueError: no repository name, an export that engines would read wrongly, a hub that does not answer,
-            a token that is missing or may not write there.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError

@@ -21,9 +21,6 @@ def check_devices(accelerator: Any, devices: Any) -> None:
     Args:
         accelerator: as Lightning's Trainer takes it; anything but a name is left to it.
         devices: as Lightning's Trainer takes it.
-
-    Raises:
-        ValueError: the devices are not there.
     """
     if lacks_gpu(accelerator):
         raise ValueError(

@@ -80,11 +80,7 @@ def pass_on(folder: Path) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes; one that is still empty at the end is removed.
-
-    Raises:
-        ValueError: another process holds the folder.
-    """
+    """Lock a folder against other processes; one that is still empty at the end is removed."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -109,9 +105,6 @@ def refuse_other_run(folder: Path, settings: Mapping[str, Any], resuming: bool) 
         folder: of the new run.
         settings: of this command.
         resuming: whether it was asked to go on (and there is no checkpoint yet).
-
-    Raises:
-        ValueError: the folder holds a run, of other settings or one that was not to be continued.
     """
     file = folder / "config.yaml"
     if file.exists() and not (resuming and not differences(read_yaml(file), settings)):
@@ -154,11 +147,7 @@ def saved_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The settings in a run's config.yaml."""
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
@@ -218,9 +207,6 @@ def refuse_changed(
         new: settings of this command.
         allowed: patterns of keys that may differ, besides `FREE_KEYS`.
         only: prefix of the keys that matter.
-
-    Raises:
-        SettingsChanged: some differ; all of them are listed, with both values.
     """
     old = saved_config(checkpoint)
     changed = differences(old, new, (*FREE_KEYS, *allowed)) if old else {}

@@ -23,9 +23,6 @@ def refuse_unreachable(args: Sequence[str]) -> None:
 
     Args:
         args: as typed, with the names of configs replaced by their paths.
-
-    Raises:
-        FileNotFoundError: no folder of that name, no copy in the hub's cache, and no answer from the hub.
     """
     settings = _settings(args)
     name, trace = _value(settings, _NAME), _value(settings, _TRACE)

@@ -34,9 +34,6 @@ def refuse_foreign_classes(settings: Any, where: object, trust: bool = False) ->
         settings: content of a config.
         where: what to call it in the message.
         trust: the user has read the config and means it.
-
-    Raises:
-        ValueError: with the key and the name.
     """
     for key, name in [] if trust else _names(settings, ""):
         if not _is_known(name):
