@@ -106,11 +106,7 @@ class Arbiter:
 
     @torch.no_grad()
     def walk(self, tree: Tree, logits: Float[Tensor, "S V"]) -> Verdict:
-        """See `Acceptor.walk`.
-
-        Raises:
-            ValueError: the drafter's logits are not known: the builder did not come from `listen`.
-        """
+        """See `Acceptor.walk`."""
         if self._observed is None:
             raise ValueError(
                 "an arbiter reads the drafter's logits too: give `decode` the builder arbiter.listen(builder)"

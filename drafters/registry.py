@@ -45,12 +45,7 @@ def drafter_kinds() -> Mapping[str, type[Drafter]]:
 
 
 def kind_named(family: str, where: object) -> type[Drafter]:
-    """Return the class of a family.
-
-    Args:
-        family: as in `drafter.json`.
-        where: the folder, for the message.
-    """
+    """Return the class of a family."""
     if family not in _KINDS:
         raise ValueError(
             f"{where} holds a drafter of family {family!r}; known are {', '.join(_KINDS)}. Import the "

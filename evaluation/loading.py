@@ -64,10 +64,6 @@ def load_checked(
         device: of the weights.
         dtype: of the weights.
         target: the target on that device; needed by drafters that read its layers and embeddings.
-
-    Raises:
-        FileNotFoundError: no such drafter.
-        ValueError: another tokenizer or vocabulary, both are shown.
     """
     exported = (Path(path) / "drafter.json").is_file()
     facts = (read_facts(path)["facts"] or {}) if exported else {}

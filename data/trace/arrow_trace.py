@@ -88,11 +88,7 @@ class Trace:
         return _joined([chunk.counted() for chunk in self._chunks])
 
     def columns(self, index: int) -> Columns:
-        """Views of one document; nothing is copied but the loss mask.
-
-        Raises:
-            IndexError: no such row.
-        """
+        """Views of one document; nothing is copied but the loss mask."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a trace with {len(self)} rows")
         chunk = int(np.searchsorted(self._first_rows, index, side="right")) - 1
@@ -113,11 +109,7 @@ class Trace:
         return TraceRow(ids, torch.from_numpy(columns.loss_mask.copy()), head, features)
 
     def check_tokenizer(self, fingerprint: str, whose: str = "the drafter's") -> None:
-        """Raise if the trace was recorded with another tokenizer.
-
-        Raises:
-            TraceError: with both fingerprints.
-        """
+        """Raise if the trace was recorded with another tokenizer."""
         recorded = self.meta.tokenizer_fingerprint
         if fingerprint != recorded:
             raise TraceError(
@@ -127,11 +119,7 @@ class Trace:
             )
 
     def check_num_kept(self, needed: int, why: str) -> None:
-        """Raise if fewer top-k entries are stored than `why` needs.
-
-        Raises:
-            TraceError: with both numbers.
-        """
+        """Raise if fewer top-k entries are stored than `why` needs."""
         if needed > self.meta.num_kept:
             raise TraceError(
                 f"{self.path / TRACE_FILE}: the head keeps K={self.meta.num_kept} tokens, {why} needs "
@@ -139,15 +127,7 @@ class Trace:
             )
 
     def check_features(self, layers: Sequence[int], why: str) -> None:
-        """Raise if the outputs of these target layers are not stored.
-
-        Args:
-            layers: 0-based layers that are read.
-            why: who reads them.
-
-        Raises:
-            TraceError: with the layers that are stored and those that are needed.
-        """
+        """Raise if the outputs of these target layers are not stored."""
         meta = self.meta
         if set(layers) <= set(meta.feature_layers):
             return

@@ -132,11 +132,7 @@ class CostModel:
         )
 
     def require(self, *, device: str, target: str, drafter: str) -> None:
-        """Raise if the table was measured on other hardware or models; "*" means unknown.
-
-        Raises:
-            ValueError: device, target or drafter differ from what was measured.
-        """
+        """Raise if the table was measured on other hardware or models; "*" means unknown."""
         for name, measured, here in (
             ("device", self.device, device),
             ("target", self.target, target),
@@ -156,12 +152,7 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Read a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a cost model, or one with impossible curves.
-        """
+        """Read a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such cost model; {_AGAIN}")

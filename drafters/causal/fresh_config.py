@@ -18,12 +18,7 @@ _SIZES = (
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """Return the transformers config of a fresh network.
-
-    Args:
-        keys: of the config class that `model_type` names ("qwen3" when absent).
-        vocab_size: the target's; stands in when `keys` has none.
-    """
+    """Return the transformers config of a fresh network, a Qwen3 one unless `keys` have a `model_type`."""
     keys = {"vocab_size": vocab_size} | keys
     model_type: str = keys.pop("model_type", "qwen3")
     try:

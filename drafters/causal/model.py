@@ -154,9 +154,6 @@ class CausalDrafter(Drafter):
             vocab_size: entries of the target's vocabulary.
             target: the target, read by `from_target` and `init_from_target` only.
 
-        Returns:
-            The drafter itself.
-
         Raises:
             ValueError: another vocabulary; `from_target` or `init_from_target` without a target, or with one
                 that does not fit.
@@ -262,11 +259,7 @@ class CausalDrafter(Drafter):
         document_ids: Int[Tensor, "R T"] | None = None,
         features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T H"]:
-        """Hidden states after the final norm; see `Drafter.hidden`. `features` are not read.
-
-        Raises:
-            ValueError: document_ids without position_ids.
-        """
+        """Hidden states after the final norm; see `Drafter.hidden`. `features` are not read."""
         mask: Any = None
         if document_ids is not None:
             if position_ids is None:

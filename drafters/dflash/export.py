@@ -128,10 +128,6 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
     Returns:
         The config, the target's vocabulary size where the folder names it, and the tensors under the names of
         `BlockDrafter`.
-
-    Raises:
-        FileNotFoundError: no such folder, or files missing.
-        ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
     config, file = read_config(folder, "a DFlash drafter")

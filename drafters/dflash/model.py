@@ -106,9 +106,6 @@ class BlockDrafter(FeatureDrafter):
             target: the target.
             mask_token_id: stands in where the config names none; a spare row of the target's embedding.
 
-        Returns:
-            The drafter itself.
-
         Raises:
             ValueError: no target, one that does not fit, or no mask token.
         """
@@ -296,11 +293,7 @@ class BlockDrafter(FeatureDrafter):
 
     @torch.no_grad()
     def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "D V"]:
-        """See `Drafter.draft`; only the last token, the root, is read; features stand for those before.
-
-        Raises:
-            ValueError: more tokens than a chain of committed ones.
-        """
+        """See `Drafter.draft`; only the last token, the root, is read; features stand for those before."""
         if [int(p) for p in parents] != list(range(-1, len(tokens) - 1)):
             raise ValueError(
                 f"a block drafter reads one chain a round, not parents {[int(p) for p in parents]}."

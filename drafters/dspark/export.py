@@ -45,11 +45,7 @@ _SPECULATORS = {
 
 
 def layout(drafter: DSparkDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format.
-
-    Raises:
-        ValueError: target layers that engines would read as others, or no card for speculators.
-    """
+    """config.json and named tensors of the requested format."""
     config, vocab_size, num = drafter.config, drafter.vocab_size, drafter.num_target_layers
     dtype: torch.dtype = weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), num)
@@ -78,10 +74,6 @@ def read_dspark(folder: str | Path) -> tuple[DSparkConfig, int | None, Weights]:
     Returns:
         The config, the target's vocabulary size where the folder names it, and the tensors under the names of
         `DSparkDrafter`.
-
-    Raises:
-        FileNotFoundError: no such folder, or files missing.
-        ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
     config, file = read_config(folder, "a DSpark drafter")

@@ -187,9 +187,6 @@ class DSparkDrafter(BlockDrafter):
 
         The first call of a round is the chain of committed tokens that ends in the root; the features stand
         for those before the root, whose own rows are NaN.
-
-        Raises:
-            ValueError: a round that does not open so, or a node below the block.
         """
         ids, above = [int(token) for token in tokens], [int(parent) for parent in parents]
         if state.hidden is None:

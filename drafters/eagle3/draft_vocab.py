@@ -40,13 +40,9 @@ class DraftVocabCoverage:
 
 
 def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
-    """Return the `size` most frequent tokens, ascending.
+    """Return the `size` tokens that the target's greedy token was most often, ascending.
 
     Ties go to the lower id, which byte-pair merges made first.
-
-    Args:
-        counts: how often the target's greedy token was each token.
-        size: tokens to choose, in [1, V].
 
     Examples:
         >>> choose(torch.tensor([5, 0, 7, 0, 1]), 3).tolist()
@@ -58,12 +54,7 @@ def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
 
 
 def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"]) -> DraftVocabCoverage:
-    """Count the greedy tokens that a draft vocabulary lacks.
-
-    Args:
-        counts: as in `choose`.
-        ids: the draft vocabulary.
-    """
+    """Count the greedy tokens that a draft vocabulary lacks."""
     outside = counts.clone()
     outside[ids] = 0
     values, tokens = outside.topk(min(5, len(outside)))

@@ -56,11 +56,7 @@ _OWN = {
 
 
 def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format.
-
-    Raises:
-        ValueError: target layers that engines would read as others, or no card for speculators.
-    """
+    """config.json and named tensors of the requested format."""
     config, dtype = drafter.config, weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), drafter.num_target_layers)
     inner = _inner(config, drafter.vocab_size, dtype)
@@ -103,10 +99,6 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
         The config (`target_layer_ids` None where the folder leaves them to the reader), the target's
         vocabulary size, and the tensors under the names of `EagleDrafter`, `embed_tokens.weight` among them
         if stored.
-
-    Raises:
-        FileNotFoundError: no such folder, or files missing.
-        ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
     config, file = read_config(folder, "an EAGLE-3 head")

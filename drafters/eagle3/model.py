@@ -101,9 +101,6 @@ class EagleDrafter(FeatureDrafter):
             counts: how often the target's greedy token was each token: chooses the draft vocabulary of a
                 fresh head, checks that of a pretrained one. Not needed for a full vocabulary.
 
-        Returns:
-            The drafter itself.
-
         Raises:
             ValueError: no target, or one that does not fit; a draft vocabulary without counts, or one that
                 misses more than `max_lost_coverage` of them.
@@ -316,9 +313,6 @@ class EagleDrafter(FeatureDrafter):
     def commit(self, state: EagleState, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`. Nodes read with true features stay; later ones are read again, with the
         features they now have, at the front of the next round.
-
-        Raises:
-            ValueError: a path without features.
         """
         if features is None and not len(path):
             state.forget()

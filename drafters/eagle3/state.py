@@ -74,12 +74,7 @@ class EagleState:
         return self.carry.new_empty(1, self.carry.shape[1])
 
     def commit(self, path: list[int], new: Float[Tensor, "N H"]) -> None:
-        """End a round with the features of the tokens it committed.
-
-        Args:
-            path: the caller's nodes.
-            new: fused features at all tokens the round committed.
-        """
+        """End a round with `new`, the fused features of all tokens it committed."""
         if self.cache.num_nodes:
             path = [*range(self._front), *(node + self._front for node in path)]
             first = int(self.blind and bool(path))  # the first token of a text has no row

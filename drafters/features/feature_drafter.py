@@ -139,12 +139,7 @@ class FeatureDrafter(Drafter):
         self.ends, self.num_target_layers = ends, num_target_layers
 
     def load_folder(self, folder: Path) -> None:
-        """Make the network of a folder from any trainer and load its weights.
-
-        Raises:
-            FileNotFoundError: no such folder, or files missing.
-            ValueError: a drafter of another target, or one that certdraft would read as something else.
-        """
+        """Make the network of a folder from any trainer and load its weights."""
         config, vocab_size, weights = self.read(folder)
         layers = config.target_layer_ids or self.default_layers(config)
         self.config = replace(config, target_layer_ids=check_layers(layers, self.num_target_layers))
@@ -157,9 +152,6 @@ class FeatureDrafter(Drafter):
         Args:
             weights: copied, because those of a file may lie where arithmetic is slower and rounds otherwise.
             where: they come from, for messages.
-
-        Raises:
-            ValueError: a tensor is missing, unknown or of another shape.
         """
         with torch.device("meta"):  # no random weights to overwrite
             self.make(weights)

@@ -64,12 +64,7 @@ def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
 
 
 def speculators_section(algorithm: str, request: ExportRequest) -> Json:
-    """Keys of a speculators folder that vLLM needs to serve it by its path: proposal and target.
-
-    Args:
-        algorithm: "eagle3" or "dflash".
-        request: its card names the target and its class.
-    """
+    """Keys of a speculators folder that vLLM needs to serve it by its path: proposal and target."""
     card = request.card
     if card is None or card.target_architecture is None:
         raise ValueError(
@@ -119,10 +114,7 @@ def check_given(settings: Json, where: str) -> None:
 def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
     """Arguments of `LayerSizes`, from a config with nothing that certdraft does not compute.
 
-    Args:
-        config: of the network.
-        own: keys that the format itself reads.
-        where: for messages.
+    `own` are keys that the format itself reads.
     """
     for key, value in _FIXED.items():
         if config.get(key, value) != value:

@@ -104,11 +104,7 @@ class Acceptance:
         self.rejections = {"top_m": self.top_m, **dict.fromkeys(causes, 0)}
 
     def add(self, joined: JoinedSteps, document: ndarray, position: ndarray) -> None:
-        """Count N steps, given the document and the position of each.
-
-        Raises:
-            CertificateViolation: a certified step is rejected.
-        """
+        """Count N steps, given the document and the position of each."""
         margin = joined.margin.cpu().numpy()
         bucket = np.searchsorted(MARGIN_EDGES, margin, "right") - 1
         key = (document, bucket.clip(0, len(MARGIN_EDGES) - 2))

@@ -22,9 +22,6 @@ Rows = tuple[Sequence[str], list[list[Any]]]
 def headline_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers a sweep ranks decoders by, of the report's last drafter under its first decoder.
 
-    Args:
-        report: content of report.json.
-
     Returns:
         "eval/tau" (replayed), "eval/coverage@4"; with a target also "eval/tau_decoded", "eval/speedup" and
         "eval/tokens_per_s".

@@ -116,15 +116,7 @@ def decoders(data: dict[str, Any]) -> Table:
 def assisted_equals_greedy(
     target: str, drafter: Path, trace: Path, prompts: int = 2, tokens: int = 32
 ) -> bool:
-    """Whether transformers writes the target's greedy text when the exported drafter assists it.
-
-    Args:
-        target: as `load_target` names it.
-        drafter: exported folder.
-        trace: where the prompts come from.
-        prompts: how many.
-        tokens: new tokens a prompt.
-    """
+    """Whether transformers writes the target's greedy text when the exported drafter assists it."""
     from transformers import AutoModelForCausalLM
 
     model: Any = load_target(target)

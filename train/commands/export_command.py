@@ -118,12 +118,7 @@ def find(run: str | Path) -> Path:
 
 
 def load_module(checkpoint: Path, trust: bool = False) -> tuple[DrafterModule, dict[str, Any]]:
-    """Load the module a checkpoint was saved from, in eval mode, and the checkpoint's content.
-
-    Args:
-        checkpoint: the file.
-        trust: build foreign classes too, see `refuse_foreign_classes`.
-    """
+    """Load the module a checkpoint was saved from, in eval mode, and the checkpoint's content."""
     content = read_checkpoint(checkpoint)
     facts = content.get("certdraft", {})
     if not facts.get("target") or not facts.get("config"):

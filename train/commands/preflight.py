@@ -21,9 +21,6 @@ def preflight(settings: dict[str, Any]) -> list[str]:
 
     The drafter's network is made on the meta device from the target's config.
 
-    Args:
-        settings: as `certdraft fit --print_config` prints them.
-
     Returns:
         What was found, in a few words each.
 

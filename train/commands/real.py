@@ -166,11 +166,7 @@ def real(
 
 
 def target_of(run: Path) -> str:
-    """The target of a finished or begun run, by the name it was recorded under.
-
-    Raises:
-        TraceError: nothing was recorded yet.
-    """
+    """The target of a finished or begun run, by the name it was recorded under."""
     return open_trace(run / "traces" / "train").meta.target
 
 

@@ -86,12 +86,7 @@ class Sweep:
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read and check a sweep file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a sweep that W&B and this program both run; says which key is wrong and why.
-    """
+    """Read and check a sweep file."""
     file = Path(path)
     try:
         content = _numbers(yaml.safe_load(file.read_text(encoding="utf-8")))

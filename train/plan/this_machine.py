@@ -15,11 +15,7 @@ _BYTES = 1 << 27  # copied to measure the bandwidth, more than any cache holds
 
 
 def measured_cpu(precision: str) -> Device:
-    """Measure one matrix product in the dtype that `precision` multiplies in, and one copy.
-
-    Args:
-        precision: Lightning's name: "32-true", "bf16-mixed", …
-    """
+    """Measure one matrix product in the dtype that `precision` multiplies in, and one copy."""
     dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
     factor = torch.randn(_SIDE, _SIDE).to(dtype)
     product_s = _best(lambda: factor @ factor)

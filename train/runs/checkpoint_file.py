@@ -28,11 +28,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self._written: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint and its hash.
-
-        Raises:
-            OSError: no space left, or the folder is not writable; the checkpoints there are intact.
-        """
+        """Write a checkpoint and its hash."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         listed = _read_sums(file.parent)

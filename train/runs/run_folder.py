@@ -99,13 +99,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def refuse_other_run(folder: Path, settings: Mapping[str, Any], resuming: bool) -> None:
-    """Raise if a new run would mix with one that the folder holds already, as a job's folder may.
-
-    Args:
-        folder: of the new run.
-        settings: of this command.
-        resuming: whether it was asked to go on (and there is no checkpoint yet).
-    """
+    """Raise if a new run would mix with one that the folder holds already, as a job's folder may."""
     file = folder / "config.yaml"
     if file.exists() and not (resuming and not differences(read_yaml(file), settings)):
         raise ValueError(
@@ -120,9 +114,6 @@ def find_checkpoint(name_dir: str | os.PathLike[str], which: str = "last") -> Pa
     Args:
         name_dir: runs_dir/name.
         which: "last", written every few steps, or "best" by the monitored metric.
-
-    Raises:
-        ValueError: what there is, is damaged.
     """
     names = (LAST, PREVIOUS) if which == "last" else (f"{which}.ckpt",)
     found = [path for name in names for path in Path(name_dir).glob(f"*/checkpoints/{name}")]
@@ -164,11 +155,6 @@ def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str] = FREE_KEYS
 ) -> dict[str, tuple[Any, Any]]:
     """Settings that differ: dotted key → (old, new). A missing key counts as None.
-
-    Args:
-        old: settings of the checkpoint.
-        new: settings of this command.
-        free: patterns of keys that may differ.
 
     Examples:
         >>> differences({"trainer": {"max_steps": 5, "logger": True}}, {"trainer": {"max_steps": 9}})

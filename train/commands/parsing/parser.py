@@ -150,10 +150,6 @@ def place_in_files(complaint: str, args: Sequence[str]) -> str:
 def explain(message: str, keys: Iterable[str] = ()) -> str:
     """The deepest complaint in a jsonargparse message, on one line, with the nearest legal name.
 
-    Args:
-        message: of jsonargparse.
-        keys: dotted names that are legal at the top level.
-
     Examples:
         >>> explain("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps", "trainer.max_time"])
         "unrecognized option '--trainer.max_step'; did you mean '--trainer.max_steps'?"
