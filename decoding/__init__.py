@@ -8,8 +8,7 @@ from certdraft.decoding.cost.profiling import profile
 from certdraft.decoding.loop import DecodeResult, Round, acceptance_length, decode, greedy
 from certdraft.decoding.replay.exact_replay import greedy_ranks, replay
 from certdraft.decoding.target_runner import TargetRunner, context_limit, device_name, fingerprint
-from certdraft.decoding.trees.builders import BestFirst, Chain, Propose, StaticTree, TreeBuilder
-from certdraft.decoding.trees.cut_chain import CutChain
+from certdraft.decoding.trees.builders import BestFirst, Chain, CutChain, Propose, StaticTree, TreeBuilder
 from certdraft.decoding.trees.ranking import NonFiniteLogits, greedy_ids, top_rows
 from certdraft.decoding.trees.tree import NodeStream, Tree
 

@@ -13,11 +13,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from certdraft.data import CorpusError
+from certdraft.data import CorpusError, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Check = Literal["exact", "contains", "number", "expression", "tests"]
+Template = Literal["none", "chat"]
 _OWN_KEYS = {"prompt", "answer", "check", "family"}
 
 
@@ -91,6 +95,40 @@ def split_problems(problems: Sequence[Problem], shares: Sequence[float]) -> list
                 break
             place -= share
     return parts
+
+
+def prompt_texts(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "none",
+    system: str | None = None,
+    thinking: bool = False,
+) -> list[str]:
+    """Return the text in front of each response.
+
+    Args:
+        problems: what is asked.
+        tokenizer: the target's; its chat template is used.
+        template: "none" takes prompts as they stand; "chat" makes each the user's turn of a chat.
+        system: the system's turn in front of it; without one the template's own, where it has one.
+        thinking: value of `enable_thinking` for the template.
+    """
+    if template == "none":
+        return [problem.prompt for problem in problems]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "texts.template is chat, but the target's tokenizer has no chat template; take an instruct "
+            "model, or texts.template none"
+        )
+    first = [] if system is None else [{"role": "system", "content": system}]
+    name = "problem" if system is None else "problem behind a system turn"
+    return [
+        render_chat(
+            tokenizer, [*first, {"role": "user", "content": problem.prompt}],
+            problem.where or repr(problem.prompt), thinking=thinking, name=name,
+        )
+        for problem in problems
+    ]  # fmt: skip
 
 
 def _read(file: Path) -> Iterator[Problem]:
