@@ -7,14 +7,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+from certdraft.drafters.formats.lint_files import SIZES
+
+_SIZES = SIZES[:6]  # without vocabulary and positions, which have good defaults
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
