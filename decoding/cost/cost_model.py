@@ -91,11 +91,9 @@ class CostModel:
             )
 
     @classmethod
-    def table(
-        cls, verify: Sequence[float], draft_s: float, *, draft_node_s: float = 0.0, context: int = 0
-    ) -> CostModel:
+    def table(cls, verify: Sequence[float], draft_s: float, *, draft_node_s: float = 0.0) -> CostModel:
         """A cost model made by hand: `verify[n]` seconds for n draft tokens, the same at every context."""
-        return cls((context,), tuple(range(len(verify))), (tuple(verify),), ((draft_s, draft_node_s),))
+        return cls((0,), tuple(range(len(verify))), (tuple(verify),), ((draft_s, draft_node_s),))
 
     def verify_curve(self, context: int, max_nodes: int) -> list[float]:
         """`verify_s(n, context)` for n = 0..max_nodes, seconds."""

@@ -72,17 +72,13 @@ def fill_in_groups(settings: Any, exists: Callable[[str], bool]) -> Any:
     return settings
 
 
-def newest_run(runs_dir: str = "runs") -> Path:
-    """The run that was started last, of those that trained; of all where none did.
-
-    Args:
-        runs_dir: parent of all run folders.
-    """
+def newest_run() -> Path:
+    """The run below runs/ that was started last, of those that trained; of all where none did."""
     depths = ("*/*", "*/*/*")  # a sweep's and the demo's runs lie one deeper
-    found = [file for depth in depths for file in Path(runs_dir).glob(f"{depth}/config.yaml")]
+    found = [file for depth in depths for file in Path("runs").glob(f"{depth}/config.yaml")]
     found = [file for file in found if (file.parent / "run.yaml").is_file()]
     if not found:
-        raise FileNotFoundError(f"{LATEST}: no run under {runs_dir}/; train first, or give a run's folder")
+        raise FileNotFoundError(f"{LATEST}: no run under runs/; train first, or give a run's folder")
     found = [file for file in found if _trained(file.parent)] or found  # a refused one leaves a folder too
     return max(found, key=lambda file: (file.stat().st_mtime, file)).parent
 
