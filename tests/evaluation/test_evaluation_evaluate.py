@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.models.decoding_models import with_one_wrong_token
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.certificates import Head
@@ -125,14 +126,7 @@ def test_a_text_that_is_not_the_targets_is_reported_loudly(
     trace: Rows,
     drafters: dict[str, CausalDrafter],
 ) -> None:
-    right = bench_module.decode
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        result = right(*args, **kwargs)
-        result.tokens[5] = (result.tokens[5] + 1) % 48
-        return result
-
-    monkeypatch.setattr(bench_module, "decode", wrong)
+    monkeypatch.setattr(bench_module, "decode", with_one_wrong_token(bench_module.decode, 5, 48))
     found = evaluate({"perfect": drafters["perfect"]}, trace, target, builders=[Chain(3)], prompts=2)
     assert not found.data["bench"]["lossless"]
     case = found.data["bench"]["methods"][0]["differing"][0]

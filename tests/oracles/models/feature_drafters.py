@@ -45,6 +45,13 @@ def assert_checkpointing_changes_nothing(drafter: Any, ids: Tensor, features: Te
         torch.testing.assert_close(one, two)
 
 
+def packed_paths(drafter: Any, ids: Tensor, features: Tensor, every: bool) -> Any:
+    """Rounds along one row of two documents, of 5 and 6 tokens, and two tokens of padding."""
+    documents = torch.tensor([[0] * 5 + [1] * 6 + [-1] * 2])
+    positions = torch.tensor([[*range(5), *range(6), 0, 1]])
+    return drafter.paths(ids[None], positions, documents, documents >= 0, features[None], every=every)
+
+
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * weight
 
