@@ -185,7 +185,6 @@ class CausalDrafter(Drafter):
         return self
 
     def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
-        """See `Drafter.restore`."""
         self.init_from_target = False
         return self.build(target.vocab_size, None if self.from_target is None else target.load())
 
@@ -215,17 +214,14 @@ class CausalDrafter(Drafter):
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """See `Drafter.causal_lm`."""
         return self.model
 
     @property
     def network_config(self) -> PreTrainedConfig:
-        """See `Drafter.network_config`."""
         return self.model.config
 
     @property
     def tokenizer_source(self) -> str | None:
-        """See `Drafter.tokenizer_source`."""
         return self.pretrained
 
     @property
@@ -294,7 +290,6 @@ class CausalDrafter(Drafter):
     def draft(
         self, state: TreeCache | ChainCache, tokens: TokenIds, parents: TokenIds
     ) -> Float[Tensor, "K V"]:
-        """See `Drafter.draft`."""
         return self._lm.extend(state, tokens, parents)
 
     def commit(

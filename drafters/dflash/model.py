@@ -162,11 +162,9 @@ class BlockDrafter(FeatureDrafter):
         return found if plain else replace(found, llama_cpp=None)
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
-        """See `FeatureDrafter.default_layers`."""
         return block_layers(self.num_target_layers, config.num_hidden_layers)
 
     def make(self, weights: Weights | None = None) -> None:
-        """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
         self.fc = nn.Linear(len(config.target_layer_ids or ()) * hidden, hidden, bias=False)

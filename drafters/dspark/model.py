@@ -110,14 +110,12 @@ class DSparkDrafter(BlockDrafter):
     def build(
         self, vocab_size: int, target: PreTrainedModel | None = None, mask_token_id: int | None = None
     ) -> Self:
-        """See `BlockDrafter.build`."""
         super().build(vocab_size, target, mask_token_id)
         if self.pretrained is None:
             initialise_heads(self.markov_head, self.confidence_head)
         return self
 
     def make(self, weights: Weights | None = None) -> None:
-        """See `FeatureDrafter.make`."""
         super().make(weights)
         config = self.config
         self.markov_head = MarkovHead(self.vocab_size, config.markov_rank)
@@ -135,7 +133,6 @@ class DSparkDrafter(BlockDrafter):
 
     @property
     def confidence_weight(self) -> float:
-        """See `Drafter.confidence_weight`."""
         return self._confidence_weight if self.config.enable_confidence_head else 0.0
 
     @property
@@ -159,7 +156,6 @@ class DSparkDrafter(BlockDrafter):
         return project_fp32(previous, self.markov_head.markov_w2.weight)
 
     def confidence(self, hidden: Float[Tensor, "*step H+E"]) -> Float[Tensor, "*step"]:
-        """See `Drafter.confidence`."""
         if self.confidence_head is None:
             raise ValueError("this DSpark drafter has no confidence head (enable_confidence_head: false).")
         return self.confidence_head(hidden).float()

@@ -172,11 +172,9 @@ class EagleDrafter(FeatureDrafter):
         return replace(found, llama_cpp=None) if config.fc_norm or config.norm_output else found
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
-        """See `FeatureDrafter.default_layers`."""
         return eagle_layers(self.num_target_layers)
 
     def make(self, weights: Weights | None = None) -> None:
-        """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
         num = len(config.target_layer_ids or ())

@@ -173,7 +173,6 @@ class FeatureDrafter(Drafter):
 
     @classmethod
     def from_folder(cls, folder: Path, *, target: Any, dtype: Any, **_: Any) -> Self:
-        """See `Drafter.from_folder`."""
         if target is None:
             raise ValueError(
                 f"{folder} holds a drafter that reads its target's embeddings and layers; give target= the "
@@ -217,12 +216,10 @@ class FeatureDrafter(Drafter):
 
     @property
     def network_config(self) -> Any:
-        """See `Drafter.network_config`."""
         return self.config
 
     @property
     def target_config(self) -> dict[str, int | None]:
-        """See `Drafter.target_config`."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.config.hidden_size,
@@ -243,7 +240,6 @@ class FeatureDrafter(Drafter):
 
     @property
     def own_layers(self) -> list[nn.Module]:
-        """See `Drafter.own_layers`."""
         return [module for module in self.modules() if isinstance(module, DecoderLayer)]
 
     def hidden(

@@ -248,7 +248,6 @@ class TargetFeatures(DrafterFeatures):
 
     @torch.inference_mode()
     def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
-        """See `DrafterFeatures.along`."""
         ids = list(ids)
         if document in self._kept:
             known, kept = self._kept[document]
