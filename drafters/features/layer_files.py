@@ -51,6 +51,12 @@ _READ = frozenset(
     "architectures model_type head_dim num_key_value_heads layer_types sliding_window use_sliding_window "
     "rope_theta rope_scaling rope_parameters".split()
 )
+# Keys of every speculators folder.
+SPECULATORS = frozenset(
+    "architectures auto_map draft_vocab_size dtype speculators_config speculators_model_type "
+    "speculators_version target_hidden_size tie_word_embeddings torch_dtype transformer_layer_config "
+    "transformers_version".split()
+)
 _SPECULATORS_VERSION = "0.9.0"  # of the library whose layout this is
 
 
@@ -63,8 +69,8 @@ def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
     return config, file
 
 
-def speculators_section(algorithm: str, request: ExportRequest) -> Json:
-    """Keys of a speculators folder that vLLM needs to serve it by its path: proposal and target."""
+def speculators_section(algorithm: str, request: ExportRequest, inner: Json) -> Json:
+    """Keys of a speculators folder around the config of its layers; by these vLLM serves it by its path."""
     card = request.card
     if card is None or card.target_architecture is None:
         raise ValueError(
@@ -86,6 +92,9 @@ def speculators_section(algorithm: str, request: ExportRequest) -> Json:
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": card.target, "architectures": [card.target_architecture]},
         },
+        "transformer_layer_config": inner,
+        "tie_word_embeddings": False,
+        "dtype": inner["dtype"],
     }
 
 
