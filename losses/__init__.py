@@ -23,6 +23,7 @@ from certdraft.losses.imitation import (
     TotalVariation,
 )
 from certdraft.losses.mixture import Mixture, Ramp
+from certdraft.losses.on_policy import OnPolicyKL
 from certdraft.losses.path_weights import (
     budget_loss,
     budget_weights,
@@ -51,10 +52,10 @@ from certdraft.losses.target import OnlineTarget, TargetBatch
 __all__ = [
     "AdaptiveSharpenedKL", "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin",
     "DepthWeights", "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss",
-    "LowMarginWeights", "MarginDiscountedCE", "Mixture", "OnlineTarget", "PathWeights", "PoolDiscountedCE",
-    "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf", "ReverseKL",
-    "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch", "TokenCE",
-    "TopKCE", "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights", "certain_budget_nats",
-    "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens", "path_mask",
-    "prefix_weights", "reduce", "step_coefficients", "windows",
+    "LowMarginWeights", "MarginDiscountedCE", "Mixture", "OnPolicyKL", "OnlineTarget", "PathWeights",
+    "PoolDiscountedCE", "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf",
+    "ReverseKL", "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch",
+    "TokenCE", "TopKCE", "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights",
+    "certain_budget_nats", "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens",
+    "path_mask", "prefix_weights", "reduce", "step_coefficients", "windows",
 ]  # fmt: skip

@@ -210,10 +210,7 @@ class TargetRows:
         if self._head is None:
             self._head = self._cut(target.k)
         logp = self.logits().log_softmax(-1) if full and target.full else None
-        next_ids, depths = (
-            None if values is None else values[self._rows] for values in (target.next_ids, target.depths)
-        )
-        return TargetBatch(self._head, logp, next_ids, depths=depths)
+        return TargetBatch(self._head, logp, **target.by_step(self._rows))
 
     def _cut(self, k: int) -> Head:
         """The head of the current logits, as `Head.from_logits` makes it, but for the entropy."""
