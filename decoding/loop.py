@@ -160,7 +160,8 @@ def decode(
     verify = verifier(target, greedy_only=getattr(accept, "greedy_only", False))
     clock.lap("host")
     state, tapped = target.start(prompt[:-1]), bool(drafter.taps)
-    session = DraftSession(drafter, prompt[:-1], clock, target.features(state) if tapped else None)
+    features = target.features(state) if tapped else None
+    session = DraftSession(drafter, prompt[:-1], clock, features, whole=listen is not None)
     prefill_s = clock.lap("host")
     tokens: list[int] = []
     rounds: list[Round] = []

@@ -348,6 +348,10 @@ class Drafter(nn.Module, ABC):
             tokens at depths 1 to D.
         """
 
+    def draft_narrow(self, state: Any, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K D"]:
+        """`draft` with logits of `draft_ids` only, where there is a draft vocabulary of D tokens."""
+        return self.draft(state, tokens, parents)
+
     @abstractmethod
     def commit(self, state: Any, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """End the round: a path of its nodes becomes committed text, every other node is forgotten.

@@ -272,7 +272,7 @@ class _Observed:
     def __init__(self, drafter: Drafter, text: _Text) -> None:
         self._drafter, self._text = drafter, text
 
-    def draft(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "D V"]:
+    def draft_narrow(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "D V"]:
         self._text.drafted = self._drafter.draft(state, tokens, parents)
         return self._text.drafted
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from certdraft.decoding.draft_session import narrow_draft
 from certdraft.decoding.loop import Round, candidates_along
 from certdraft.decoding.trees.builders import BestFirst, Growth, best_known
 from certdraft.decoding.trees.ranking import rank_of, top_rows
@@ -96,10 +97,12 @@ class _Stretch:
     def __init__(
         self, drafter: Drafter, state: object, roots: Sequence[int], builder: BestFirst, room: int
     ) -> None:
-        self.drafter, self.state, self.builder = drafter, state, builder
-        logits = drafter.draft(state, roots, range(-1, len(roots) - 1))
+        self.state, self.builder = state, builder
+        self.draft = narrow_draft(drafter)
+        logits = self.draft(state, roots, range(-1, len(roots) - 1))
         self.fed = len(roots)
-        rows = top_rows(logits, builder.budget, builder.temperature)
+        self.draft_ids = getattr(drafter, "draft_ids", None)
+        rows = top_rows(logits, builder.budget, builder.temperature, self.draft_ids)
         depths = [min(builder.max_depth, room - place) for place in range(len(roots))]
         self.growths = [
             Growth(_Read("conditional"), root, builder.budget, depth, builder.temperature, [row])
@@ -136,8 +139,8 @@ class _Stretch:
         parents = [
             self.numbers[place][parent] for place, growth, nodes in asked for parent in growth.parents(nodes)
         ]
-        logits = self.drafter.draft(self.state, tokens, parents)
-        rows = iter(top_rows(logits, self.builder.budget, self.builder.temperature))
+        logits = self.draft(self.state, tokens, parents)
+        rows = iter(top_rows(logits, self.builder.budget, self.builder.temperature, self.draft_ids))
         for place, growth, nodes in asked:
             growth.receive(nodes, [next(rows) for _ in nodes])
             self.numbers[place] += range(self.fed, self.fed + len(nodes))

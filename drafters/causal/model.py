@@ -33,7 +33,6 @@ from certdraft.support import (
     facts_of,
     has_head_bias,
     load_causal_lm,
-    project_fp32,
     text_body,
     text_config,
 )
@@ -280,8 +279,7 @@ class CausalDrafter(Drafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits of the next token; see `Drafter.head`."""
-        head: Any = self.model.get_output_embeddings()
-        return project_fp32(hidden, head.weight, head.bias)
+        return self._lm.project(hidden)
 
     def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache | ChainCache:
         """See `Drafter.start`. The drafter must be in eval mode."""

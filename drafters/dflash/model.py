@@ -35,7 +35,7 @@ from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
-from certdraft.support import has_head_bias, path_mask, project_fp32
+from certdraft.support import has_head_bias, path_mask
 
 _ANCHORS_AT_ONCE = 64  # a row, where all of them are wanted and none is drawn
 
@@ -179,7 +179,7 @@ class BlockDrafter(FeatureDrafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits of drafted positions, by the target's lm_head."""
-        return project_fp32(hidden, self.head_weight)
+        return self._project(hidden, self.head_weight)
 
     # ---- training
 

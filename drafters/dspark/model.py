@@ -150,7 +150,7 @@ class DSparkDrafter(BlockDrafter):
         return self._base(state) + self._correction(previous)
 
     def _base(self, state: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
-        return project_fp32(state, self.target_ends.head.detach())
+        return self._project(state, self.target_ends.head.detach())
 
     def _correction(self, previous: Float[Tensor, "*step E"]) -> Float[Tensor, "*step V"]:
         return project_fp32(previous, self.markov_head.markov_w2.weight)

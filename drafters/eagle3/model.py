@@ -35,7 +35,7 @@ from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
-from certdraft.support import path_mask, project_fp32
+from certdraft.support import path_mask
 
 
 @register_drafter("eagle")
@@ -205,7 +205,9 @@ class EagleDrafter(FeatureDrafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits over the target's vocabulary, `ABSENT` outside the draft vocabulary."""
-        logits = project_fp32(hidden, self.lm_head.weight)
+        return self._spread(self._project(hidden, self.lm_head.weight))
+
+    def _spread(self, logits: Float[Tensor, "*step D"]) -> Float[Tensor, "*step V"]:
         ids = self.draft_ids
         return logits if ids is None else spread(logits, ids, self.vocab_size)
 
@@ -278,7 +280,12 @@ class EagleDrafter(FeatureDrafter):
 
     @torch.no_grad()
     def draft(self, state: EagleState, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
-        """See `Drafter.draft`.
+        """See `Drafter.draft`."""
+        return self._spread(self.draft_narrow(state, tokens, parents))
+
+    @torch.no_grad()
+    def draft_narrow(self, state: EagleState, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K D"]:
+        """See `Drafter.draft_narrow`.
 
         The chain of committed tokens at the front of a round is read with the target's features, every node
         after it with the drafter's own output at its parent.
@@ -288,7 +295,7 @@ class EagleDrafter(FeatureDrafter):
         outputs: list[Tensor] = []
         for wave in batch.waves(state):
             outputs.append(self._read(state, *wave))
-        return self.head(torch.cat(outputs)[skip:])
+        return self._project(torch.cat(outputs)[skip:], self.lm_head.weight)
 
     def _read(self, state: EagleState, tokens: list[int], parents: list[int], feature: Tensor) -> Tensor:
         """Normed output [K, H] of nodes whose features are known."""
