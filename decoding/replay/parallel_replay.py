@@ -207,11 +207,7 @@ class OnePass:
         return self.hidden.shape[1] if self.by_depth else None
 
     def ranks(self) -> list[list[int]]:
-        """Rank of the true token at each place and depth, [T][D]; 0 = the drafter's first choice.
-
-        Raises:
-            NonFiniteLogits: the drafter's logits are not finite.
-        """
+        """Rank of the true token at each place and depth, [T][D]; 0 = the drafter's first choice."""
         ranks: list[list[int]] = []
         size = self.hidden.shape[1]
         wanted = torch.tensor([*self.tokens, *[0] * size], device=self.hidden.device).unfold(0, size, 1)
@@ -222,11 +218,7 @@ class OnePass:
         return ranks
 
     def rows(self, width: int, temperature: float) -> list[list[Row]]:
-        """The most probable tokens at each place and depth, [T][D].
-
-        Raises:
-            NonFiniteLogits: the drafter's logits are not finite.
-        """
+        """The most probable tokens at each place and depth, [T][D]."""
         rows: list[list[Row]] = []
         size = self.hidden.shape[1]
         for _, logits in self._logits():

@@ -170,10 +170,6 @@ class CachedLM:
 
         Returns:
             fp32 logits of the token after each new node, in the order given.
-
-        Raises:
-            ValueError: no tokens, a parent that is not an earlier node, lengths that differ, or a tree where
-                layers read tokens in order.
         """
         ids = torch.as_tensor(tokens, dtype=torch.long)
         num, old = ids.numel(), cache.num_nodes

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     FeatureDrafter,
     FeatureMarginalDrafter,
     GarbageDrafter,
@@ -14,7 +14,7 @@ from oracles.decoding_models import (
     random_distribution,
     tiny_qwen3,
 )
-from oracles.feature_drafters import enlarge
+from oracles.models.feature_drafters import enlarge
 
 from certdraft.decoding import (
     BestFirst,

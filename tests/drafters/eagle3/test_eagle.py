@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import assert_checkpointing_changes_nothing, eagle_logits, enlarge
-from oracles.rotary import LINEAR, LLAMA3, YARN
+from oracles.mathematics.rotary import LINEAR, LLAMA3, YARN
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import assert_checkpointing_changes_nothing, eagle_logits, enlarge
 from torch import Tensor
 
 from certdraft.drafters import EagleConfig, EagleDrafter
