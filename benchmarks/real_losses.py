@@ -30,13 +30,7 @@ import torch
 from certdraft.data import Corpus, Generation, Prompts, load_target, open_trace, record_trace
 from certdraft.decoding import BestFirst, Chain, StaticTree
 from certdraft.drafters import load_drafter
-from certdraft.evaluation import (
-    Table,
-    compare_ratios,
-    greedy_documents,
-    measure_acceptance,
-    replay_lengths,
-)
+from certdraft.evaluation import Table, compare_ratios, greedy_documents, measure_acceptance, replay_lengths
 from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli

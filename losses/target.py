@@ -108,11 +108,6 @@ class TargetBatch:
         logp = logits.to(work_dtype(logits.dtype)).log_softmax(-1) if full else None
         return cls(head, logp, next_ids)
 
-    @classmethod
-    def from_head(cls, head: Head) -> TargetBatch:
-        """The target from a trace; leading axes of the head are flattened."""
-        return cls(head.flatten())
-
     def __len__(self) -> int:
         return len(self.head.ids)
 

@@ -331,11 +331,7 @@ class DrafterModule(pl.LightningModule):
     # ---- set-up and checkpoints
 
     def setup(self, stage: str) -> None:
-        """Build the drafter for the target; refuse another vocabulary, another tokenizer or half precision.
-
-        Raises:
-            ValueError: drafter, target, data or precision do not fit together.
-        """
+        """Build the drafter for the target; refuse another vocabulary or tokenizer, and half precision."""
         check_precision(str(self.trainer.precision))
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         datamodule = getattr(self.trainer, "datamodule", None)

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import block_logits, dspark_drafts, eagle_logits, enlarge
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import block_logits, dspark_drafts, eagle_logits, enlarge
 from torch import Tensor
 from torch.nn import functional
 
