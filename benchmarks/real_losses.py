@@ -145,7 +145,7 @@ class Study:
         out = self.run / "losses" / "exports" / label
         if not out.exists():
             loss, weights = map(json.dumps, LOSSES[name])
-            if '"measured"' in loss:
+            if '"measured"' in loss + weights:
                 loss, weights = (
                     p.replace('"measured"', json.dumps(self.candidates)) for p in (loss, weights)
                 )
