@@ -106,11 +106,7 @@ class Arbiter:
 
     @torch.no_grad()
     def walk(self, tree: Tree, logits: Float[Tensor, "S V"]) -> Verdict:
-        """See `Acceptor.walk`.
-
-        Raises:
-            ValueError: the drafter's logits are not known: the builder did not come from `listen`.
-        """
+        """See `Acceptor.walk`."""
         if self._observed is None:
             raise ValueError(
                 "an arbiter reads the drafter's logits too: give `decode` the builder arbiter.listen(builder)"
@@ -235,9 +231,6 @@ class _RecordingPropose:
 
 def log_odds(probability: float) -> float:
     """log(t / (1 − t)), ±inf at the ends.
-
-    Raises:
-        ValueError: outside [0, 1].
 
     Examples:
         >>> log_odds(0.5), log_odds(1.0)

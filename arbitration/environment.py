@@ -27,7 +27,7 @@ from certdraft.arbitration import (
     simulate,
     verify_all,
 )
-from certdraft.arbitration.tasks.chat_prompts import Template, prompt_texts
+from certdraft.arbitration.tasks.problems import Template, prompt_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

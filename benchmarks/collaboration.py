@@ -43,7 +43,7 @@ from certdraft.arbitration import (
     verify_all,
 )
 from certdraft.arbitration.arbitration_report import Arm
-from certdraft.arbitration.tasks.chat_prompts import prompt_texts
+from certdraft.arbitration.tasks.problems import prompt_texts
 from certdraft.data import eos_ids_of, load_target, load_tokenizer
 from certdraft.evaluation import pooled_ratio, provenance
 from certdraft.support import appearing_folder, write_json, write_text

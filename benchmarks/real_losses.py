@@ -30,13 +30,7 @@ import torch
 from certdraft.data import Corpus, Generation, Prompts, load_target, open_trace, record_trace
 from certdraft.decoding import BestFirst, Chain, StaticTree
 from certdraft.drafters import load_drafter
-from certdraft.evaluation import (
-    Table,
-    compare_ratios,
-    greedy_documents,
-    measure_acceptance,
-    replay_lengths,
-)
+from certdraft.evaluation import Table, compare_ratios, greedy_documents, measure_acceptance, replay_lengths
 from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli
@@ -71,6 +65,15 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
         REACH,
     ),
+    "by depth+adaptive, depth": (
+        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
+        DEPTH,
+    ),
+    "by depth+adaptive, low": (
+        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
+        {"class_path": "ProductWeights", "init_args": {"factors": [REACH, LOW]}},
+    ),
+    "ce+kl, reach": (half(CE, KL), REACH),
     "ce": (CE, DEPTH),
     "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), LOW_DEPTH),
     "top-10 ce": (half(CE, part("TopKCE", k=10)), DEPTH),
@@ -203,10 +206,15 @@ def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
     best = max(
         (b for b in BASELINES if b in stored), key=lambda b: sign * value(stored, b, number), default=name
     )
-    seeds = sorted(set(stored[name]) & set(stored[best]))
-    if name in BASELINES or best == name or not seeds:
+    return "" if name in BASELINES else against(stored, name, best, number)
+
+
+def against(stored: Stored, name: str, other: str, number: tuple[str, str]) -> str:
+    """Per cent by which a number differs from that of another loss, on the seeds that both have."""
+    seeds = sorted(set(stored[name]) & set(stored[other]))
+    if name == other or not seeds:
         return ""
-    ratio = compare_ratios(arrays(stored, name, number, seeds), arrays(stored, best, number, seeds), "ratio")
+    ratio = compare_ratios(arrays(stored, name, number, seeds), arrays(stored, other, number, seeds), "ratio")
     shown = [f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high)]
     return f" ({shown[0]} % [{shown[1]}, {shown[2]}])"
 

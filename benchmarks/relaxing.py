@@ -10,7 +10,8 @@ share of texts that differ from the greedy text. Greedy text has a high log-prob
 the loss says how far a rule leaves the target's preferred text, not how good the text is to a reader.
 Sums of two numbers that the target is asked for in words show whether answers that can be checked get worse.
 
-Methods take turns prompt by prompt; intervals are 95 % bootstrap over prompts.
+Methods take turns prompt by prompt; intervals are 95 % bootstrap over prompts. `--figure FILE.png` draws what
+is stored: speed against quality, strict acceptance at the left end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from datetime import date
@@ -43,6 +45,7 @@ from certdraft.decoding import (
 )
 from certdraft.drafters import load_drafter
 from certdraft.evaluation import compare_ratios, pooled_ratio, read_questions
+from certdraft.evaluation.report.figure_style import canvas, marks
 from certdraft.support import project_fp32, text_body, write_json
 from certdraft.train.commands.real import held_out_prompts, target_of
 
@@ -108,6 +111,32 @@ def log_prob(target: Any, prompt: list[int], text: list[int]) -> float:
     return float(logits.log_softmax(-1).gather(1, torch.tensor(text)[:, None]).sum())
 
 
+def draw(path: Path, rules: dict[str, Any]) -> None:
+    """Speed over strict acceptance against the log-probability lost a token, a line a family of rules."""
+    families: dict[str, list[tuple[str, Any]]] = {}
+    for rule in RULES:
+        families.setdefault(type(rule).__name__.lower(), []).append((str(rule), rules[str(rule)]))
+    with canvas(path, size=(6.8, 4.2)) as axes:
+        plot = axes[0, 0]
+        plot.axhline(1, color="#999999", lw=0.8)
+        plot.plot(0, 1, "D", color="#000000", ms=7, label="strict (lossless)")
+        for index, (family, members) in enumerate(families.items()):
+            lost = [(-d["log_prob_per_token"]["value"]) for _, d in members]
+            speed = [d["speed"] for _, d in members]
+            below = [s["value"] - s["low"] for s in speed]
+            above = [s["high"] - s["value"] for s in speed]
+            plot.errorbar(
+                lost, [s["value"] for s in speed], yerr=[below, above], lw=1, elinewidth=0.8, capsize=2,
+                label=family, **marks(index),
+            )  # fmt: skip
+            for x, s, (rule, _) in zip(lost, speed, members, strict=True):
+                settings = ", ".join(re.findall(r"=([\d.]+)", rule))
+                plot.annotate(settings, (x, s["value"]), (4, 4), textcoords="offset points", fontsize=6.5)
+        plot.set_xlabel("log-probability lost a token, under the target (nats)")
+        plot.set_ylabel("speed over strict acceptance")
+        plot.legend(loc="best")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
@@ -118,7 +147,10 @@ def main() -> None:
     parser.add_argument("--sums", type=int, default=60, help="sums asked for, with at most 32 tokens")
     parser.add_argument("--nodes", type=int, default=16, help="of the best-first tree; 0 is a chain of 4")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/relaxing.json"))
+    parser.add_argument("--figure", type=Path, help="only draw what is stored in --out, as this PNG")
     args = parser.parse_args()
+    if args.figure:
+        return draw(args.figure, json.loads(args.out.read_text(encoding="utf-8"))["rules"])
     name = args.target or target_of(args.run)
     target, tokenizer = load_target(name, dtype=torch.bfloat16), load_tokenizer(name)
     drafter = load_drafter(args.run / "exports" / args.drafter, target=target, dtype="bfloat16").eval()

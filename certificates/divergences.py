@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -47,15 +45,3 @@ def kl_divergence_logp(
     possible = logp > -torch.inf
     ratio = torch.where(possible, logp, 0.0) - torch.where(possible, logq, 0.0)
     return (logp.exp() * ratio).sum(-1).clamp_min(0.0)
-
-
-def js_divergence(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
-    """Jensen–Shannon divergence: ½KL(p‖(p+q)/2) + ½KL(q‖(p+q)/2), nats, in [0, log 2]."""
-    middle = 0.5 * (p + q)
-    value = 0.5 * (kl_divergence(p, middle) + kl_divergence(q, middle))
-    return value.clamp_max(math.log(2))
-
-
-def tv_distance(p: Float[Tensor, "*step V"], q: Float[Tensor, "*step V"]) -> Float[Tensor, "*step"]:
-    """Total variation ½Σ|p − q|, in [0, 1]: one minus the acceptance rate of speculative sampling."""
-    return 0.5 * (p - q).abs().sum(-1)

@@ -164,11 +164,6 @@ class Head:
         return cls(ids, gap.to(p.dtype), lse_gap.to(p.dtype), vocab_size, entropy(p))
 
 
-def greedy_token(p: Float[Tensor, "*step V"] | Head) -> Int[Tensor, "*step"]:
-    """x0 = argmax p; the lowest index at an exact tie."""
-    return p.greedy if isinstance(p, Head) else p.argmax(-1)
-
-
 def margin(p: Float[Tensor, "*step V"] | Head) -> Float[Tensor, "*step"]:
     """γ = p(x0) − p(x1), in [0, 1]; 0 at a tie."""
     return order_margin(p, 1)

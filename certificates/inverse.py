@@ -63,25 +63,6 @@ def safe_margin(
     return _invert(lambda d: _with_margin(rule, torch.minimum(d, top), p, direction), kl, top)
 
 
-def safe_probability(rule: Rule, *, kl: Number, direction: Direction = "forward") -> Float[Tensor, "*step"]:
-    """The least p(x0) at which a drafter this close to the target cannot be rejected, whatever the margin.
-
-    Args:
-        rule: acceptance rule.
-        kl: divergence between target and drafter, nats, ≥ 0.
-        direction: which divergence `kl` is.
-
-    Returns:
-        A probability in [0, 1]; 0 when every target is safe, +inf when none is.
-
-    Raises:
-        ValueError: kl < 0 or not a number.
-    """
-    check_direction(direction)
-    kl = torch.as_tensor(kl)
-    return _invert(lambda p: _with_probability(rule, p, direction), kl, kl.new_ones((), dtype=torch.float64))
-
-
 def _with_margin(rule: Rule, d: Tensor, p: Tensor | None, direction: Direction) -> Tensor:
     """A bound that holds for every margin of at least d; grows with d."""
     if isinstance(rule, Coverage):
@@ -114,24 +95,6 @@ def _with_margin(rule: Rule, d: Tensor, p: Tensor | None, direction: Direction) 
         worst = torch.minimum(d, 1 - d).clamp_max(rule.epsilon)
         return torch.maximum(strict, pair(d, worst, direction))
     return strict
-
-
-def _with_probability(rule: Rule, p: Tensor, direction: Direction) -> Tensor:
-    """A bound that holds for every greedy probability of at least p; grows with p."""
-    if isinstance(rule, Coverage):
-        return even_coverage((((rule.m + 1) * p - 1) / rule.m).clamp_min(0.0), rule.m, direction)
-    if isinstance(rule, TopM) and rule.m > 2:
-        rank = pair(p, (1 - p) / (rule.m - 1), direction)
-        return torch.minimum(rank, _with_probability(rule.relaxation, p, direction))
-    if isinstance(rule, Additive):  # least at p0 = (1 + t)/2, where a rejected runner-up takes all the rest
-        p = p.clamp_min((1 + rule.t) / 2)
-        return even_pair((2 * p - 1).clamp_max(1.0), direction)
-    worst = torch.minimum(p, 1 - p)
-    if isinstance(rule, Multiplicative):
-        worst = torch.minimum(worst, rule.alpha * p)
-    if isinstance(rule, Typical):
-        worst = worst.clamp_max(rule.epsilon)
-    return pair(p, worst, direction)
 
 
 def _invert(bound: Callable[[Tensor], Tensor], kl: Tensor, top: Tensor) -> Tensor:

@@ -153,24 +153,6 @@ def used_budget(kl: Float[Tensor, "*step"], radii: Float[Tensor, "*step"]) -> Fl
     return torch.where(free, 0.0, torch.where(radii > 0, share, 1.0)).clamp(0.0, 1.0)
 
 
-def path_radius(
-    radii: Float[Tensor, "*path D"], greedy_logp: Float[Tensor, "*path D"]
-) -> Float[Tensor, "*path"]:
-    """The least KL between the two *sequence* distributions at which some step of the greedy path may fail.
-
-    min over depths of (probability of the greedy prefix) × (radius of the step): a divergence of sequences
-    controls deep steps only as far as the target goes there at all.
-
-    Args:
-        radii: forward KL radius of each depth, nats.
-        greedy_logp: log p(x0) at each depth, nats.
-
-    Source: docs/theory.md §6.4.
-    """
-    before = greedy_logp.cumsum(-1) - greedy_logp
-    return (before.exp() * radii).amin(-1)
-
-
 def budget_radius(
     greedy_logp: Float[Tensor, "*path D"], log_threshold: Float[Tensor, "*path"] | float
 ) -> Float[Tensor, "*path"]:

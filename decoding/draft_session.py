@@ -7,8 +7,8 @@ front of the root in the next draft pass, so builders always see a round that st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from certdraft.drafters import Drafter
 from certdraft.support import pack_linears
 
 
+def narrow_draft(drafter: Drafter) -> Callable[[Any, Sequence[int], Sequence[int]], Tensor]:
+    """`Drafter.draft_narrow`, or `draft` of an object that has only the latter."""
+    return getattr(drafter, "draft_narrow", drafter.draft)
+
+
 class DraftSession:
     """One drafter on one text; callable as the builders' `Propose`.
 
@@ -27,6 +32,7 @@ class DraftSession:
         ids: the prompt without its last token.
         clock: charged for every drafter pass.
         features: tapped target layers at `ids`, for drafters that read them.
+        whole: return logits over the whole vocabulary where there is a draft vocabulary too.
     """
 
     def __init__(
@@ -35,8 +41,10 @@ class DraftSession:
         ids: Sequence[int],
         clock: Clock,
         features: Float[Tensor, "N L H"] | None = None,
+        whole: bool = False,
     ) -> None:
         self.drafter, self.clock = drafter, clock
+        self._draft = drafter.draft if whole else narrow_draft(drafter)
         if isinstance(drafter, nn.Module):
             pack_linears(drafter)
         self.kind: Literal["conditional", "marginal"] = drafter.kind
@@ -66,7 +74,7 @@ class DraftSession:
                 shifted = [*range(-1, offset - 1), *shifted]
             parents = shifted
         self.host_s += self.clock.lap("host")
-        logits = self.drafter.draft(self._state, tokens, parents)
+        logits: Tensor = self._draft(self._state, tokens, parents)
         self.draft_s += self.clock.lap("open" if first else "draft", len(tokens), self._context)
         unread = offset if first and self.kind == "conditional" else 0
         confidence = getattr(self._state, "confidence", None)

@@ -90,11 +90,6 @@ class DecodeResult:
         return acceptance_length([self])
 
     @property
-    def accepted_per_round(self) -> float:
-        """Mean accepted draft tokens per target pass; the bonus token is not counted."""
-        return sum(r.accepted for r in self.rounds) / len(self.rounds)
-
-    @property
     def seconds(self) -> float:
         """Of all rounds; the prefill is not counted."""
         return sum(r.seconds for r in self.rounds)
@@ -165,7 +160,8 @@ def decode(
     verify = verifier(target, greedy_only=getattr(accept, "greedy_only", False))
     clock.lap("host")
     state, tapped = target.start(prompt[:-1]), bool(drafter.taps)
-    session = DraftSession(drafter, prompt[:-1], clock, target.features(state) if tapped else None)
+    features = target.features(state) if tapped else None
+    session = DraftSession(drafter, prompt[:-1], clock, features, whole=listen is not None)
     prefill_s = clock.lap("host")
     tokens: list[int] = []
     rounds: list[Round] = []
@@ -298,11 +294,7 @@ class _NonFiniteGuard(Backoff):
 
 
 def as_target(target: Target | PreTrainedModel, taps: Sequence[int] = ()) -> Target:
-    """A model as a target; a target as it is.
-
-    Raises:
-        ValueError: the target does not keep the layers that the drafter reads.
-    """
+    """A model as a target; a target as it is."""
     if isinstance(target, PreTrainedModel):
         return TargetRunner(target, taps)
     if taps and getattr(target, "taps", ()) != tuple(taps):

@@ -116,7 +116,11 @@ def verifier(target: Target, *, greedy_only: bool) -> Callable[[Any, Tree], Tens
 
 
 def fingerprint(model: object) -> str:
-    """What latency depends on: class, parameter shapes and dtypes, attention kernel; not the weights."""
+    """What latency depends on: class, parameter shapes and dtypes, attention kernel; not the weights.
+
+    Of an object that only watches a model, its attribute `wrapped`, it is that of the model.
+    """
+    model = getattr(model, "wrapped", model)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         return name

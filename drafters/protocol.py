@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
 from certdraft.support import path_mask
 
 if TYPE_CHECKING:
@@ -134,7 +134,6 @@ class Drafter(nn.Module, ABC):
         vocab_size: int,
         target: PreTrainedModel | None,
         dtype: Literal["float32", "bfloat16"] | None,
-        attention: Literal["sdpa", "eager"],
     ) -> Self:
         """Load what `write` wrote, in eval mode; arguments as in `load_drafter`."""
         raise NotImplementedError(f"{cls.__name__} cannot be loaded from a folder: it lacks from_folder.")
@@ -277,10 +276,7 @@ class Drafter(nn.Module, ABC):
         depth: int | None = None,
         every: bool = False,
     ) -> Paths:
-        """Rounds of drafting along the true text, for training and validation.
-
-        The default is for drafters whose distribution depends only on the text: one draft a path, from every
-        token position in the loss mask.
+        """Rounds of drafting along the true text, for training and validation; kinds make them in `rounds`.
 
         Args:
             input_ids: packed rows of tokens.
@@ -291,8 +287,19 @@ class Drafter(nn.Module, ABC):
             depth: draft tokens of a round; None: as many as are trained now. The result may have fewer.
             every: a path from every position in the loss mask, in order, nothing drawn at random.
         """
-        hidden = self.hidden(input_ids, position_ids, document_ids, features).flatten(0, 1)
-        mask = path_mask(loss_mask, document_ids, 1).flatten(0, 1)
+        return self.rounds(
+            PackedRows(input_ids, position_ids, document_ids, loss_mask, features), depth, every
+        )
+
+    def rounds(self, rows: PackedRows, depth: int | None, every: bool) -> Paths:
+        """See `paths`.
+
+        The default is for drafters whose distribution depends only on the text: one draft a path, from every
+        token position in the loss mask.
+        """
+        ids, positions, documents, loss_mask, features = rows
+        hidden = self.hidden(ids, positions, documents, features).flatten(0, 1)
+        mask = path_mask(loss_mask, documents, 1).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         return Paths(hidden[starts, None], steps_from(starts, mask[starts]), mask[starts])
 
@@ -340,6 +347,10 @@ class Drafter(nn.Module, ABC):
             fp32 logits. Conditional: [K, V], of the token after each new node. Marginal: [D, V], of the
             tokens at depths 1 to D.
         """
+
+    def draft_narrow(self, state: Any, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K D"]:
+        """`draft` with logits of `draft_ids` only, where there is a draft vocabulary of D tokens."""
+        return self.draft(state, tokens, parents)
 
     @abstractmethod
     def commit(self, state: Any, path: Sequence[int], features: TokenFeatures | None = None) -> None:

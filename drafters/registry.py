@@ -45,15 +45,7 @@ def drafter_kinds() -> Mapping[str, type[Drafter]]:
 
 
 def kind_named(family: str, where: object) -> type[Drafter]:
-    """Return the class of a family.
-
-    Args:
-        family: as in `drafter.json`.
-        where: the folder, for the message.
-
-    Raises:
-        ValueError: no such kind.
-    """
+    """Return the class of a family."""
     if family not in _KINDS:
         raise ValueError(
             f"{where} holds a drafter of family {family!r}; known are {', '.join(_KINDS)}. Import the "

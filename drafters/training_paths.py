@@ -20,6 +20,16 @@ TokenIds = Int[Tensor, " K"] | Sequence[int]
 TokenFeatures = Float[Tensor, "N L H"]  # aux hidden-state layers of tokens
 
 
+class PackedRows(NamedTuple):
+    """Packed rows of a batch as a drafter trains on them; see `Drafter.paths`."""
+
+    input_ids: Int[Tensor, "R T"]
+    position_ids: Int[Tensor, "R T"]
+    document_ids: Int[Tensor, "R T"]
+    loss_mask: Bool[Tensor, "R T"]
+    features: Float[Tensor, "R T L H"] | None
+
+
 class Paths(NamedTuple):
     """Draft tokens of a batch, laid out by round and depth.
 

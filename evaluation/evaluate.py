@@ -73,11 +73,7 @@ class EvaluationReport:
         return headline_table(self.data).text()
 
     def intervals(self, drafter: str) -> dict[str, dict[str, Any]]:
-        """Return one drafter's intervals by quantity: coverage@m, certified/RULE, tau/TREE, speedup/TREE.
-
-        Raises:
-            ValueError: no such drafter in the report.
-        """
+        """Return one drafter's intervals by quantity: coverage@m, certified/RULE, tau/TREE, speedup/TREE."""
         if drafter not in self.data["drafters"]:
             raise ValueError(
                 f"no drafter {drafter!r} in the report; it has {', '.join(self.data['drafters'])}"

@@ -19,13 +19,6 @@ def refuse_training_texts(drafters: Mapping[str, str], trace: str) -> None:
 
     The run record in an exported drafter's folder has the hash of its training trace. Where that trace still
     is where the run read it, the corpora of both are compared, too.
-
-    Args:
-        drafters: name → folder of an export.
-        trace: folder of the trace that is evaluated on.
-
-    Raises:
-        ValueError: names the drafter, the trace, and what they share.
     """
     file = Path(trace) / "trace.json"
     if not file.is_file():

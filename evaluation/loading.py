@@ -37,11 +37,7 @@ class TargetVocabulary:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA when there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
+    """Return the device of that name; "auto" is CUDA when there is one."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -68,10 +64,6 @@ def load_checked(
         device: of the weights.
         dtype: of the weights.
         target: the target on that device; needed by drafters that read its layers and embeddings.
-
-    Raises:
-        FileNotFoundError: no such drafter.
-        ValueError: another tokenizer or vocabulary, both are shown.
     """
     exported = (Path(path) / "drafter.json").is_file()
     facts = (read_facts(path)["facts"] or {}) if exported else {}

@@ -21,6 +21,7 @@ from certdraft.support import project_fp32
 
 # A tail lighter than this cannot be told from rounding: it is one minus a sum of K fp32 probabilities.
 MIN_TAIL_LOGP = -18.0
+BY_STEP = ("next_ids", "depths", "rejected")  # what both kinds of target know of a step, or None
 
 
 def _at(values: Tensor | None, index: Any) -> Tensor | None:
@@ -39,9 +40,12 @@ class TargetBatch:
         num_absent: how many of the last classes the drafter has no logit for; see `DraftVocabulary`.
         depths: draft depth of each step, from 1; None where a step lies at several, as in the training of
             causal drafters.
+        rejected: draft tokens since the first one that the target rejected, 0 at that one, −1 before it and
+            in text that the drafter did not write; None where there is no round of its own.
 
     Raises:
-        ValueError: steps not on one axis, or `logp`, `next_ids` or `depths` of another shape than the head.
+        ValueError: steps not on one axis, or `logp`, `next_ids`, `depths` or `rejected` of another shape than
+            the head.
     """
 
     head: Head
@@ -49,6 +53,7 @@ class TargetBatch:
     next_ids: Int[Tensor, " N"] | None = None
     num_absent: int = 0
     depths: Int[Tensor, " N"] | None = None
+    rejected: Int[Tensor, " N"] | None = None
 
     def __post_init__(self) -> None:
         if self.head.ids.dim() != 2:
@@ -72,7 +77,7 @@ class TargetBatch:
                     f"TargetBatch: logp has shape {list(self.logp.shape)}, expected {list(expected)}."
                 )
             object.__setattr__(self, "logp", self.logp.detach().to(dtype))
-        for name in ("next_ids", "depths"):
+        for name in BY_STEP:
             values: Tensor | None = getattr(self, name)
             if values is not None and tuple(values.shape) != (len(head.ids),):
                 raise ValueError(
@@ -103,23 +108,13 @@ class TargetBatch:
         logp = logits.to(work_dtype(logits.dtype)).log_softmax(-1) if full else None
         return cls(head, logp, next_ids)
 
-    @classmethod
-    def from_head(cls, head: Head) -> TargetBatch:
-        """The target from a trace; leading axes of the head are flattened."""
-        return cls(head.flatten())
-
     def __len__(self) -> int:
         return len(self.head.ids)
 
     def __getitem__(self, index: Any) -> TargetBatch:
         """The steps of a slice, a mask or an index tensor."""
-        return TargetBatch(
-            self.head[index],
-            _at(self.logp, index),
-            _at(self.next_ids, index),
-            self.num_absent,
-            _at(self.depths, index),
-        )
+        by_step = {name: _at(getattr(self, name), index) for name in BY_STEP}
+        return TargetBatch(self.head[index], _at(self.logp, index), num_absent=self.num_absent, **by_step)
 
     def pad(self, logits: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """The drafter's logits over all V classes, far below any other for those it cannot propose."""
@@ -131,11 +126,9 @@ class TargetBatch:
 
     def to(self, device: torch.device | str) -> TargetBatch:
         """The same target on another device."""
-        logp, next_ids, depths = (
-            None if values is None else values.to(device)
-            for values in (self.logp, self.next_ids, self.depths)
-        )
-        return TargetBatch(self.head.to(device), logp, next_ids, self.num_absent, depths)
+        found = {name: getattr(self, name) for name in ("logp", *BY_STEP)}
+        moved = {name: None if values is None else values.to(device) for name, values in found.items()}
+        return TargetBatch(self.head.to(device), num_absent=self.num_absent, **moved)
 
     @property
     def has_full(self) -> bool:
@@ -205,6 +198,7 @@ class OnlineTarget:
         next_ids: the token that follows in the data, −1 where none does; only `TokenCE` needs it.
         bias: of the target's output layer, [V]; None where it has none.
         depths: see `TargetBatch`.
+        rejected: see `TargetBatch`.
     """
 
     hidden: Float[Tensor, "N H"]
@@ -214,6 +208,7 @@ class OnlineTarget:
     next_ids: Int[Tensor, " N"] | None = None
     bias: Float[Tensor, " V"] | None = None
     depths: Int[Tensor, " N"] | None = None
+    rejected: Int[Tensor, " N"] | None = None
     num_absent: ClassVar[int] = 0
 
     def __len__(self) -> int:
@@ -223,17 +218,16 @@ class OnlineTarget:
     def __getitem__(self, index: Any) -> TargetBatch:
         """The target at these steps, logits in fp32."""
         logits = project_fp32(self.hidden[index], self.weight, self.bias)
-        found = TargetBatch.from_logits(logits, self.k, self.full, _at(self.next_ids, index))
-        return replace(found, depths=_at(self.depths, index))
+        found = TargetBatch.from_logits(logits, self.k, self.full)
+        return replace(found, **self.by_step(index))
 
     def select(self, mask: Bool[Tensor, " N"]) -> OnlineTarget:
         """The steps where the mask is True, still without logits."""
-        return replace(
-            self,
-            hidden=self.hidden[mask],
-            next_ids=_at(self.next_ids, mask),
-            depths=_at(self.depths, mask),
-        )
+        return replace(self, hidden=self.hidden[mask], **self.by_step(mask))
+
+    def by_step(self, index: Any) -> dict[str, Any]:
+        """What is known of these steps beside the distribution, by the names of `TargetBatch`."""
+        return {name: _at(getattr(self, name), index) for name in BY_STEP}
 
     @property
     def has_full(self) -> bool:

@@ -23,6 +23,7 @@ from .model_facts import has_head_bias as has_head_bias
 from .model_facts import text_body as text_body
 from .model_facts import text_config as text_config
 from .packed_linear import PackedLinear as PackedLinear
+from .packed_linear import WideHead as WideHead
 from .packed_linear import pack_linears as pack_linears
 from .path_mask import path_mask as path_mask
 from .pretrained import ModelSource as ModelSource

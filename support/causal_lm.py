@@ -67,17 +67,14 @@ def load_causal_lm(
     return model
 
 
-def load_model_ends(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
-) -> PreTrainedModel:
-    """A causal LM of which only embeddings, final norm and lm_head have weights; its layers are on meta.
+def load_model_ends(name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+    """A causal LM of which only embeddings, norm and lm_head have weights, in fp32; its layers are on meta.
 
     Of a target of 8 B parameters this reads 1.2 B. Where the tensors cannot be told from their names (GGUF,
     quantised or renamed checkpoints), the whole model is loaded.
 
     Args:
         name: see `load_causal_lm`.
-        dtype: of the parameters.
         revision: of a hub model.
 
     Raises:
@@ -88,10 +85,10 @@ def load_model_ends(
     if source.gguf is None:
         config = load_pretrained_config(name, revision=revision)
         if getattr(config, "quantization_config", None) is None:
-            model = _without_layers(source.name, config, dtype, revision, not source.local)
+            model = _without_layers(source.name, config, revision, not source.local)
             if model is not None:
                 return model
-    return load_causal_lm(name, dtype=dtype, revision=revision)
+    return load_causal_lm(name, dtype=torch.float32, revision=revision)
 
 
 def _check_complete(source: str, info: dict) -> None:
@@ -109,13 +106,11 @@ def _check_complete(source: str, info: dict) -> None:
         )
 
 
-def _without_layers(
-    name: str, config: Any, dtype: torch.dtype, revision: str | None, on_hub: bool
-) -> PreTrainedModel | None:
+def _without_layers(name: str, config: Any, revision: str | None, on_hub: bool) -> PreTrainedModel | None:
     """The model on meta with its ends read; None where the checkpoint does not hold them by their names."""
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     except (ValueError, TypeError, AttributeError):  # `load_causal_lm` names what is wrong
         return None
     parts = [
@@ -141,7 +136,7 @@ def _without_layers(
         try:
             with safe_open(path, framework="pt") as tensors:
                 held = set(tensors.keys())
-                found |= {key: tensors.get_tensor(key).to(dtype) for key in shapes.keys() & held}
+                found |= {key: tensors.get_tensor(key).float() for key in shapes.keys() & held}
         except SafetensorError:
             return None
     if {key: weight.shape for key, weight in found.items()} != shapes:

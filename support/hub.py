@@ -9,13 +9,13 @@ import urllib.request
 HUB_TIMEOUT_S = 5.0
 
 
-def hub_answers(timeout_s: float = HUB_TIMEOUT_S) -> bool:
+def hub_answers() -> bool:
     """Whether to ask the hub: HF_HUB_OFFLINE is not set, and its address answers (proxies are honoured)."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     request = urllib.request.Request(hub_endpoint(), method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=timeout_s).close()
+        urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return True  # a refusal is an answer
     except (OSError, ValueError):

@@ -51,11 +51,7 @@ class ModelFacts:
         return "linear_attention" in self.layer_types
 
     def check_attention(self) -> None:
-        """Raise if a layer holds a state in place of previous tokens, which packed rows and trees would mix.
-
-        Raises:
-            ValueError: names model and layers.
-        """
+        """Raise if a layer holds a state instead of tokens, which packed rows and trees would mix."""
         if self.recurrent:
             raise ValueError(
                 f"{self.name} has linear_attention layers, which read tokens in order: as a target it is "
@@ -64,11 +60,7 @@ class ModelFacts:
             )
 
     def check_window(self, num_tokens: int) -> None:
-        """Raise if a text outgrows an attention window: masks of trees and packed rows know no windows.
-
-        Raises:
-            ValueError: names model, window and length.
-        """
+        """Raise if a text outgrows an attention window: masks of trees and packed rows know no windows."""
         if self.window is not None and num_tokens > self.window:
             raise ValueError(
                 f"{self.name} has layers that attend to the last {self.window} tokens only, and a text has "

@@ -103,6 +103,3 @@ def test_every_package_lists_its_public_names() -> None:
         module = importlib.import_module(f"certdraft.{name}")
         assert module.__all__, name
         assert [n for n in module.__all__ if not hasattr(module, n)] == [], name
-        init = (ROOT / name / "__init__.py").read_text(encoding="utf-8")
-        offered = re.findall(r"^from \S+ import (\w+) as \1$", init, re.M)
-        assert [n for n in offered if n not in module.__all__] == [], f"{name}/__init__.py: add to __all__"

@@ -5,5 +5,5 @@ from .runs.trackio_logger import TrackioLogger as TrackioLogger
 from .target_module import TargetModule as TargetModule
 from .target_outputs import Online as Online
 from .target_outputs import TargetSettings as TargetSettings
+from .validation import ValidationMetric as ValidationMetric
 from .validation import ValidationSettings as ValidationSettings
-from .validation_metric import ValidationMetric as ValidationMetric

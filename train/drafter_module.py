@@ -12,10 +12,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from certdraft.certificates import StrictGreedy, radius
 from certdraft.data import Batch
 from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
@@ -32,6 +33,7 @@ from certdraft.losses import (
 )
 from certdraft.train.accumulation import Accumulation
 from certdraft.train.drafter_setup import fit_to_target
+from certdraft.train.on_policy import OnPolicySettings, Rounds, check_on_policy, write_rounds
 from certdraft.train.optim import OptimizerSettings, check_precision, gradient_norm
 from certdraft.train.restricted_target import DraftVocabulary
 from certdraft.train.sharding import shard
@@ -39,6 +41,7 @@ from certdraft.train.target_outputs import Online, TargetOutputs, TargetSettings
 from certdraft.train.validation import ValidationSettings, ValidationSums, first_choice
 
 _ENTRIES_PER_CHUNK = 1 << 23  # of validation logits held at once
+_AVOIDABLE = 0.1  # nats: a rejection with a KL radius above it counts as avoidable
 
 
 class DrafterModule(pl.LightningModule):
@@ -57,6 +60,11 @@ class DrafterModule(pl.LightningModule):
         chunk_tokens: token positions whose logits exist at once; chosen by vocabulary and device when not
             given, 0 for all of them.
         step_weights: weight of each token position; all equal when not given.
+        on_policy: let the drafter write ends of documents itself; the running target judges them. None: all
+            text is the data's.
+
+    Raises:
+        ValueError: `on_policy` with a drafter that reads hidden states, or without a running target.
     """
 
     def __init__(
@@ -68,14 +76,17 @@ class DrafterModule(pl.LightningModule):
         validation: ValidationSettings = ValidationSettings(),  # noqa: B008, frozen
         chunk_tokens: int | None = None,
         step_weights: StepWeights | None = None,
+        on_policy: OnPolicySettings | None = None,
     ) -> None:
         super().__init__()
+        if on_policy is not None:
+            check_on_policy(drafter, target)
         self.drafter = drafter
         self.loss = loss or Mixture([HardCE(), ForwardKL()], [0.5, 0.5])
         self.optimizer_settings, self.validation_settings = optimizer, validation
         whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
-        self.step_weights = step_weights
+        self.step_weights, self.on_policy = step_weights, on_policy
         self._nll = Chunked((step_weights or StepWeights()).nll_loss, "none", chunk_tokens or None)
         self._overlap = Chunked(LK("alpha"), "none", chunk_tokens or None)
         # A plain object, not a submodule: the frozen target is in no checkpoint and no wrapper.
@@ -94,9 +105,12 @@ class DrafterModule(pl.LightningModule):
         self.drafter.at(progress)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        batch, rounds = self._with_rounds(batch)
         paths, outputs = self._paths(batch)
-        hidden = paths.hidden[paths.mask]
-        target = outputs.at(paths.steps[paths.mask], paths.depths if self.drafter.taps else None)
+        hidden, steps = paths.hidden[paths.mask], paths.steps[paths.mask]
+        target = outputs.at(steps, paths.depths if self.drafter.taps else None)
+        if rounds is not None:
+            target = replace(target, rejected=self._rejected(rounds, outputs)[steps])
         weight: Any = self.drafter.head_weight if self.chunked is not None or self.vocabulary else None
         if self.vocabulary is not None:
             target = self.vocabulary.target(target)
@@ -126,6 +140,25 @@ class DrafterModule(pl.LightningModule):
             self._check_gradients()
         if self._is_logged():
             self.log("train/grad_norm", gradient_norm(self.parameters()), batch_size=1)
+
+    def _with_rounds(self, batch: Batch) -> tuple[Batch, Rounds | None]:
+        """The batch with rounds that the drafter writes, in the share of the micro-batches that has them."""
+        if self.on_policy is None or float(torch.rand(())) >= self.on_policy.share:
+            return batch, None
+        return write_rounds(self.drafter, batch, self.on_policy.depth)
+
+    def _rejected(self, rounds: Rounds, outputs: TargetOutputs) -> Int[Tensor, " N"]:
+        judged = outputs.at(rounds.steps.flatten())[:]
+        rejected = rounds.rejected(judged.greedy.view_as(rounds.steps), outputs.batch.input_ids.numel())
+        if self._is_logged() and len(rounds.steps):
+            first = rejected[rounds.steps.flatten()] == 0
+            certain = radius(judged.head, StrictGreedy()) > _AVOIDABLE
+            logged = {
+                "train/round_accepted": (rejected[rounds.steps] < 0).sum(-1).float().mean(),
+                "train/avoidable_rejections": (first & certain).sum() / first.sum().clamp(min=1),
+            }
+            self.log_dict(logged, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        return rejected
 
     def _is_logged(self) -> bool:
         """Whether this step is written: a log call costs milliseconds."""
@@ -298,11 +331,7 @@ class DrafterModule(pl.LightningModule):
     # ---- set-up and checkpoints
 
     def setup(self, stage: str) -> None:
-        """Build the drafter for the target; refuse another vocabulary, another tokenizer or half precision.
-
-        Raises:
-            ValueError: drafter, target, data or precision do not fit together.
-        """
+        """Build the drafter for the target; refuse another vocabulary or tokenizer, and half precision."""
         check_precision(str(self.trainer.precision))
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         datamodule = getattr(self.trainer, "datamodule", None)

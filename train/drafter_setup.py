@@ -110,13 +110,7 @@ def check_features(drafter: Drafter, layers: Sequence[int], target: str) -> None
 
 
 def check_positions(drafter: Drafter, longest: int, seq_len: int | None) -> None:
-    """Raise ValueError for a drafter with fewer positions than the longest document, or the row it is cut to.
-
-    Args:
-        drafter: what is trained.
-        longest: tokens of the longest document.
-        seq_len: tokens of a row; None where the data have no rows.
-    """
+    """Refuse a drafter with fewer positions than the longest document, or the row it is cut to."""
     limit = drafter.max_context
     if limit is None or seq_len is None or min(longest, seq_len) <= limit:
         return

@@ -21,14 +21,6 @@ def shard(drafter: Drafter, mesh: DeviceMesh, precision: str = "32-true") -> Non
     Under mixed precision the layers are gathered in the type that autocast multiplies them in, half the
     bytes, and their gradients are added over devices in fp32; autocast goes on choosing the type of
     everything else, so inputs are left as they are. The rest is gathered in fp32: the head decides ranks.
-
-    Args:
-        drafter: with its network; sharded only once.
-        mesh: of Lightning's `ModelParallelStrategy`.
-        precision: of the trainer.
-
-    Raises:
-        ValueError: the strategy requests tensor parallelism.
     """
     from torch.distributed.fsdp import (
         FSDPModule,

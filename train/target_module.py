@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from certdraft.support import open_to_readers
-
-if TYPE_CHECKING:
-    from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
+from certdraft.train.optim import OptimizerSettings
 
 
 class TargetModule(pl.LightningModule):
@@ -45,7 +42,9 @@ class TargetModule(pl.LightningModule):
 
         self.save_hyperparameters()
         self.model = Qwen3ForCausalLM(Qwen3Config(**config))
-        self.lr, self.warmup_steps, self.weight_decay, self.betas = lr, warmup_steps, weight_decay, betas
+        self.optimizer_settings = OptimizerSettings(
+            lr=lr, warmup_steps=warmup_steps, schedule="linear", weight_decay=weight_decay, betas=betas
+        )
         self.export_dir = export_dir
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -67,23 +66,8 @@ class TargetModule(pl.LightningModule):
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test/loss_nats", self._loss(batch), batch_size=len(batch[0]))
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        decayed = [p for name, p in self.named_parameters() if p.ndim >= 2 and "embed" not in name]
-        others = [p for name, p in self.named_parameters() if not (p.ndim >= 2 and "embed" not in name)]
-        groups = [
-            {"params": decayed, "weight_decay": self.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=True)
-        total = self.trainer.max_steps
-        if not 0 < total < math.inf:
-            raise ValueError("trainer.max_steps must be set: the schedule ends there")
-
-        def factor(step: int) -> float:
-            return min((step + 1) / self.warmup_steps, max(total - step, 0) / (total - self.warmup_steps))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def configure_optimizers(self) -> Any:
+        return self.optimizer_settings.build(self, self.trainer.max_steps, fused=True)
 
     def on_fit_end(self) -> None:
         """Write `export_dir`."""

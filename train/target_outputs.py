@@ -148,9 +148,6 @@ class TargetOutputs:
         Args:
             steps: which positions.
             depths: draft depth of each, from 1, for losses that depend on it.
-
-        Raises:
-            ValueError: the batch holds no recorded logits, and no target was run.
         """
         batch = self.batch
         labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]
@@ -165,13 +162,7 @@ class TargetOutputs:
 
 
 def recorded(batch: Batch, taps: Sequence[int], layers: Sequence[int]) -> TargetOutputs:
-    """Target outputs for a batch as a trace holds them.
-
-    Args:
-        batch: with the trace's top-k logits, and its features if `taps` are wanted.
-        taps: aux layers whose outputs are wanted.
-        layers: those the trace holds.
-    """
+    """Target outputs for a batch as a trace holds them."""
     if not taps or batch.features is None:
         return TargetOutputs(batch, None)
     index = [list(layers).index(tap) for tap in taps]

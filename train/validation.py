@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +16,32 @@ from torch import Tensor
 from certdraft.certificates import coarse_kl, coarse_radius, kl_divergence_logp, margin, num_tail_above
 from certdraft.losses import TargetBatch
 from certdraft.train.restricted_target import DraftVocabulary
-from certdraft.train.validation_metric import ValidationMetric
 
 _BUILT_IN = re.compile(r"(low_margin_)?coverage@\d+|certified@\d+|kl_nats|tau_expected|step")
+
+
+class ValidationMetric(ABC):
+    """One number a validation, the mean of a value that every token position has.
+
+    A subclass goes into `validation.extra` of `DrafterModule`, in Python or by `class_path` in YAML. It is
+    logged as `val/NAME` (`test/NAME`), so `checkpoint.monitor` can follow it, and is printed on model cards.
+
+    Attributes:
+        name: what it is logged as; letters, digits and `_@.-` only.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(
+        self, logits: Float[Tensor, "N V"], target: TargetBatch
+    ) -> Float[Tensor, " N"] | Bool[Tensor, " N"]:
+        """Return the value at each token position; NaN leaves a position out of the mean.
+
+        Args:
+            logits: the drafter's, fp32, at the first draft position.
+            target: the target there: top-k logits in `head`, and `logp` over the vocabulary when it is run.
+        """
 
 
 @dataclass(frozen=True)
@@ -89,9 +113,6 @@ class ValidationSums:
 
         Returns:
             Whether the target's greedy token is the drafter's first choice; a tie is a miss.
-
-        Raises:
-            ValueError: the drafter's logits hold NaN, or an extra metric has not one value a position.
         """
         head, logp = target.head, target.logp
         m, logq = self.settings.certified_width, logits.log_softmax(-1)

@@ -13,11 +13,15 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from certdraft.data import CorpusError
+from certdraft.data import CorpusError, render_chat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Check = Literal["exact", "contains", "number", "expression", "tests"]
+Template = Literal["none", "chat"]
 _OWN_KEYS = {"prompt", "answer", "check", "family"}
 
 
@@ -69,15 +73,12 @@ def load_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def split_problems(
-    problems: Sequence[Problem], shares: Sequence[float], salt: str = ""
-) -> list[list[Problem]]:
+def split_problems(problems: Sequence[Problem], shares: Sequence[float]) -> list[list[Problem]]:
     """Disjoint parts, chosen by a hash of each problem: the same on every machine and in any order.
 
     Args:
         problems: what is divided; equal problems go to the same part.
         shares: of each part, >= 0; what is left of 1 is dropped.
-        salt: another one gives another division.
 
     Raises:
         ValueError: a negative share, or a sum above 1.
@@ -86,7 +87,7 @@ def split_problems(
         raise ValueError(f"shares {list(shares)} must be ≥ 0 and sum to at most 1")
     parts: list[list[Problem]] = [[] for _ in shares]
     for problem in problems:
-        digest = hashlib.sha256(f"{salt}\0{problem.digest}".encode()).digest()
+        digest = hashlib.sha256(f"\0{problem.digest}".encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         for part, share in zip(parts, shares, strict=True):
             if place < share:
@@ -94,6 +95,40 @@ def split_problems(
                 break
             place -= share
     return parts
+
+
+def prompt_texts(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template = "none",
+    system: str | None = None,
+    thinking: bool = False,
+) -> list[str]:
+    """Return the text in front of each response.
+
+    Args:
+        problems: what is asked.
+        tokenizer: the target's; its chat template is used.
+        template: "none" takes prompts as they stand; "chat" makes each the user's turn of a chat.
+        system: the system's turn in front of it; without one the template's own, where it has one.
+        thinking: value of `enable_thinking` for the template.
+    """
+    if template == "none":
+        return [problem.prompt for problem in problems]
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "texts.template is chat, but the target's tokenizer has no chat template; take an instruct "
+            "model, or texts.template none"
+        )
+    first = [] if system is None else [{"role": "system", "content": system}]
+    name = "problem" if system is None else "problem behind a system turn"
+    return [
+        render_chat(
+            tokenizer, [*first, {"role": "user", "content": problem.prompt}],
+            problem.where or repr(problem.prompt), thinking=thinking, name=name,
+        )
+        for problem in problems
+    ]  # fmt: skip
 
 
 def _read(file: Path) -> Iterator[Problem]:

@@ -157,8 +157,3 @@ def _kill_processes_in(folder: str) -> None:
                 os.kill(int(link.parent.name), signal.SIGKILL)
         except OSError:  # another user's process, or one that has just ended
             continue
-
-
-def sandbox_folders() -> list[Path]:
-    """Return folders of running children, and those left behind by a parent that was killed."""
-    return sorted(Path(tempfile.gettempdir()).glob("certdraft-sandbox-*"))

@@ -93,11 +93,7 @@ class ResumableLoader:
         return {"epoch": self._epoch, "position": self._position} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch that was handed out last.
-
-        Raises:
-            ValueError: the checkpoint was trained on other rows or with another batch size.
-        """
+        """Go on after the batch that was handed out last."""
         now = self._identity()
         differing = [f"{k}: {state.get(k)} there, {v} now" for k, v in now.items() if state.get(k) != v]
         if differing:

@@ -169,9 +169,6 @@ def corpus_of_rows(rows: Iterable[Mapping[str, Any]], file: Path) -> Corpus:
     Args:
         rows: `{"messages": [...]}`, `{"prompt": ...}` or `{"text": ...}`: a list, or a `datasets.Dataset`.
         file: where the rows are kept.
-
-    Raises:
-        CorpusError: no row, or one that is not a mapping of JSON values.
     """
     lines = []
     for index, row in enumerate(rows):
@@ -191,17 +188,7 @@ def corpus_of_rows(rows: Iterable[Mapping[str, Any]], file: Path) -> Corpus:
 def hub_rows(
     name: str, config: str | None, split: str, streaming: bool = False
 ) -> Iterator[tuple[Place, Any]]:
-    """(place, record) of every row of a hub dataset.
-
-    Args:
-        name: of the dataset.
-        config: its configuration, when it has several.
-        split: of the dataset.
-        streaming: fetch rows as they are read.
-
-    Raises:
-        FileNotFoundError: the hub cannot be reached and holds no cached copy, or has no such dataset.
-    """
+    """(place, record) of every row of a hub dataset."""
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     reason = "HF_HUB_OFFLINE is set; " if offline else ""
     try:

@@ -18,11 +18,12 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import BFloat16, Bool, Float16, Float32, Int, Int32, Int64, UInt16
+from jaxtyping import BFloat16, Bool, Int, Int64, UInt16
 from numpy import ndarray
 from torch import Tensor
 
 from certdraft.certificates import Head
+from certdraft.data.trace.recorded_row import Columns
 from certdraft.data.trace.trace_metadata import SCHEMA_VERSION, TRACE_FILE, ShardInfo, TraceError, TraceMeta
 from certdraft.support import sha256_of
 
@@ -40,19 +41,6 @@ SCHEMA = pa.schema(
 FEATURES = pa.field("hidden", pa.list_(pa.uint16()))  # the bits of bf16 numbers, a type that Arrow lacks
 _MASS_SLACK = 2e-2  # gaps are stored in fp16
 _CHECKED_TOKENS = 1 << 16  # at once
-
-
-@dataclass(frozen=True)
-class Columns:
-    """One document as read-only views into the memory map; only `loss_mask`, stored as bits, is a copy."""
-
-    input_ids: Int32[ndarray, " T"]
-    loss_mask: Bool[ndarray, " T"]
-    top_ids: Int32[ndarray, "T K"]
-    top_gap: Float16[ndarray, "T K"]
-    lse_gap: Float32[ndarray, " T"]
-    entropy: Float32[ndarray, " T"]
-    hidden: UInt16[ndarray, "T L H"] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +76,7 @@ class Trace:
         return _joined([chunk.counted() for chunk in self._chunks])
 
     def columns(self, index: int) -> Columns:
-        """Views of one document; nothing is copied but the loss mask.
-
-        Raises:
-            IndexError: no such row.
-        """
+        """Read-only views of one document in the memory map; only `loss_mask`, stored as bits, is a copy."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a trace with {len(self)} rows")
         chunk = int(np.searchsorted(self._first_rows, index, side="right")) - 1
@@ -113,11 +97,7 @@ class Trace:
         return TraceRow(ids, torch.from_numpy(columns.loss_mask.copy()), head, features)
 
     def check_tokenizer(self, fingerprint: str, whose: str = "the drafter's") -> None:
-        """Raise if the trace was recorded with another tokenizer.
-
-        Raises:
-            TraceError: with both fingerprints.
-        """
+        """Raise if the trace was recorded with another tokenizer."""
         recorded = self.meta.tokenizer_fingerprint
         if fingerprint != recorded:
             raise TraceError(
@@ -127,11 +107,7 @@ class Trace:
             )
 
     def check_num_kept(self, needed: int, why: str) -> None:
-        """Raise if fewer top-k entries are stored than `why` needs.
-
-        Raises:
-            TraceError: with both numbers.
-        """
+        """Raise if fewer top-k entries are stored than `why` needs."""
         if needed > self.meta.num_kept:
             raise TraceError(
                 f"{self.path / TRACE_FILE}: the head keeps K={self.meta.num_kept} tokens, {why} needs "
@@ -139,15 +115,7 @@ class Trace:
             )
 
     def check_features(self, layers: Sequence[int], why: str) -> None:
-        """Raise if the outputs of these target layers are not stored.
-
-        Args:
-            layers: 0-based layers that are read.
-            why: who reads them.
-
-        Raises:
-            TraceError: with the layers that are stored and those that are needed.
-        """
+        """Raise if the outputs of these target layers are not stored."""
         meta = self.meta
         if set(layers) <= set(meta.feature_layers):
             return

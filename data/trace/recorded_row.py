@@ -25,8 +25,8 @@ _EXTRA = (("index", pa.int64()), ("finish", pa.string()), ("where", pa.string())
 
 
 @dataclass(frozen=True)
-class RecordedRow:
-    """One document as a trace stores it, and how it ended."""
+class Columns:
+    """One document as a trace stores it."""
 
     input_ids: Int32[ndarray, " T"]
     loss_mask: Bool[ndarray, " T"]
@@ -34,9 +34,15 @@ class RecordedRow:
     top_gap: Float16[ndarray, "T K"]
     lse_gap: Float32[ndarray, " T"]
     entropy: Float32[ndarray, " T"]
+    hidden: UInt16[ndarray, "T L H"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedRow(Columns):
+    """One document as a trace stores it, and how it ended."""
+
     finish: Finish
     where: str
-    hidden: UInt16[ndarray, "T L H"] | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)
 
 

@@ -86,12 +86,7 @@ class TraceMeta:
 
     @classmethod
     def read(cls, file: Path) -> TraceMeta:
-        """Read `trace.json`.
-
-        Raises:
-            TraceError: not JSON, of an unknown schema version, with keys missing or values of a wrong type,
-                without shards, or with shard names that are not plain file names.
-        """
+        """Read `trace.json`."""
         restore = "restore it from a copy or record again"
         try:
             data = json.loads(file.read_text(encoding="utf-8"))

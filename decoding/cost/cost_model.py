@@ -91,11 +91,9 @@ class CostModel:
             )
 
     @classmethod
-    def table(
-        cls, verify: Sequence[float], draft_s: float, *, draft_node_s: float = 0.0, context: int = 0
-    ) -> CostModel:
+    def table(cls, verify: Sequence[float], draft_s: float, *, draft_node_s: float = 0.0) -> CostModel:
         """A cost model made by hand: `verify[n]` seconds for n draft tokens, the same at every context."""
-        return cls((context,), tuple(range(len(verify))), (tuple(verify),), ((draft_s, draft_node_s),))
+        return cls((0,), tuple(range(len(verify))), (tuple(verify),), ((draft_s, draft_node_s),))
 
     def verify_curve(self, context: int, max_nodes: int) -> list[float]:
         """`verify_s(n, context)` for n = 0..max_nodes, seconds."""
@@ -132,11 +130,7 @@ class CostModel:
         )
 
     def require(self, *, device: str, target: str, drafter: str) -> None:
-        """Raise if the table was measured on other hardware or models; "*" means unknown.
-
-        Raises:
-            ValueError: device, target or drafter differ from what was measured.
-        """
+        """Raise if the table was measured on other hardware or models; "*" means unknown."""
         for name, measured, here in (
             ("device", self.device, device),
             ("target", self.target, target),
@@ -156,12 +150,7 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Read a file that `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: not a cost model, or one with impossible curves.
-        """
+        """Read a file that `save` wrote."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such cost model; {_AGAIN}")

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from certdraft.decoding.acceptors import Strict
 from certdraft.decoding.cost.cost_model import Clock, CostModel, RealClock, fit_convex
-from certdraft.decoding.draft_session import DraftSession
+from certdraft.decoding.draft_session import DraftSession, narrow_draft
 from certdraft.decoding.loop import as_target
 from certdraft.decoding.target_runner import Target, device_name, fingerprint, verifier
 from certdraft.decoding.trees.ranking import top_rows
@@ -194,6 +194,7 @@ def _draft_samples(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
     state = drafter.start(ids, target.features(target.start(ids))) if drafter.taps else drafter.start(ids)
+    draft, draft_ids = narrow_draft(drafter), getattr(drafter, "draft_ids", None)
     samples: list[list[float]] = [[] for _ in widths]
     roots: list[float] = []
     for repeat in range(-warm_up, repeats):
@@ -201,11 +202,11 @@ def _draft_samples(
             clock.lap("host")
             tokens, parents = [i % target.vocab_size for i in range(width)], [-1] * width
             if drafter.kind == "conditional":  # a level of a tree: children of the root, read before them
-                top_rows(drafter.draft(state, [0], [-1]), 8)
+                top_rows(draft(state, [0], [-1]), 8, draft_ids=draft_ids)
                 seconds, parents = clock.lap("open", 1, context), [0] * width
                 if repeat >= 0:
                     roots.append(seconds)
-            top_rows(drafter.draft(state, tokens, parents), 8)
+            top_rows(draft(state, tokens, parents), 8, draft_ids=draft_ids)
             seconds = clock.lap("draft", width, context)
             drafter.commit(state, [])
             if repeat >= 0:

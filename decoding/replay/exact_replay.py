@@ -270,11 +270,11 @@ class _Observed:
     """A marginal drafter whose logits are kept for the ranks of the text."""
 
     def __init__(self, drafter: Drafter, text: _Text) -> None:
-        self._drafter, self._text = drafter, text
+        self.wrapped, self._text = drafter, text
 
-    def draft(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "D V"]:
-        self._text.drafted = self._drafter.draft(state, tokens, parents)
+    def draft_narrow(self, state: Any, tokens: Sequence[int], parents: Sequence[int]) -> Float[Tensor, "D V"]:
+        self._text.drafted = self.wrapped.draft(state, tokens, parents)
         return self._text.drafted
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
+        return getattr(self.wrapped, name)

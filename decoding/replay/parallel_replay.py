@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from certdraft.decoding.draft_session import narrow_draft
 from certdraft.decoding.loop import Round, candidates_along
 from certdraft.decoding.trees.builders import BestFirst, Growth, best_known
 from certdraft.decoding.trees.ranking import rank_of, top_rows
@@ -96,10 +97,12 @@ class _Stretch:
     def __init__(
         self, drafter: Drafter, state: object, roots: Sequence[int], builder: BestFirst, room: int
     ) -> None:
-        self.drafter, self.state, self.builder = drafter, state, builder
-        logits = drafter.draft(state, roots, range(-1, len(roots) - 1))
+        self.state, self.builder = state, builder
+        self.draft = narrow_draft(drafter)
+        logits = self.draft(state, roots, range(-1, len(roots) - 1))
         self.fed = len(roots)
-        rows = top_rows(logits, builder.budget, builder.temperature)
+        self.draft_ids = getattr(drafter, "draft_ids", None)
+        rows = top_rows(logits, builder.budget, builder.temperature, self.draft_ids)
         depths = [min(builder.max_depth, room - place) for place in range(len(roots))]
         self.growths = [
             Growth(_Read("conditional"), root, builder.budget, depth, builder.temperature, [row])
@@ -136,8 +139,8 @@ class _Stretch:
         parents = [
             self.numbers[place][parent] for place, growth, nodes in asked for parent in growth.parents(nodes)
         ]
-        logits = self.drafter.draft(self.state, tokens, parents)
-        rows = iter(top_rows(logits, self.builder.budget, self.builder.temperature))
+        logits = self.draft(self.state, tokens, parents)
+        rows = iter(top_rows(logits, self.builder.budget, self.builder.temperature, self.draft_ids))
         for place, growth, nodes in asked:
             growth.receive(nodes, [next(rows) for _ in nodes])
             self.numbers[place] += range(self.fed, self.fed + len(nodes))
@@ -204,11 +207,7 @@ class OnePass:
         return self.hidden.shape[1] if self.by_depth else None
 
     def ranks(self) -> list[list[int]]:
-        """Rank of the true token at each place and depth, [T][D]; 0 = the drafter's first choice.
-
-        Raises:
-            NonFiniteLogits: the drafter's logits are not finite.
-        """
+        """Rank of the true token at each place and depth, [T][D]; 0 = the drafter's first choice."""
         ranks: list[list[int]] = []
         size = self.hidden.shape[1]
         wanted = torch.tensor([*self.tokens, *[0] * size], device=self.hidden.device).unfold(0, size, 1)
@@ -219,11 +218,7 @@ class OnePass:
         return ranks
 
     def rows(self, width: int, temperature: float) -> list[list[Row]]:
-        """The most probable tokens at each place and depth, [T][D].
-
-        Raises:
-            NonFiniteLogits: the drafter's logits are not finite.
-        """
+        """The most probable tokens at each place and depth, [T][D]."""
         rows: list[list[Row]] = []
         size = self.hidden.shape[1]
         for _, logits in self._logits():

@@ -49,9 +49,6 @@ class Tree:
     def from_parents(cls, tokens: Sequence[int], parents: Sequence[int]) -> Tree:
         """A checked tree with uniform masses that no drafter has read; for tests, profiles and fixed
         topologies.
-
-        Raises:
-            ValueError: parents not before children, or two children of one node with the same token.
         """
         tree = cls(tuple(tokens), tuple(parents), (0.0,) * len(tokens), (-1,) * len(tokens))
         tree.check()

@@ -7,26 +7,13 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+from certdraft.drafters.formats.lint_files import SIZES
+
+_SIZES = SIZES[:6]  # without vocabulary and positions, which have good defaults
 
 
 def fresh_config(keys: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
-    """Return the transformers config of a fresh network.
-
-    Args:
-        keys: of the config class that `model_type` names ("qwen3" when absent).
-        vocab_size: the target's; stands in when `keys` has none.
-
-    Raises:
-        ValueError: an unknown model_type, an unknown key (transformers would ignore it), or a size left out.
-    """
+    """Return the transformers config of a fresh network, a Qwen3 one unless `keys` have a `model_type`."""
     keys = {"vocab_size": vocab_size} | keys
     model_type: str = keys.pop("model_type", "qwen3")
     try:

@@ -60,14 +60,7 @@ def cut_from(
 ) -> PreTrainedModel:
     """A new causal LM with copies of some layers of `target`, in train mode.
 
-    Args:
-        target: the causal LM to cut from; it is not changed.
-        layers: to keep.
-        dtype: of the copy; None keeps the target's.
-        attention: implementation.
-
-    Raises:
-        ValueError: layers the target does not have, or an architecture whose layers depend on their number.
+    `dtype` None keeps the target's.
     """
     body, head = split_causal_lm(target)
     facts = facts_of(target)

@@ -33,7 +33,6 @@ from certdraft.support import (
     facts_of,
     has_head_bias,
     load_causal_lm,
-    project_fp32,
     text_body,
     text_config,
 )
@@ -154,9 +153,6 @@ class CausalDrafter(Drafter):
             vocab_size: entries of the target's vocabulary.
             target: the target, read by `from_target` and `init_from_target` only.
 
-        Returns:
-            The drafter itself.
-
         Raises:
             ValueError: another vocabulary; `from_target` or `init_from_target` without a target, or with one
                 that does not fit.
@@ -188,7 +184,6 @@ class CausalDrafter(Drafter):
         return self
 
     def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
-        """See `Drafter.restore`."""
         self.init_from_target = False
         return self.build(target.vocab_size, None if self.from_target is None else target.load())
 
@@ -212,23 +207,20 @@ class CausalDrafter(Drafter):
         return drafter
 
     @classmethod
-    def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, attention: Any, **_: Any) -> Self:
+    def from_folder(cls, folder: Path, *, vocab_size: int, dtype: Any, **_: Any) -> Self:
         """See `Drafter.from_folder`; no target is needed."""
-        return cls(pretrained=str(folder), dtype=dtype, attention=attention).build(vocab_size).eval()
+        return cls(pretrained=str(folder), dtype=dtype).build(vocab_size).eval()
 
     @property
     def causal_lm(self) -> PreTrainedModel:
-        """See `Drafter.causal_lm`."""
         return self.model
 
     @property
     def network_config(self) -> PreTrainedConfig:
-        """See `Drafter.network_config`."""
         return self.model.config
 
     @property
     def tokenizer_source(self) -> str | None:
-        """See `Drafter.tokenizer_source`."""
         return self.pretrained
 
     @property
@@ -262,11 +254,7 @@ class CausalDrafter(Drafter):
         document_ids: Int[Tensor, "R T"] | None = None,
         features: Float[Tensor, "R T L H"] | None = None,
     ) -> Float[Tensor, "R T H"]:
-        """Hidden states after the final norm; see `Drafter.hidden`. `features` are not read.
-
-        Raises:
-            ValueError: document_ids without position_ids.
-        """
+        """Hidden states after the final norm; see `Drafter.hidden`. `features` are not read."""
         mask: Any = None
         if document_ids is not None:
             if position_ids is None:
@@ -291,8 +279,7 @@ class CausalDrafter(Drafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits of the next token; see `Drafter.head`."""
-        head: Any = self.model.get_output_embeddings()
-        return project_fp32(hidden, head.weight, head.bias)
+        return self._lm.project(hidden)
 
     def start(self, ids: TokenIds, features: TokenFeatures | None = None) -> TreeCache | ChainCache:
         """See `Drafter.start`. The drafter must be in eval mode."""
@@ -301,7 +288,6 @@ class CausalDrafter(Drafter):
     def draft(
         self, state: TreeCache | ChainCache, tokens: TokenIds, parents: TokenIds
     ) -> Float[Tensor, "K V"]:
-        """See `Drafter.draft`."""
         return self._lm.extend(state, tokens, parents)
 
     def commit(
@@ -357,11 +343,7 @@ class CausalDrafter(Drafter):
 
 
 def _freeze_bias(model: PreTrainedModel) -> None:
-    """Keep a zero bias of the lm_head at zero: the chunked losses read only its weight.
-
-    Raises:
-        ValueError: a bias that is not zero.
-    """
+    """Keep a zero bias of the lm_head at zero: the chunked losses read only its weight."""
     if has_head_bias(model):
         raise ValueError(
             f"the lm_head of {type(model).__name__} has a bias, which the losses of a drafter do not apply. "

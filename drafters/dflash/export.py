@@ -17,6 +17,7 @@ import torch
 from certdraft.drafters.dflash.config import BlockConfig
 from certdraft.drafters.dflash.windows import FULL, read_windows
 from certdraft.drafters.features.layer_files import (
+    SPECULATORS,
     Json,
     Weights,
     check_given,
@@ -37,21 +38,11 @@ _IDS = "aux_hidden_state_layer_ids"
 _OWN = {"block_size", "num_target_layers", "dflash_config", "vocab_size", "num_hidden_layers", "is_causal"}
 _SECTION = {"mask_token_id", "target_layer_ids", "block_size", "use_swa", "swa_window_size", "causal"}
 _OFF = {"attention_sink_bias"}  # keys that may say no
-_SPECULATORS = {
-    _IDS,
-    *"architectures speculators_model_type speculators_version speculators_config block_size".split(),
-    *"transformer_layer_config draft_vocab_size mask_token_id sample_from_anchor dtype torch_dtype".split(),
-    *"sliding_window_non_causal tie_word_embeddings transformers_version auto_map".split(),
-    "target_hidden_size",
-}
+_BLOCK = {"block_size", "mask_token_id", "sample_from_anchor", "sliding_window_non_causal"}
 
 
 def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format.
-
-    Raises:
-        ValueError: target layers that engines would read as others, or no card for speculators.
-    """
+    """config.json and named tensors of the requested format."""
     config, vocab_size, num = drafter.config, drafter.vocab_size, drafter.num_target_layers
     dtype = weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), num)
@@ -70,16 +61,13 @@ def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> t
     if request.format == "speculators":
         return {
             "architectures": ["DFlashSpeculator"],
-            **speculators_section("dflash", request),
+            **speculators_section("dflash", request, inner_config(config, vocab_size, dtype)),
             **block,
-            "transformer_layer_config": inner_config(config, vocab_size, dtype),
             "draft_vocab_size": vocab_size,
             _IDS: list(convert(layers, "tap", "speculators")),
             "sample_from_anchor": False,
             # false makes vLLM 0.32 draw every layer causally, so it is written only where that is meant
             "sliding_window_non_causal": not _all_causal(config),
-            "tie_word_embeddings": False,
-            "dtype": str(dtype).removeprefix("torch."),
         }, weights
     if any(view.causal for view in config.views()):
         raise ValueError(
@@ -113,11 +101,7 @@ def _layer_types(config: BlockConfig) -> list[str]:
 
 
 def _all_causal(config: BlockConfig) -> bool:
-    """Whether every layer reads blocks in order, which speculators can say only of layers with a window.
-
-    Raises:
-        ValueError: an order inside the block that speculators' config cannot state.
-    """
+    """Whether every layer reads blocks in order, which speculators can say only of layers with a window."""
     directions = {view.causal for view in config.views()}
     if directions == {False}:
         return False
@@ -136,10 +120,6 @@ def read_dflash(folder: str | Path) -> tuple[BlockConfig, int | None, Weights]:
     Returns:
         The config, the target's vocabulary size where the folder names it, and the tensors under the names of
         `BlockDrafter`.
-
-    Raises:
-        FileNotFoundError: no such folder, or files missing.
-        ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
     config, file = read_config(folder, "a DFlash drafter")
@@ -213,7 +193,7 @@ def _speculators_order(config: Json, where: str) -> Json:
 
 
 def _from_speculators(config: Json, where: str) -> Json:
-    unknown = sorted(config.keys() - _SPECULATORS)
+    unknown = sorted(config.keys() - SPECULATORS - _BLOCK - {_IDS})
     vocab = config["transformer_layer_config"].get("vocab_size")
     if unknown or config.get("sample_from_anchor") or config.get("draft_vocab_size", vocab) != vocab:
         raise ValueError(

@@ -34,8 +34,8 @@ from certdraft.drafters.formats.lint_files import Layout
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
-from certdraft.support import has_head_bias, path_mask, project_fp32
+from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.support import has_head_bias, path_mask
 
 _ANCHORS_AT_ONCE = 64  # a row, where all of them are wanted and none is drawn
 
@@ -106,9 +106,6 @@ class BlockDrafter(FeatureDrafter):
             target: the target.
             mask_token_id: stands in where the config names none; a spare row of the target's embedding.
 
-        Returns:
-            The drafter itself.
-
         Raises:
             ValueError: no target, one that does not fit, or no mask token.
         """
@@ -165,11 +162,9 @@ class BlockDrafter(FeatureDrafter):
         return found if plain else replace(found, llama_cpp=None)
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
-        """See `FeatureDrafter.default_layers`."""
         return block_layers(self.num_target_layers, config.num_hidden_layers)
 
     def make(self, weights: Weights | None = None) -> None:
-        """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
         self.fc = nn.Linear(len(config.target_layer_ids or ()) * hidden, hidden, bias=False)
@@ -184,7 +179,7 @@ class BlockDrafter(FeatureDrafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits of drafted positions, by the target's lm_head."""
-        return project_fp32(hidden, self.head_weight)
+        return self._project(hidden, self.head_weight)
 
     # ---- training
 
@@ -198,33 +193,25 @@ class BlockDrafter(FeatureDrafter):
         share = min(self.num_anchors, seq_len) * self.config.block_size / seq_len
         return share, share
 
-    def paths(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        loss_mask: Bool[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-        depth: int | None = None,
-        every: bool = False,
-    ) -> Paths:
+    def rounds(self, rows: PackedRows, depth: int | None, every: bool) -> Paths:
         """Blocks of `depth` masks at random anchors, or those of decoding at all; see `Drafter.paths`.
 
         With `every` only positions in the loss mask are drafted from, padded to the longest row of them.
         """
         longest = self.max_draft_length
         depth = min(depth or (1 if self._short and not every else longest), longest)
-        mask = path_mask(loss_mask, document_ids, depth)
-        rows = torch.arange(len(input_ids), device=input_ids.device)[:, None] * input_ids.shape[1]
+        ids, positions, documents, loss_mask, features = rows
+        mask = path_mask(loss_mask, documents, depth)
+        first = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]  # of each row
         if every:
             anchors, chosen = all_anchors(mask[..., 0])
-            blocks = self._in_chunks(input_ids, position_ids, document_ids, features, anchors, depth)
+            blocks = self._in_chunks(ids, positions, documents, features, anchors, depth)
         else:
             num = self.num_anchors * self.config.block_size // (self.lead + depth)
             anchors, chosen = sample_anchors(mask[..., 0], num)
-            context = self._context(self._features(features), position_ids)
-            blocks = self._blocks(input_ids, position_ids, document_ids, context, anchors, depth)
-        starts = (rows + anchors)[chosen]
+            context = self._context(self._features(features), positions)
+            blocks = self._blocks(ids, positions, documents, context, anchors, depth)
+        starts = (first + anchors)[chosen]
         mask = mask.flatten(0, 1)[starts]
         return Paths(blocks[chosen], steps_from(starts, mask), mask)
 
@@ -304,11 +291,7 @@ class BlockDrafter(FeatureDrafter):
 
     @torch.no_grad()
     def draft(self, state: TreeCache, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "D V"]:
-        """See `Drafter.draft`; only the last token, the root, is read; features stand for those before.
-
-        Raises:
-            ValueError: more tokens than a chain of committed ones.
-        """
+        """See `Drafter.draft`; only the last token, the root, is read; features stand for those before."""
         if [int(p) for p in parents] != list(range(-1, len(tokens) - 1)):
             raise ValueError(
                 f"a block drafter reads one chain a round, not parents {[int(p) for p in parents]}."

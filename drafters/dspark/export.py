@@ -15,6 +15,7 @@ import torch
 from certdraft.drafters.dflash.export import inner_config
 from certdraft.drafters.dspark.config import DSparkConfig
 from certdraft.drafters.features.layer_files import (
+    SPECULATORS,
     Json,
     Weights,
     check_given,
@@ -36,20 +37,11 @@ _TYPE, _VANILLA = "markov_head_type", "vanilla"
 _LAYERS = {"num_hidden_layers", "vocab_size"}  # keys of the layers' config that are not sizes of one layer
 _DEEPSPEC = {"num_target_layers", "target_layer_ids", "num_anchors", "sample_from_anchor", "draft_vocab_size",
              "dspark_bonus_anchor", _TYPE, *_BLOCK, *_HEADS}  # fmt: skip
-_SPECULATORS = {
-    _IDS, _TYPE, *_BLOCK, *_HEADS, "architectures", "speculators_model_type", "speculators_version",
-    "speculators_config", "transformer_layer_config", "draft_vocab_size", "sample_from_anchor", "dtype",
-    "torch_dtype", "sliding_window_non_causal", "tie_word_embeddings", "transformers_version", "auto_map",
-    "target_hidden_size",
-}  # fmt: skip
+_OTHER = {_IDS, _TYPE, *_BLOCK, *_HEADS, "sample_from_anchor", "sliding_window_non_causal"}  # of speculators
 
 
 def layout(drafter: DSparkDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format.
-
-    Raises:
-        ValueError: target layers that engines would read as others, or no card for speculators.
-    """
+    """config.json and named tensors of the requested format."""
     config, vocab_size, num = drafter.config, drafter.vocab_size, drafter.num_target_layers
     dtype: torch.dtype = weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), num)
@@ -61,14 +53,11 @@ def layout(drafter: DSparkDrafter, weights: Weights, request: ExportRequest) -> 
         bonus = {"dspark_bonus_anchor": not config.sample_from_anchor}
         ids = {"num_target_layers": num, "target_layer_ids": list(convert(layers, "tap", "dflash"))}
         return inner | own | bonus | ids | {"architectures": ["Qwen3DSparkModel"]}, weights
-    return own | speculators_section("dspark", request) | {
+    return own | speculators_section("dspark", request, inner) | {
         "architectures": ["DSparkSpeculator"],
-        "transformer_layer_config": inner,
         "draft_vocab_size": vocab_size,
         _IDS: list(convert(layers, "tap", "speculators")),
         "sliding_window_non_causal": True,
-        "tie_word_embeddings": False,
-        "dtype": str(dtype).removeprefix("torch."),
     }, weights  # fmt: skip
 
 
@@ -78,17 +67,13 @@ def read_dspark(folder: str | Path) -> tuple[DSparkConfig, int | None, Weights]:
     Returns:
         The config, the target's vocabulary size where the folder names it, and the tensors under the names of
         `DSparkDrafter`.
-
-    Raises:
-        FileNotFoundError: no such folder, or files missing.
-        ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
     config, file = read_config(folder, "a DSpark drafter")
     where, weights = str(file), read_weights(folder)
     if "transformer_layer_config" in config:
         inner, own = config["transformer_layer_config"], _LAYERS
-        unknown = sorted(config.keys() - _SPECULATORS)
+        unknown = sorted(config.keys() - SPECULATORS - _OTHER)
         ids = None if config.get(_IDS) is None else convert(config[_IDS], "speculators", "tap")
     else:
         inner, own, unknown, ids = config, _LAYERS | _DEEPSPEC, [], config.get("target_layer_ids")

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,7 +36,7 @@ from certdraft.drafters.features.transformer_layer import known
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds
+from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds
 from certdraft.support import project_fp32
 
 
@@ -110,14 +110,12 @@ class DSparkDrafter(BlockDrafter):
     def build(
         self, vocab_size: int, target: PreTrainedModel | None = None, mask_token_id: int | None = None
     ) -> Self:
-        """See `BlockDrafter.build`."""
         super().build(vocab_size, target, mask_token_id)
         if self.pretrained is None:
             initialise_heads(self.markov_head, self.confidence_head)
         return self
 
     def make(self, weights: Weights | None = None) -> None:
-        """See `FeatureDrafter.make`."""
         super().make(weights)
         config = self.config
         self.markov_head = MarkovHead(self.vocab_size, config.markov_rank)
@@ -135,7 +133,6 @@ class DSparkDrafter(BlockDrafter):
 
     @property
     def confidence_weight(self) -> float:
-        """See `Drafter.confidence_weight`."""
         return self._confidence_weight if self.config.enable_confidence_head else 0.0
 
     @property
@@ -153,13 +150,12 @@ class DSparkDrafter(BlockDrafter):
         return self._base(state) + self._correction(previous)
 
     def _base(self, state: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
-        return project_fp32(state, self.target_ends.head.detach())
+        return self._project(state, self.target_ends.head.detach())
 
     def _correction(self, previous: Float[Tensor, "*step E"]) -> Float[Tensor, "*step V"]:
         return project_fp32(previous, self.markov_head.markov_w2.weight)
 
     def confidence(self, hidden: Float[Tensor, "*step H+E"]) -> Float[Tensor, "*step"]:
-        """See `Drafter.confidence`."""
         if self.confidence_head is None:
             raise ValueError("this DSpark drafter has no confidence head (enable_confidence_head: false).")
         return self.confidence_head(hidden).float()
@@ -170,21 +166,10 @@ class DSparkDrafter(BlockDrafter):
         """See `FeatureDrafter.first_drafts`; the token before the first draft token is the anchor."""
         return self._beside(super().first_drafts(ids, positions, documents, features), ids)
 
-    def paths(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        loss_mask: Bool[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-        depth: int | None = None,
-        every: bool = False,
-    ) -> Paths:
-        """Blocks as in `BlockDrafter.paths`, each draft token after the true token before it."""
-        paths = super().paths(
-            input_ids, position_ids, document_ids, loss_mask, features, depth=depth, every=every
-        )
-        return paths._replace(hidden=self._beside(paths.hidden, input_ids.flatten()[paths.steps]))
+    def rounds(self, rows: PackedRows, depth: int | None, every: bool) -> Paths:
+        """Blocks as in `BlockDrafter.rounds`, each draft token after the true token before it."""
+        paths = super().rounds(rows, depth, every)
+        return paths._replace(hidden=self._beside(paths.hidden, rows.input_ids.flatten()[paths.steps]))
 
     def _beside(self, hidden: Float[Tensor, "*step H"], previous: Int[Tensor, "*step"]) -> Tensor:
         """States with the embeddings of the tokens before them, [..., H + E]."""
@@ -198,9 +183,6 @@ class DSparkDrafter(BlockDrafter):
 
         The first call of a round is the chain of committed tokens that ends in the root; the features stand
         for those before the root, whose own rows are NaN.
-
-        Raises:
-            ValueError: a round that does not open so, or a node below the block.
         """
         ids, above = [int(token) for token in tokens], [int(parent) for parent in parents]
         if state.hidden is None:

@@ -40,16 +40,9 @@ class DraftVocabCoverage:
 
 
 def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
-    """Return the `size` most frequent tokens, ascending.
+    """Return the `size` tokens that the target's greedy token was most often, ascending.
 
     Ties go to the lower id, which byte-pair merges made first.
-
-    Args:
-        counts: how often the target's greedy token was each token.
-        size: tokens to choose, in [1, V].
-
-    Raises:
-        ValueError: a size out of range.
 
     Examples:
         >>> choose(torch.tensor([5, 0, 7, 0, 1]), 3).tolist()
@@ -60,17 +53,11 @@ def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
     return counts.sort(descending=True, stable=True).indices[:size].sort().values
 
 
-def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"], worst: int = 5) -> DraftVocabCoverage:
-    """Count the greedy tokens that a draft vocabulary lacks.
-
-    Args:
-        counts: as in `choose`.
-        ids: the draft vocabulary.
-        worst: missed tokens to name.
-    """
+def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"]) -> DraftVocabCoverage:
+    """Count the greedy tokens that a draft vocabulary lacks."""
     outside = counts.clone()
     outside[ids] = 0
-    values, tokens = outside.topk(min(worst, len(outside)))
+    values, tokens = outside.topk(min(5, len(outside)))
     missed = tuple((t, c) for t, c in zip(tokens.tolist(), values.tolist(), strict=True) if c)
     total = int(counts.sum())
     return DraftVocabCoverage(int(outside.sum()) / max(total, 1), total, missed)

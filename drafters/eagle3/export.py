@@ -18,6 +18,7 @@ import torch
 from certdraft.drafters.eagle3.config import EagleConfig
 from certdraft.drafters.eagle3.draft_vocab import from_tables, to_tables
 from certdraft.drafters.features.layer_files import (
+    SPECULATORS,
     Json,
     Weights,
     read_config,
@@ -43,7 +44,6 @@ _FIXED = {
     "next_layer_regular": True,
     "parallel_draft_step": 1,
 }
-_SPECULATORS = {"speculators_config", "speculators_model_type", "speculators_version", "embed_requires_grad"}
 _OWN = {
     _IDS,
     "eagle_config",
@@ -56,11 +56,7 @@ _OWN = {
 
 
 def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format.
-
-    Raises:
-        ValueError: target layers that engines would read as others, or no card for speculators.
-    """
+    """config.json and named tensors of the requested format."""
     config, dtype = drafter.config, weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), drafter.num_target_layers)
     inner = _inner(config, drafter.vocab_size, dtype)
@@ -76,14 +72,11 @@ def layout(drafter: EagleDrafter, weights: Weights, request: ExportRequest) -> t
         }, weights
     return {
         "architectures": ["Eagle3Speculator"],
-        **speculators_section("eagle3", request),
-        "transformer_layer_config": inner,
+        **speculators_section("eagle3", request, inner),
         "draft_vocab_size": config.draft_vocab_size,
         "target_hidden_size": None,
         _IDS: ids,
         "embed_requires_grad": False,
-        "tie_word_embeddings": False,
-        "dtype": str(dtype).removeprefix("torch."),
         **flags,
     }, {_renamed(name, "midlayer.", "layers.0."): value for name, value in weights.items()}
 
@@ -103,10 +96,6 @@ def read_eagle3(folder: str | Path) -> tuple[EagleConfig, int, Weights]:
         The config (`target_layer_ids` None where the folder leaves them to the reader), the target's
         vocabulary size, and the tensors under the names of `EagleDrafter`, `embed_tokens.weight` among them
         if stored.
-
-    Raises:
-        FileNotFoundError: no such folder, or files missing.
-        ValueError: a config or tensors that mean something else here.
     """
     folder = Path(folder).expanduser()
     config, file = read_config(folder, "an EAGLE-3 head")
@@ -165,11 +154,7 @@ def _layers(config: Json, where: str) -> tuple[int, ...] | None:
 
 
 def _flags(config: Json, where: str) -> Json:
-    """The norms a head adds, by its own keys or those of its eagle_config, as vLLM reads them.
-
-    Raises:
-        ValueError: a flag that is neither true nor false, or stated twice, differently.
-    """
+    """The norms a head adds, by its own keys or those of its eagle_config, as vLLM reads them."""
     nested: Json = config.get("eagle_config") or {}
     odd = [key for key in nested if key not in (_IDS, *_FLAGS) and _FIXED.get(key, _IDS) != nested[key]]
     if odd:
@@ -195,23 +180,7 @@ def _check_windows(config: Json, where: str) -> None:
 
 def _check_speculators(config: Json, where: str) -> None:
     inner: Any = config["transformer_layer_config"]
-    known = {
-        *_SPECULATORS,
-        *_FLAGS,
-        _IDS,
-        "transformer_layer_config",
-        "draft_vocab_size",
-        "target_hidden_size",
-    }
-    known |= {
-        "architectures",
-        "tie_word_embeddings",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "auto_map",
-    }
-    unknown = sorted(config.keys() - known)
+    unknown = sorted(config.keys() - SPECULATORS - {*_FLAGS, _IDS, "embed_requires_grad"})
     if unknown or config.get("speculators_model_type") != "eagle3" or not isinstance(inner, dict):
         raise ValueError(
             f"{where} is not an EAGLE-3 head of speculators that certdraft supports: speculators_model_type "

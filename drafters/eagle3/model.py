@@ -23,13 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from certdraft.drafters.eagle3.config import EagleConfig, EagleLayer
-from certdraft.drafters.eagle3.draft_vocab import (
-    DraftVocabCoverage,
-    choose,
-    coverage,
-    spread,
-    to_tables,
-)
+from certdraft.drafters.eagle3.draft_vocab import DraftVocabCoverage, choose, coverage, spread, to_tables
 from certdraft.drafters.eagle3.export import layout, read_eagle3
 from certdraft.drafters.eagle3.lint import LAYOUTS
 from certdraft.drafters.eagle3.state import EagleState
@@ -40,8 +34,8 @@ from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attent
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
-from certdraft.drafters.training_paths import Paths, TokenFeatures, TokenIds, steps_from
-from certdraft.support import path_mask, project_fp32
+from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
+from certdraft.support import path_mask
 
 
 @register_drafter("eagle")
@@ -106,9 +100,6 @@ class EagleDrafter(FeatureDrafter):
             target: the target.
             counts: how often the target's greedy token was each token: chooses the draft vocabulary of a
                 fresh head, checks that of a pretrained one. Not needed for a full vocabulary.
-
-        Returns:
-            The drafter itself.
 
         Raises:
             ValueError: no target, or one that does not fit; a draft vocabulary without counts, or one that
@@ -181,11 +172,9 @@ class EagleDrafter(FeatureDrafter):
         return replace(found, llama_cpp=None) if config.fc_norm or config.norm_output else found
 
     def default_layers(self, config: Any) -> tuple[int, ...]:
-        """See `FeatureDrafter.default_layers`."""
         return eagle_layers(self.num_target_layers)
 
     def make(self, weights: Weights | None = None) -> None:
-        """See `FeatureDrafter.make`."""
         config = self.config
         hidden, eps = known(config.hidden_size), known(config.rms_norm_eps)
         num = len(config.target_layer_ids or ())
@@ -216,7 +205,9 @@ class EagleDrafter(FeatureDrafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits over the target's vocabulary, `ABSENT` outside the draft vocabulary."""
-        logits = project_fp32(hidden, self.lm_head.weight)
+        return self._spread(self._project(hidden, self.lm_head.weight))
+
+    def _spread(self, logits: Float[Tensor, "*step D"]) -> Float[Tensor, "*step V"]:
         ids = self.draft_ids
         return logits if ids is None else spread(logits, ids, self.vocab_size)
 
@@ -234,20 +225,11 @@ class EagleDrafter(FeatureDrafter):
         """See `Drafter.passes`: once for every draft step that is unrolled."""
         return self.short_until + (1 - self.short_until) * self.unroll, self.unroll
 
-    def paths(
-        self,
-        input_ids: Int[Tensor, "R T"],
-        position_ids: Int[Tensor, "R T"],
-        document_ids: Int[Tensor, "R T"],
-        loss_mask: Bool[Tensor, "R T"],
-        features: Float[Tensor, "R T L H"] | None = None,
-        depth: int | None = None,
-        every: bool = False,
-    ) -> Paths:
+    def rounds(self, rows: PackedRows, depth: int | None, every: bool) -> Paths:
         """Rollouts of `unroll` (or `depth`) steps from positions in the loss mask; see `Drafter.paths`."""
         depth = depth or (1 if self._short and not every else self.unroll)
-        hidden, linked = self._rollouts(input_ids, position_ids, document_ids, features, depth)
-        mask = (path_mask(loss_mask, document_ids, depth) & linked[..., None]).flatten(0, 1)
+        hidden, linked = self._rollouts(*rows[:3], rows.features, depth)
+        mask = (path_mask(rows.loss_mask, rows.document_ids, depth) & linked[..., None]).flatten(0, 1)
         starts = mask[:, 0].nonzero().squeeze(-1)
         chosen = torch.stack([step.flatten(0, 1)[starts] for step in hidden], 1)
         return Paths(chosen, steps_from(starts, mask[starts]), mask[starts])
@@ -298,7 +280,12 @@ class EagleDrafter(FeatureDrafter):
 
     @torch.no_grad()
     def draft(self, state: EagleState, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K V"]:
-        """See `Drafter.draft`.
+        """See `Drafter.draft`."""
+        return self._spread(self.draft_narrow(state, tokens, parents))
+
+    @torch.no_grad()
+    def draft_narrow(self, state: EagleState, tokens: TokenIds, parents: TokenIds) -> Float[Tensor, "K D"]:
+        """See `Drafter.draft_narrow`.
 
         The chain of committed tokens at the front of a round is read with the target's features, every node
         after it with the drafter's own output at its parent.
@@ -308,7 +295,7 @@ class EagleDrafter(FeatureDrafter):
         outputs: list[Tensor] = []
         for wave in batch.waves(state):
             outputs.append(self._read(state, *wave))
-        return self.head(torch.cat(outputs)[skip:])
+        return self._project(torch.cat(outputs)[skip:], self.lm_head.weight)
 
     def _read(self, state: EagleState, tokens: list[int], parents: list[int], feature: Tensor) -> Tensor:
         """Normed output [K, H] of nodes whose features are known."""
@@ -331,9 +318,6 @@ class EagleDrafter(FeatureDrafter):
     def commit(self, state: EagleState, path: Sequence[int], features: TokenFeatures | None = None) -> None:
         """See `Drafter.commit`. Nodes read with true features stay; later ones are read again, with the
         features they now have, at the front of the next round.
-
-        Raises:
-            ValueError: a path without features.
         """
         if features is None and not len(path):
             state.forget()

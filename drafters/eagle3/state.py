@@ -32,20 +32,15 @@ class EagleState:
     carry: Float[Tensor, "C H"]
     outputs: Float[Tensor, "K H"]
 
-    def __init__(self, num_tokens: int, room: int = 256) -> None:
-        self.cache = TreeCache(1, num_tokens + room)
+    def __init__(self, num_tokens: int) -> None:
+        self.cache = TreeCache(1, num_tokens + 256)
         self.waiting: list[int] = []
         self.blind = False
         self._tokens: list[int] = []  # of the round's nodes
         self._front = 0  # nodes at the front of the round that the caller did not feed
 
     def take(self, tokens: list[int], parents: list[int]) -> Batch:
-        """Return the nodes of one call, with the waiting ones in front if it opens the round.
-
-        Raises:
-            ValueError: no tokens, lengths that differ, or a round that does not open with the chain of
-                committed tokens that ends in the root.
-        """
+        """Return the nodes of one call, with the waiting ones in front if it opens the round."""
         if not tokens or len(tokens) != len(parents):
             raise ValueError(f"{len(tokens)} tokens and {len(parents)} parents; each token needs a parent.")
         if self.cache.num_nodes == 0:
@@ -79,12 +74,7 @@ class EagleState:
         return self.carry.new_empty(1, self.carry.shape[1])
 
     def commit(self, path: list[int], new: Float[Tensor, "N H"]) -> None:
-        """End a round with the features of the tokens it committed.
-
-        Args:
-            path: the caller's nodes.
-            new: fused features at all tokens the round committed.
-        """
+        """End a round with `new`, the fused features of all tokens it committed."""
         if self.cache.num_nodes:
             path = [*range(self._front), *(node + self._front for node in path)]
             first = int(self.blind and bool(path))  # the first token of a text has no row

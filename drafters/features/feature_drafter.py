@@ -27,7 +27,7 @@ from certdraft.drafters.features.target_layers import check_layers
 from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
 from certdraft.drafters.protocol import Drafter, TargetSource
-from certdraft.support import facts_of, text_config
+from certdraft.support import WideHead, facts_of, text_config
 
 if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
@@ -102,6 +102,7 @@ class FeatureDrafter(Drafter):
         self.pretrained, self.init_from_target = pretrained, init_from_target
         self.parameter_dtype: torch.dtype | None = getattr(torch, dtype)  # None: that of the weights read
         self.gradient_checkpointing = gradient_checkpointing
+        self._project = WideHead()  # of the lm_head
 
     # ---- what a kind defines
 
@@ -139,12 +140,7 @@ class FeatureDrafter(Drafter):
         self.ends, self.num_target_layers = ends, num_target_layers
 
     def load_folder(self, folder: Path) -> None:
-        """Make the network of a folder from any trainer and load its weights.
-
-        Raises:
-            FileNotFoundError: no such folder, or files missing.
-            ValueError: a drafter of another target, or one that certdraft would read as something else.
-        """
+        """Make the network of a folder from any trainer and load its weights."""
         config, vocab_size, weights = self.read(folder)
         layers = config.target_layer_ids or self.default_layers(config)
         self.config = replace(config, target_layer_ids=check_layers(layers, self.num_target_layers))
@@ -157,9 +153,6 @@ class FeatureDrafter(Drafter):
         Args:
             weights: copied, because those of a file may lie where arithmetic is slower and rounds otherwise.
             where: they come from, for messages.
-
-        Raises:
-            ValueError: a tensor is missing, unknown or of another shape.
         """
         with torch.device("meta"):  # no random weights to overwrite
             self.make(weights)
@@ -181,7 +174,6 @@ class FeatureDrafter(Drafter):
 
     @classmethod
     def from_folder(cls, folder: Path, *, target: Any, dtype: Any, **_: Any) -> Self:
-        """See `Drafter.from_folder`."""
         if target is None:
             raise ValueError(
                 f"{folder} holds a drafter that reads its target's embeddings and layers; give target= the "
@@ -225,12 +217,10 @@ class FeatureDrafter(Drafter):
 
     @property
     def network_config(self) -> Any:
-        """See `Drafter.network_config`."""
         return self.config
 
     @property
     def target_config(self) -> dict[str, int | None]:
-        """See `Drafter.target_config`."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.config.hidden_size,
@@ -251,7 +241,6 @@ class FeatureDrafter(Drafter):
 
     @property
     def own_layers(self) -> list[nn.Module]:
-        """See `Drafter.own_layers`."""
         return [module for module in self.modules() if isinstance(module, DecoderLayer)]
 
     def hidden(
@@ -324,11 +313,7 @@ class FeatureDrafter(Drafter):
 
 
 def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
-    """A config whose open sizes are taken from the target's.
-
-    Raises:
-        ValueError: a hidden size that is not the target's, heads that do not divide.
-    """
+    """A config whose open sizes are taken from the target's."""
     of: Any = text_config(target.config)
     hidden, heads = int(of.hidden_size), int(of.num_attention_heads)
     rope = getattr(of, "rope_parameters", None) or {}

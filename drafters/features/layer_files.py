@@ -51,15 +51,17 @@ _READ = frozenset(
     "architectures model_type head_dim num_key_value_heads layer_types sliding_window use_sliding_window "
     "rope_theta rope_scaling rope_parameters".split()
 )
+# Keys of every speculators folder.
+SPECULATORS = frozenset(
+    "architectures auto_map draft_vocab_size dtype speculators_config speculators_model_type "
+    "speculators_version target_hidden_size tie_word_embeddings torch_dtype transformer_layer_config "
+    "transformers_version".split()
+)
 _SPECULATORS_VERSION = "0.9.0"  # of the library whose layout this is
 
 
 def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
-    """config.json and its path.
-
-    Raises:
-        FileNotFoundError: it is not there.
-    """
+    """config.json and its path."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no config.json there; give a folder with {kind}.")
@@ -67,16 +69,8 @@ def read_config(folder: Path, kind: str) -> tuple[Json, Path]:
     return config, file
 
 
-def speculators_section(algorithm: str, request: ExportRequest) -> Json:
-    """Keys of a speculators folder that vLLM needs to serve it by its path: proposal and target.
-
-    Args:
-        algorithm: "eagle3" or "dflash".
-        request: its card names the target and its class.
-
-    Raises:
-        ValueError: no card that does.
-    """
+def speculators_section(algorithm: str, request: ExportRequest, inner: Json) -> Json:
+    """Keys of a speculators folder around the config of its layers; by these vLLM serves it by its path."""
     card = request.card
     if card is None or card.target_architecture is None:
         raise ValueError(
@@ -98,6 +92,9 @@ def speculators_section(algorithm: str, request: ExportRequest) -> Json:
             "proposal_methods": [proposal],
             "verifier": {"name_or_path": card.target, "architectures": [card.target_architecture]},
         },
+        "transformer_layer_config": inner,
+        "tie_word_embeddings": False,
+        "dtype": inner["dtype"],
     }
 
 
@@ -126,13 +123,7 @@ def check_given(settings: Json, where: str) -> None:
 def sizes_from_json(config: Json, own: Iterable[str], where: str) -> Json:
     """Arguments of `LayerSizes`, from a config with nothing that certdraft does not compute.
 
-    Args:
-        config: of the network.
-        own: keys that the format itself reads.
-        where: for messages.
-
-    Raises:
-        ValueError: a key that is missing, unknown, or for something that certdraft does not compute.
+    `own` are keys that the format itself reads.
     """
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
@@ -167,12 +158,7 @@ def write_folder(directory: Path, config: Json, weights: Weights) -> None:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Every tensor of a folder, from safetensors, their shards, or a pickle that holds only tensors.
-
-    Raises:
-        FileNotFoundError: none of these, or a shard missing.
-        ValueError: a file that cannot be read.
-    """
+    """Every tensor of a folder, from safetensors, their shards, or a pickle that holds only tensors."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -195,11 +181,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def check_names(weights: Weights, expected: Mapping[str, Tensor], where: str) -> None:
-    """Compare names and shapes with those of a network.
-
-    Raises:
-        ValueError: missing, unknown, or of another shape; all are named.
-    """
+    """Compare names and shapes with those of a network."""
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(weights.keys() - expected.keys())
     both = weights.keys() & expected.keys()

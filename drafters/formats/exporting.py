@@ -114,7 +114,6 @@ def load_drafter(
     *,
     target: PreTrainedModel | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
-    attention: Literal["sdpa", "eager"] = "sdpa",
 ) -> Any:
     """Load an exported drafter of any kind and format, checked against its `drafter.json`, in eval mode.
 
@@ -123,7 +122,6 @@ def load_drafter(
         target: the model it drafts for, whose embeddings EAGLE heads and block drafters read; causal drafters
             need none.
         dtype: of the parameters; None: the file's.
-        attention: implementation, of causal drafters.
 
     Returns:
         The drafter, of the class that is registered for its kind.
@@ -136,9 +134,7 @@ def load_drafter(
     facts, folder = read_facts(path), Path(path).expanduser()
     kind = kind_named(facts["family"], path)
     check_hashes(folder)
-    return kind.from_folder(
-        folder, vocab_size=facts["vocab_size"], target=target, dtype=dtype, attention=attention
-    )
+    return kind.from_folder(folder, vocab_size=facts["vocab_size"], target=target, dtype=dtype)
 
 
 def _check_length(drafter: Drafter, draft_length: int) -> None:

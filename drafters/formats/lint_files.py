@@ -103,12 +103,7 @@ def by_speculators(folder: Folder, model_type: str | None = None, class_name: st
 
 
 def read_folder(path: str | Path) -> Folder:
-    """Config and headers of a folder.
-
-    Raises:
-        FileNotFoundError: no such folder, no config.json, no safetensors, or a shard missing.
-        ValueError: a file whose content does not match its name.
-    """
+    """Config and headers of a folder."""
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -118,11 +113,7 @@ def read_folder(path: str | Path) -> Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        ValueError: not valid JSON, or no object.
-    """
+    """Read the object in a JSON file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:
@@ -133,12 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Read the tensor headers of a folder by name: of model.safetensors, or of the shards its index lists.
-
-    Raises:
-        FileNotFoundError: no safetensors, or a shard missing.
-        ValueError: a file that is not safetensors.
-    """
+    """Read the tensor headers of a folder by name: of model.safetensors, or of the shards its index lists."""
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     tensors: dict[str, Header] = {}

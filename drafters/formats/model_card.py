@@ -17,15 +17,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def write_card(
     directory: Path, drafter: Drafter, model: nn.Module, request: ExportRequest, name: str
 ) -> None:
-    """Write README.md: metadata for the hub, what the drafter is for, how to serve it, what was measured.
-
-    Args:
-        directory: the export.
-        drafter: what was exported.
-        model: as written, whose parameters are counted.
-        request: format, draft length and facts; without a card these parts are left out.
-        name: title where the card has none.
-    """
+    """Write README.md: metadata for the hub, what the drafter is for, how to serve it, what was measured."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     facts, base, format = request.card, drafter.pretrained, request.format

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from certdraft.drafters.lm.chain_cache import ChainCache
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.lm.tree_probe import check_decoding
-from certdraft.support import HiddenStates, PackedLinear, facts_of, project_fp32, project_greedy, text_body
+from certdraft.support import HiddenStates, PackedLinear, WideHead, facts_of, project_greedy, text_body
 
 _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
 _IN_ORDER = {"full_attention", "linear_attention"}  # read only as chains
@@ -86,6 +86,7 @@ class CachedLM:
         self.model = model
         self.body, self.head = split_causal_lm(model)
         self._embeddings: Any = model.get_input_embeddings()
+        self._project = WideHead()
         self.taps = tuple(taps)
         self.facts = facts_of(model)
         self.num_layers = self.facts.num_layers
@@ -169,10 +170,6 @@ class CachedLM:
 
         Returns:
             fp32 logits of the token after each new node, in the order given.
-
-        Raises:
-            ValueError: no tokens, a parent that is not an earlier node, lengths that differ, or a tree where
-                layers read tokens in order.
         """
         ids = torch.as_tensor(tokens, dtype=torch.long)
         num, old = ids.numel(), cache.num_nodes
@@ -222,7 +219,7 @@ class CachedLM:
     def project(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """fp32 logits from hidden states after the final norm."""
         head: Any = self.head
-        return project_fp32(hidden, head.weight, head.bias)
+        return self._project(hidden, head.weight, head.bias)
 
     @torch.no_grad()
     def _forward(

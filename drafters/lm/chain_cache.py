@@ -56,11 +56,7 @@ class ChainCache:
         return not self.num_nodes and len(self.waiting) > _MOST_WAITING
 
     def append(self, parents: Sequence[int]) -> None:
-        """Record new nodes; the first ones of a round take the snapshot.
-
-        Raises:
-            ValueError: not a chain.
-        """
+        """Record new nodes; the first ones of a round take the snapshot."""
         old = self.num_nodes
         if list(parents) != list(range(old - 1, old + len(parents) - 1)):
             raise ValueError(
@@ -77,11 +73,7 @@ class ChainCache:
         self._tokens += tokens
 
     def keep(self, path: Sequence[int]) -> None:
-        """Commit the first nodes of the round and drop the others; see `TreeCache.keep`.
-
-        Raises:
-            ValueError: not the first nodes, in order.
-        """
+        """Commit the first nodes of the round and drop the others; see `TreeCache.keep`."""
         path = list(path)
         if path != list(range(len(path))) or len(path) > self.num_nodes:
             raise ValueError(

@@ -50,9 +50,6 @@ class TreeCache:
         Args:
             path: node numbers from the root down: the first has parent −1, each other one's parent is the
                 number before it. Empty: drop the whole round.
-
-        Raises:
-            ValueError: the numbers are not such a path.
         """
         path = list(path)
         for parent, node in pairwise([-1, *path]):

@@ -14,6 +14,7 @@ from typing import Any
 from certdraft.evaluation.certify.certify import CertifyReport
 from certdraft.evaluation.certify.certify_drafter import drafter_section, drafter_tiles
 from certdraft.evaluation.report import plots
+from certdraft.evaluation.report.evaluate_report import target_name
 from certdraft.evaluation.report.page import (
     Figure,
     Page,
@@ -44,11 +45,11 @@ def write_certify(report: CertifyReport, out: Path, provenance: Mapping[str, str
     Returns:
         Path of the HTML page.
     """
-    target = report.data["trace"].get("target", "the target")
-    target = "the embedded target" if target == "embedded" else target
     write_json(out / "certify.json", {**report.data, "provenance": dict(provenance)})
     figures = _figures(report.data, out)
-    page = _page(report, figures, provenance, title or f"Acceptance certificates of {target}")
+    page = _page(
+        report, figures, provenance, title or f"Acceptance certificates of {target_name(report.data)}"
+    )
     found = report.data.get("drafter")
     if found:
         sections = [*page.sections, drafter_section(found, out)]

@@ -22,15 +22,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
-from certdraft.certificates import (
-    Additive,
-    Coverage,
-    Multiplicative,
-    Rule,
-    StrictGreedy,
-    TopM,
-    Typical,
-)
+from certdraft.certificates import Additive, Coverage, Multiplicative, Rule, StrictGreedy, TopM, Typical
 from certdraft.data import LogitHead
 from certdraft.evaluation.measure.distributions import Calibration, StepDistribution
 from certdraft.evaluation.measure.joined_steps import JoinedSteps
@@ -112,11 +104,7 @@ class Acceptance:
         self.rejections = {"top_m": self.top_m, **dict.fromkeys(causes, 0)}
 
     def add(self, joined: JoinedSteps, document: ndarray, position: ndarray) -> None:
-        """Count N steps, given the document and the position of each.
-
-        Raises:
-            CertificateViolation: a certified step is rejected.
-        """
+        """Count N steps, given the document and the position of each."""
         margin = joined.margin.cpu().numpy()
         bucket = np.searchsorted(MARGIN_EDGES, margin, "right") - 1
         key = (document, bucket.clip(0, len(MARGIN_EDGES) - 2))

@@ -20,12 +20,7 @@ import torch
 from certdraft.decoding import DecodeResult, TargetRunner, Tree, TreeBuilder, decode, device_name, greedy
 from certdraft.evaluation.measure.acceptance_lengths import Lengths, fresh, members, ranks_of
 from certdraft.evaluation.measure.statistics import compare_ratios, pooled_ratio
-from certdraft.evaluation.measure.trace_reading import (
-    Document,
-    DrafterFeatures,
-    TargetFeatures,
-    features_for,
-)
+from certdraft.evaluation.measure.trace_reading import Document, DrafterFeatures, TargetFeatures, features_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -62,11 +62,7 @@ class Selection:
 def select_documents(
     trace: TraceLike, max_documents: int | None = None, min_prompt_tokens: int = 0
 ) -> TraceLike:
-    """Return the first documents whose prompt (tokens up to the first one in the loss mask) is long enough.
-
-    Raises:
-        ValueError: no document is left.
-    """
+    """The first documents whose prompt (tokens up to the first one in the loss mask) is long enough."""
     if max_documents is None and min_prompt_tokens <= 1:
         return trace
     kept: list[int] = []
@@ -252,7 +248,6 @@ class TargetFeatures(DrafterFeatures):
 
     @torch.inference_mode()
     def along(self, ids: Sequence[int], document: int | None = None) -> Float[Tensor, "T L H"]:
-        """See `DrafterFeatures.along`."""
         ids = list(ids)
         if document in self._kept:
             known, kept = self._kept[document]
@@ -276,9 +271,6 @@ def features_for(
     """Return what each drafter reads of the target: None, or features shared by drafters of equal layers.
 
     They are computed by the target where it is given, else read from the trace.
-
-    Raises:
-        ValueError: a drafter reads layers that the trace does not hold, and there is no target.
     """
     shared: dict[tuple[int, ...], DrafterFeatures] = {}
     found: dict[str, DrafterFeatures | None] = {}

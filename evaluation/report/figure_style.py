@@ -60,16 +60,7 @@ def canvas(
     vector: bool = True,
     **grid: Any,
 ) -> Iterator[Any]:
-    """Yield the axes [rows, columns] of a figure in the house style, and save it on leaving.
-
-    Args:
-        path: PNG to write.
-        rows: of panels.
-        columns: of panels.
-        size: width and height, inches.
-        vector: write an SVG and a PDF beside it, for papers.
-        grid: for `Figure.subplots`.
-    """
+    """Yield the axes [rows, columns] of a figure in the house style, and save it on leaving."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

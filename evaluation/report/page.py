@@ -184,13 +184,6 @@ def refuse_folder_in_use(out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def claim_directory(out: str | os.PathLike[str]) -> Path:
-    """Create an output directory; raise FileExistsError if it is in use."""
-    path = refuse_folder_in_use(out)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 @contextmanager
 def report_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder that is renamed to `out` at the end of the block, or removed on an error.

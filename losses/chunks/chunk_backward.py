@@ -40,14 +40,7 @@ def forward_kl_(
     coefficient: Float[Tensor, " C"] | None,
     dtype: torch.dtype,
 ) -> Gradient:
-    """KL(p‖q) of every step and coefficient · (q − p); both arguments are overwritten.
-
-    Args:
-        logits: the drafter's, finite.
-        target_logits: the target's, up to a constant, finite.
-        coefficient: what each step's loss is multiplied with; None when no gradient is wanted.
-        dtype: of the gradient.
-    """
+    """KL(p‖q) of every step and coefficient · (q − p); both arguments are overwritten."""
     value = logits.new_empty(len(logits))
     size = tile_rows(logits)
     p = logits.new_empty(min(size, len(logits)), logits.shape[-1])
@@ -105,13 +98,7 @@ def row_work(
 ) -> Gradient:
     """Per-step loss [C] and, given coefficients, coefficient · gradient in the logits [C, V].
 
-    Args:
-        loss: any loss.
-        logits: the drafter's at the steps of the chunk, fp32 or float64; overwritten.
-        rows: the target, moved to these steps.
-        coefficient: what each step's loss is multiplied with; None when no gradient is wanted.
-        kernels: the implementation.
-        dtype: of the gradient.
+    The logits are overwritten.
     """
     if loss.overrides_forward:
         return differentiate(loss, logits, rows.batch(full=True), coefficient, dtype)
@@ -223,10 +210,7 @@ class TargetRows:
         if self._head is None:
             self._head = self._cut(target.k)
         logp = self.logits().log_softmax(-1) if full and target.full else None
-        next_ids, depths = (
-            None if values is None else values[self._rows] for values in (target.next_ids, target.depths)
-        )
-        return TargetBatch(self._head, logp, next_ids, depths=depths)
+        return TargetBatch(self._head, logp, **target.by_step(self._rows))
 
     def _cut(self, k: int) -> Head:
         """The head of the current logits, as `Head.from_logits` makes it, but for the entropy."""

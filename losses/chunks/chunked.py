@@ -16,7 +16,7 @@ Axes: N steps · V vocabulary · H hidden · C chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -56,6 +56,16 @@ class _Plan:
     kernels: Kernels
 
 
+class _Chunk(NamedTuple):
+    """Some steps: logits, target, coefficients, hidden states, and where the gradient of those goes."""
+
+    logits: Tensor
+    target: TargetRows
+    coefficient: Tensor | None
+    hidden: Tensor
+    d_hidden: Tensor | None
+
+
 @torch.no_grad()
 def _walk(
     plan: _Plan, hidden: Tensor, weight: Tensor, coefficient: Tensor | None, needs: tuple[bool, bool]
@@ -81,51 +91,34 @@ def _walk(
             given = None if coefficient is None else coefficient[rows].to(dtype)
             target.move_to(rows)
             d_h = None if d_hidden is None else d_hidden[rows]
-            per_step[rows] = work(plan, logits, target, given, h, w, d_h, d_weight)
+            per_step[rows] = work(plan, _Chunk(logits, target, given, h, d_h), w, d_weight)
     return per_step, d_hidden, d_weight
 
 
-def _dense_chunk(
-    plan: _Plan,
-    logits: Tensor,
-    target: TargetRows,
-    coefficient: Tensor | None,
-    h: Tensor,
-    w: Tensor,
-    d_h: Tensor | None,
-    d_weight: Tensor | None,
-) -> Tensor:
+def _dense_chunk(plan: _Plan, chunk: _Chunk, w: Tensor, d_weight: Tensor | None) -> Tensor:
     """Loss of the chunk's steps; their gradient goes into d_h and d_weight by two products."""
-    value, dz = row_work(plan.loss, logits, target, coefficient, plan.kernels, plan.dtype)
+    value, dz = row_work(plan.loss, chunk.logits, chunk.target, chunk.coefficient, plan.kernels, plan.dtype)
     dz = None if dz is None else dz[:, : len(w)]
-    if dz is not None and d_h is not None:
-        d_h.copy_(torch.mm(dz, w))
+    if dz is not None and chunk.d_hidden is not None:
+        chunk.d_hidden.copy_(torch.mm(dz, w))
     if dz is not None and d_weight is not None:
-        accumulate_(d_weight, dz.t(), h)
+        accumulate_(d_weight, dz.t(), chunk.hidden)
     return value
 
 
-def _sparse_chunk(
-    plan: _Plan,
-    logits: Tensor,
-    target: TargetRows,
-    coefficient: Tensor | None,
-    h: Tensor,
-    w: Tensor,
-    d_h: Tensor | None,
-    d_weight: Tensor | None,
-) -> Tensor:
+def _sparse_chunk(plan: _Plan, chunk: _Chunk, w: Tensor, d_weight: Tensor | None) -> Tensor:
     """The same for a loss of a few logits: rows of the output layer are gathered, nothing is multiplied."""
-    seen = target.batch(full=False)
+    logits, seen = chunk.logits, chunk.target.batch(full=False)
     plan.loss.check(logits, seen)
     ids = plan.loss.pick(logits, seen)
-    value, dz = differentiate(plan.loss.on_picked, logits.gather(-1, ids), seen, coefficient, logits.dtype)
+    picked = logits.gather(-1, ids)
+    value, dz = differentiate(plan.loss.on_picked, picked, seen, chunk.coefficient, logits.dtype)
     if dz is not None:
         dz, ids = dz.masked_fill(ids >= len(w), 0.0), ids.clamp(max=len(w) - 1)
-    if dz is not None and d_h is not None:
-        d_h.copy_(torch.einsum("cs,csh->ch", dz, w[ids].to(dz.dtype)))
+    if dz is not None and chunk.d_hidden is not None:
+        chunk.d_hidden.copy_(torch.einsum("cs,csh->ch", dz, w[ids].to(dz.dtype)))
     if dz is not None and d_weight is not None:
-        rows = dz.unsqueeze(-1) * h.to(dz.dtype).unsqueeze(1)
+        rows = dz.unsqueeze(-1) * chunk.hidden.to(dz.dtype).unsqueeze(1)
         d_weight.index_add_(0, ids.flatten(), rows.flatten(0, 1).to(d_weight.dtype))
     return value
 

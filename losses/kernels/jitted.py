@@ -22,11 +22,12 @@ from typing import Any
 # Bound by `make_jitted`: kernels look names up in their module, and triton is only imported when it is used.
 tl: Any = None
 row_level: Any = None
+put_share: Any = None
 
 
 def make_jitted() -> dict[str, Any]:
     """The kernels themselves, compiled at their first launch."""
-    global tl, row_level
+    global tl, row_level, put_share
     import triton
     import triton.language as tl
 
@@ -45,6 +46,16 @@ def make_jitted() -> dict[str, Any]:
         highest = tl.max(top, 0)
         amount = tl.sum(total * tl.exp(top - highest), 0)
         return highest + tl.log(tl.maximum(amount, 1.1754943508222875e-38))
+
+    @triton.jit
+    def put_share(z, out, scale, level, vocab_size, BLOCK: tl.constexpr):
+        """scale · e^{z_j − level} for a row, in the type of `out`."""
+        lane = tl.arange(0, BLOCK)
+        for start in range(0, vocab_size, BLOCK):
+            here = start + lane
+            inside = here < vocab_size
+            x = tl.load(z + here, mask=inside, other=float("-inf"))
+            tl.store(out + here, (scale * tl.exp(x - level)).to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def split(
@@ -75,14 +86,7 @@ def make_jitted() -> dict[str, Any]:
         out += row * out_stride
         grad += row * grad_stride
         if TAIL:
-            level = tl.load(rest + row)
-            share = tl.load(grad + kept)
-            lane = tl.arange(0, BLOCK)
-            for start in range(0, vocab_size, BLOCK):
-                here = start + lane
-                inside = here < vocab_size
-                x = tl.load(z + here, mask=inside, other=float("-inf"))
-                tl.store(out + here, (share * tl.exp(x - level)).to(out.dtype.element_ty), mask=inside)
+            put_share(z, out, tl.load(grad + kept), tl.load(rest + row), vocab_size, BLOCK)
             tl.debug_barrier()  # the head is written last
         k = tl.arange(0, KP)
         is_kept = k < kept
@@ -112,7 +116,6 @@ def make_jitted() -> dict[str, Any]:
         tl.store(z + token, tl.where(k == 0, float("-inf"), picked + discount), mask=is_kept)
         tl.debug_barrier()
         ahead = row_level(z, vocab_size, BLOCK) - z_greedy  # P − z_g
-        lane = tl.arange(0, BLOCK)
         small = tl.exp(-tl.abs(ahead))
         # log(1 + small) with all digits of a small one
         grown = 1.0 + small
@@ -120,12 +123,7 @@ def make_jitted() -> dict[str, Any]:
         loss = tl.maximum(ahead, 0.0) + log1p
         tl.store(value + row, loss)
         if GRAD:
-            level = z_greedy + loss
-            for start in range(0, vocab_size, BLOCK):
-                here = start + lane
-                inside = here < vocab_size
-                x = tl.load(z + here, mask=inside, other=float("-inf"))
-                tl.store(out + here, (scale * tl.exp(x - level)).to(out.dtype.element_ty), mask=inside)
+            put_share(z, out, scale, z_greedy + loss, vocab_size, BLOCK)
             tl.debug_barrier()  # the greedy token is written last
             wrong = tl.where(ahead > 0.0, 1.0, small) / (1.0 + small)  # σ(P − z_g)
             tl.store(out + greedy, (-scale * wrong).to(out.dtype.element_ty))

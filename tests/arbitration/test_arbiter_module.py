@@ -285,7 +285,7 @@ def test_training_leaves_the_target_alone_where_there_is_nothing_to_gain() -> No
 
 
 def test_lockstep_pads_on_the_left_without_a_trace() -> None:
-    from oracles.decoding_models import tiny_qwen3
+    from oracles.models.decoding_models import tiny_qwen3
 
     model = tiny_qwen3()
     prompts = [[3, 7, 1, 4], [9], [5, 5]]

@@ -24,7 +24,7 @@ from certdraft.arbitration import (
     verify,
 )
 from certdraft.arbitration.mismatch_features import static_features
-from certdraft.arbitration.tasks.chat_prompts import prompt_texts
+from certdraft.arbitration.tasks.problems import prompt_texts
 from certdraft.data import embedded_target_path, load_tokenizer
 from certdraft.support import PackedLinear
 from certdraft.train.commands.cli import main

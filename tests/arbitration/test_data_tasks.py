@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,6 @@ from certdraft.arbitration import (
     verify_all,
 )
 from certdraft.arbitration.tasks.arithmetic import IGNORED, training_rows
-from certdraft.arbitration.tasks.sandbox import sandbox_folders
 from certdraft.data.corpus.corpora import CorpusError
 
 GSM8K = {"question": "Ann has 3 boxes of 4 pens. How many pens?", "answer": "3*4=<<3*4=12>>12\n#### 12"}
@@ -253,10 +253,10 @@ print(os.read(read, 20).decode())
     raise AssertionError(f"process {outcome.output} still runs")
 
 
-def test_nothing_is_left_behind() -> None:
-    before = sandbox_folders()
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_python("open('file', 'w').write('x')").status == "ok"
-    assert set(sandbox_folders()) <= set(before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_verdicts_of_equal_pairs_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     BrokenDrafter,
     MarginalDrafter,
     NetworkDrafter,

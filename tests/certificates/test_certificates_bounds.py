@@ -22,7 +22,6 @@ from certdraft.certificates import (
     order_margin,
     radius,
     safe_margin,
-    safe_probability,
 )
 
 RULES = (
@@ -132,14 +131,6 @@ def test_what_is_called_safe_is_safe(p: torch.Tensor, rule, direction: str, kl: 
         assert exact > kl * (1 - 1e-6)
     if float(margin(p)) >= float(safe_margin(rule, kl=kl_, p0=p.amax(), direction=direction)) + slack:
         assert exact > kl * (1 - 1e-6)
-    if float(p.amax()) >= float(safe_probability(rule, kl=kl_, direction=direction)) + slack:
-        assert exact > kl * (1 - 1e-6)
-
-
-def test_safe_probability_of_coverage_is_hard_label_cross_entropy() -> None:
-    """q_g > 1/(m+1) covers: the radius of a point mass is log(m+1)."""
-    assert float(safe_probability(Coverage(3), kl=0.0)) == pytest.approx(0.25, abs=1e-6)
-    assert float(safe_probability(StrictGreedy(), kl=0.0)) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_shapes_and_types_follow_the_input() -> None:

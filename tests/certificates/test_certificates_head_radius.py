@@ -3,18 +3,10 @@
 import pytest
 import torch
 from hypothesis import given
-from oracles.certificates import accepted_set, large_radius, width
+from oracles.mathematics.certificates import accepted_set, large_radius, width
 from strategies import DIRECTIONS, RULES, directions, dirichlet, distributions, rules
 
-from certdraft.certificates import (
-    Additive,
-    Coverage,
-    Head,
-    Multiplicative,
-    StrictGreedy,
-    Typical,
-    radius,
-)
+from certdraft.certificates import Additive, Coverage, Head, Multiplicative, StrictGreedy, Typical, radius
 
 
 @given(distributions(min_size=2), rules(), directions())

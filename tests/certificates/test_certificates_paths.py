@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import certificates as oracle
+from oracles.mathematics import certificates as oracle
 from strategies import directions, distributions
 
 from certdraft.certificates import (
@@ -23,7 +23,6 @@ from certdraft.certificates import (
     kl_divergence,
     minimiser,
     num_tail_above,
-    path_radius,
     radius,
     smooth_certified_length,
 )
@@ -130,11 +129,6 @@ def test_budget_radius_no_closer_drafter_drops_the_path() -> None:
     dropped = x.log().sum(-1) <= threshold
     assert dropped.sum() > 1000
     assert (cost.sum(-1) >= budget_radius(p.log(), threshold) - 1e-9)[dropped].all()
-
-
-def test_path_radius_discounts_deep_steps() -> None:
-    logp = torch.tensor([0.5, 0.5, 0.9]).log()
-    assert float(path_radius(torch.tensor([0.3, 0.4, 1.0]), logp)) == pytest.approx(0.2)
 
 
 @given(distributions(min_size=2), st.floats(0.0, 2.0), directions())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles.certificates import accepted_set, exact_radius, width
+from oracles.mathematics.certificates import accepted_set, exact_radius, width
 from strategies import DIRECTIONS, RULES, dirichlet, rules
 
 from certdraft.certificates import (

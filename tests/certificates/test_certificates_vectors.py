@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.certificates import accepted_set
+from oracles.mathematics.certificates import accepted_set
 
 from certdraft import certificates
 from certdraft.certificates import Coverage, Head, coarse_radius, margin_bound, radius, tv_radius

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles.recordings import record
-from oracles.server_process import ServerProcess
+from oracles.runs.recordings import record
+from oracles.servers.server_process import ServerProcess
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.data import RecordedRow, Trace, TraceMeta, load_target, load_tokenizer, open_trace

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles.decoding_models import TableDrafter, TableTarget, random_distribution
+from oracles.models.decoding_models import TableDrafter, TableTarget, random_distribution
 from scipy.stats import chisquare
 
 from certdraft.certificates import Additive, Coverage, Multiplicative, StrictGreedy, TopM, Typical

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles.architectures import EQUAL, REFUSED, V, made
+from oracles.models.architectures import EQUAL, REFUSED, V, made
 from transformers import PreTrainedModel
 
 from certdraft.decoding import BestFirst, Chain, TreeBuilder, decode

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     GarbageDrafter,
     TableTarget,
     disturbed_drafter,

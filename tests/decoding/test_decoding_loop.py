@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     BrokenDrafter,
     GarbageDrafter,
     MarginalDrafter,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     FeatureDrafter,
     FeatureMarginalDrafter,
     GarbageDrafter,

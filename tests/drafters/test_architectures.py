@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.architectures import EQUAL, GEMMA, REFUSED, SIZES, V, made
+from oracles.models.architectures import EQUAL, GEMMA, REFUSED, SIZES, V, made
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from oracles.architectures import EXPERTS, GEMMA, LINEAR, LLAMA_3_ROPE, V, made
+from oracles.models.architectures import EXPERTS, GEMMA, LINEAR, LLAMA_3_ROPE, V, made
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

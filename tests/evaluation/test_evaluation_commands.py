@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from oracles.models.decoding_models import with_one_wrong_token
 
 import certdraft
 from certdraft.data import Corpus, Generation, Prompts, embedded_target_path, load_tokenizer, open_trace
@@ -23,20 +24,24 @@ from certdraft.train.commands.cli import main
 CONFIGS = sorted((Path(certdraft.__file__).parent / "configs" / "certify").glob("*.yaml"))
 
 
+def certify_embedded(out: Path, rows: int, tokens: int) -> Path:
+    """The page of the embedded target, from a trace of a few short texts."""
+    return run_certify(
+        str(out),
+        target="embedded",
+        corpus=Corpus(split="test", max_rows=rows),
+        prompts=Prompts(prompt_tokens=16),
+        generation=Generation(max_new_tokens=tokens, loops="keep"),
+        num_kept=16,
+        accelerator="cpu",
+    )
+
+
 @pytest.fixture(scope="module")
 def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target certified from a corpus: the folder holds the trace that was recorded on the way."""
     out = tmp_path_factory.mktemp("certify") / "out"
-    page = run_certify(
-        str(out),
-        target="embedded",
-        corpus=Corpus(split="test", max_rows=5),
-        prompts=Prompts(prompt_tokens=16),
-        generation=Generation(max_new_tokens=12, loops="keep"),
-        num_kept=16,
-        accelerator="cpu",
-    )
-    assert page == out / "certify.html"
+    assert certify_embedded(out, 5, 12) == out / "certify.html"
     return out
 
 
@@ -193,18 +198,6 @@ def test_an_interrupted_certification_is_taken_up_by_the_same_command(
 ) -> None:
     """The trace that was recorded is kept; of the report there is nothing, and then all of it."""
     out = tmp_path / "out"
-
-    def run() -> Path:
-        return run_certify(
-            str(out),
-            target="embedded",
-            corpus=Corpus(split="test", max_rows=2),
-            prompts=Prompts(prompt_tokens=16),
-            generation=Generation(max_new_tokens=8, loops="keep"),
-            num_kept=16,
-            accelerator="cpu",
-        )
-
     real = commands.write_certify
 
     def cut_off(*args: Any, **kwargs: Any) -> None:
@@ -213,11 +206,10 @@ def test_an_interrupted_certification_is_taken_up_by_the_same_command(
 
     monkeypatch.setattr(commands, "write_certify", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        run()
+        certify_embedded(out, 2, 8)
     assert [path.name for path in out.iterdir()] == ["trace"]
     monkeypatch.undo()
-    page = run()
-    assert page == out / "certify.html"
+    assert certify_embedded(out, 2, 8) == out / "certify.html"
     assert {"trace", "certify.json", "certify.html", "tables.md"} <= {path.name for path in out.iterdir()}
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert "cannot be rejected" in capsys.readouterr().out
@@ -233,14 +225,7 @@ def test_a_text_that_differs_ends_the_command_with_an_error_unless_the_target_is
     lead: str,
     exits: bool,
 ) -> None:
-    right = bench.decode
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        result = right(*args, **kwargs)
-        result.tokens[2] = (result.tokens[2] + 1) % 2048
-        return result
-
-    monkeypatch.setattr(bench, "decode", wrong)
+    monkeypatch.setattr(bench, "decode", with_one_wrong_token(bench.decode, 2, 2048))
     if lead == "tie":
         monkeypatch.setattr(bench, "tie_width", lambda logit, dtype: 1e3)
     command = ["evaluate", "--out", str(tmp_path / "out"), "--trace", str(certified / "trace")]

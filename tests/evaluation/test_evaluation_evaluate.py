@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracles.models.decoding_models import with_one_wrong_token
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.certificates import Head
@@ -21,7 +22,7 @@ from certdraft.evaluation.measure.acceptance_lengths import replay_lengths
 from certdraft.evaluation.measure.bench import benchmark, difference, tie_width
 from certdraft.evaluation.measure.trace_reading import TargetFeatures, features_for, greedy_documents
 from certdraft.evaluation.report.evaluate_report import headline_table, write_evaluation
-from certdraft.evaluation.report.page import claim_directory, write_json
+from certdraft.evaluation.report.page import refuse_folder_in_use, write_json
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -125,14 +126,7 @@ def test_a_text_that_is_not_the_targets_is_reported_loudly(
     trace: Rows,
     drafters: dict[str, CausalDrafter],
 ) -> None:
-    right = bench_module.decode
-
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        result = right(*args, **kwargs)
-        result.tokens[5] = (result.tokens[5] + 1) % 48
-        return result
-
-    monkeypatch.setattr(bench_module, "decode", wrong)
+    monkeypatch.setattr(bench_module, "decode", with_one_wrong_token(bench_module.decode, 5, 48))
     found = evaluate({"perfect": drafters["perfect"]}, trace, target, builders=[Chain(3)], prompts=2)
     assert not found.data["bench"]["lossless"]
     case = found.data["bench"]["methods"][0]["differing"][0]
@@ -308,10 +302,10 @@ def test_bad_requests_are_refused(trace: Rows, drafters: dict[str, CausalDrafter
 
 
 def test_results_are_never_overwritten_and_json_is_strict(tmp_path: Path) -> None:
-    assert claim_directory(tmp_path / "new" / "run").is_dir()
-    (tmp_path / "new" / "run" / "x").write_text("")
+    assert refuse_folder_in_use(tmp_path) == tmp_path
+    (tmp_path / "x").write_text("")
     with pytest.raises(FileExistsError, match="already in use"):
-        claim_directory(tmp_path / "new" / "run")
+        refuse_folder_in_use(tmp_path)
     write_json(
         tmp_path / "a.json", {"a": [1.5, float("inf"), float("nan")], "b": [1, 2, -3e-5], "c": "x [1,\t2]"}
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.outcomes import fails, with_other_tokenizer
+from oracles.runs.outcomes import fails, with_other_tokenizer
 
 from certdraft.data import (
     Corpus,

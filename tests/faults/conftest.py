@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from oracles.tiny_runs import settings, tiny, write
+from oracles.runs.tiny_runs import settings, tiny, write
 
 from certdraft.train.commands.cli import main
 
@@ -76,7 +76,7 @@ class Work:
 @pytest.fixture(scope="session")
 def work(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
     import yaml
-    from oracles.tiny_runs import run_settings
+    from oracles.runs.tiny_runs import run_settings
 
     folder = tmp_path_factory.mktemp("work")
     content = run_settings(tiny, folder / "runs")

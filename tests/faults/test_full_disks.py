@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from oracles import forked
-from oracles.outcomes import COMMANDS, Start, outcome
+from oracles.runs import forked
+from oracles.runs.outcomes import COMMANDS, Start, outcome
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from faults.conftest import Work
-from oracles import forked
-from oracles.outcomes import fails
+from oracles.runs import forked
+from oracles.runs.outcomes import fails
 
 from certdraft.data import load_target, load_tokenizer
 from certdraft.drafters import Drafter, register_drafter

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from oracles import forked
-from oracles.outcomes import COMMANDS, Start, outcome
+from oracles.runs import forked
+from oracles.runs.outcomes import COMMANDS, Start, outcome
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])

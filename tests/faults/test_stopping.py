@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import Work
-from oracles import forked
-from oracles.outcomes import Start, outcome
+from oracles.runs import forked
+from oracles.runs.outcomes import Start, outcome
 
 from certdraft.data import RecordedRow, TraceMeta, open_trace
 from certdraft.data.record import writer

@@ -15,7 +15,7 @@ import pytest
 import torch
 from interop.environments import ready
 from interop.serving import served
-from oracles.traces import assert_same_features, assert_same_trace
+from oracles.runs.traces import assert_same_features, assert_same_trace
 
 from certdraft.data import (
     Corpus,

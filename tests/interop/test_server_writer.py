@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from interop.environments import ready
 from interop.serving import served
-from oracles.traces import assert_same_trace
+from oracles.runs.traces import assert_same_trace
 
 from certdraft.data import Corpus, Generation, Prompts, Server, ServerError, record_trace
 

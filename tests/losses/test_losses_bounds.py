@@ -4,10 +4,10 @@ import json
 import math
 from pathlib import Path
 
-import oracles.losses as oracle
+import oracles.mathematics.losses as oracle
 import pytest
 import torch
-from oracles.loss_cases import full_target, head_target, target_probs
+from oracles.mathematics.loss_cases import full_target, head_target, target_probs
 
 from certdraft import losses as L
 from certdraft.certificates import Coverage, Head, coarse_radius, radius

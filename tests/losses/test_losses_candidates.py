@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import oracles.losses as oracle
+import oracles.mathematics.losses as oracle
 import pytest
 import torch
-from oracles.loss_cases import full_target, head_target, target_probs
+from oracles.mathematics.loss_cases import full_target, head_target, target_probs
 
 from certdraft import losses as L
 

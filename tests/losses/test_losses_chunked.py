@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles.loss_cases import HEAD_LOSSES, K
+from oracles.mathematics.loss_cases import HEAD_LOSSES, K
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from oracles.loss_cases import K, head_target, target_probs
+from oracles.mathematics.loss_cases import K, head_target, target_probs
 
 from certdraft import losses as L
 

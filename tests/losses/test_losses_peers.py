@@ -12,7 +12,7 @@ import importlib
 
 import pytest
 import torch
-from oracles.loss_cases import K
+from oracles.mathematics.loss_cases import K
 
 from certdraft import losses as L
 

@@ -2,10 +2,10 @@
 
 import math
 
-import oracles.losses as oracle
+import oracles.mathematics.losses as oracle
 import pytest
 import torch
-from oracles.loss_cases import full_target, head_target, target_probs
+from oracles.mathematics.loss_cases import full_target, head_target, target_probs
 
 from certdraft.certificates import Coverage, Head, radius
 from certdraft.losses import AdaptiveSharpenedKL, Chunked, ForwardKL, HardCE, Mixture, SharpenedKL

@@ -5,7 +5,7 @@ import dataclasses
 import jsonargparse
 import pytest
 import torch
-from oracles.loss_cases import HEAD_LOSSES, K, full_target, head_target, target_probs
+from oracles.mathematics.loss_cases import HEAD_LOSSES, K, full_target, head_target, target_probs
 
 from certdraft import losses as L
 from certdraft.certificates import Head
@@ -16,7 +16,7 @@ VOCAB = 13
 def test_a_target_is_the_same_from_logits_and_from_a_trace():
     logits = torch.randn(2, 5, VOCAB) * 2
     online = L.TargetBatch.from_logits(logits.flatten(0, 1), K)
-    stored = L.TargetBatch.from_head(Head.from_logits(logits, K))
+    stored = L.TargetBatch(Head.from_logits(logits, K).flatten())
     assert (online.top_ids == stored.top_ids).all()
     assert (online.greedy == logits.flatten(0, 1).argmax(-1)).all()
     torch.testing.assert_close(

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from oracles.loss_cases import FULL_LOSSES, HEAD_LOSSES, K, M, full_target, head_target, target_probs
+from oracles.mathematics.loss_cases import (
+    FULL_LOSSES,
+    HEAD_LOSSES,
+    K,
+    M,
+    full_target,
+    head_target,
+    target_probs,
+)
 
 from certdraft import losses as L
 from certdraft.losses.coarse_logits import coarsen

@@ -2,10 +2,10 @@
 
 import math
 
-import oracles.losses as oracle
+import oracles.mathematics.losses as oracle
 import pytest
 import torch
-from oracles.loss_cases import head_target, target_probs
+from oracles.mathematics.loss_cases import head_target, target_probs
 
 from certdraft import losses as L
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.gguf_checkpoints import TEMPLATE, random_llama, write_gguf
+from oracles.models.gguf_checkpoints import TEMPLATE, random_llama, write_gguf
 from transformers import LlamaForCausalLM
 
 from certdraft.support import (

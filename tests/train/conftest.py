@@ -1,5 +1,5 @@
 """Fixtures of the training tests."""
 
-from oracles.tiny_runs import settings, tiny, write
+from oracles.runs.tiny_runs import settings, tiny, write
 
 __all__ = ["settings", "tiny", "write"]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracles.decoding_models import disturbed_drafter, tiny_qwen3
+from oracles.models.decoding_models import disturbed_drafter, tiny_qwen3
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule

@@ -50,6 +50,20 @@ def fit(settings: dict[str, Any], write: Write, *options: str) -> Path:
     return folder
 
 
+def fit_with(
+    short: dict[str, Any], write: Write, logger: str, missing: str, capsys: pytest.CaptureFixture[str]
+) -> Path | None:
+    """The run's folder; None where the logger's package is not installed, which the command must say."""
+    options = ("--trainer.logger", f"configs/logger/{logger}.yaml")
+    if importlib.util.find_spec(logger) is not None:
+        return fit(short, write, *options)
+    with pytest.raises(SystemExit) as stop:
+        fit(short, write, *options)
+    assert stop.value.code == 2
+    assert missing in capsys.readouterr().err
+    return None
+
+
 def test_every_logger_is_told_norm_and_speed(
     short: dict[str, Any], write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,14 +118,9 @@ def test_loggers_are_named_and_placed_unless_the_config_says_so(tmp_path: Path) 
 def test_tensorboard_or_what_is_missing(
     short: dict[str, Any], write: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--trainer.logger", "configs/logger/tensorboard.yaml")
-    if importlib.util.find_spec("tensorboard") is None:
-        with pytest.raises(SystemExit) as stop:
-            fit(short, write, *options)
-        assert stop.value.code == 2
-        assert "tensorboard" in capsys.readouterr().err
+    folder = fit_with(short, write, "tensorboard", "tensorboard", capsys)
+    if folder is None:
         return
-    folder = fit(short, write, *options)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found = EventAccumulator(str(folder / "tensorboard"))
@@ -128,14 +137,9 @@ def test_trackio_or_what_is_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    options = ("--trainer.logger", "configs/logger/trackio.yaml")
-    if importlib.util.find_spec("trackio") is None:
-        with pytest.raises(SystemExit) as stop:
-            fit(short, write, *options)
-        assert stop.value.code == 2
-        assert "pip install trackio" in capsys.readouterr().err
+    folder = fit_with(short, write, "trackio", "pip install trackio", capsys)
+    if folder is None:
         return
-    folder = fit(short, write, *options)
     import trackio
 
     (run,) = trackio.Api().runs("certdraft")

@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from oracles import drafter_layouts as layouts
-from oracles.rotary import LLAMA3, YARN
+from oracles.mathematics.rotary import LLAMA3, YARN
+from oracles.models import drafter_layouts as layouts
 from transformers import PreTrainedTokenizerFast
 
 from certdraft.data import Corpus, Generation, TraceDataModule, record_trace
 from certdraft.decoding import Chain, decode, greedy
-from certdraft.drafters import (
-    BlockDrafter,
-    CardFacts,
-    EagleDrafter,
-    export,
-    load_causal_lm,
-    load_drafter,
-)
+from certdraft.drafters import BlockDrafter, CardFacts, EagleDrafter, export, load_causal_lm, load_drafter
 from certdraft.drafters.features.feature_folder import probe
 from certdraft.losses import HardCE
 from certdraft.train import DrafterModule

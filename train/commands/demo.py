@@ -22,6 +22,7 @@ from certdraft.decoding import BestFirst, Chain, CostAware
 from certdraft.evaluation import run_evaluate, run_profile
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
+from certdraft.train.commands.preflight import recording_of
 from certdraft.train.runs import run_folder
 
 # Changes to the config: the baseline has another loss and no weights, the other drafter is the config's.
@@ -116,15 +117,7 @@ def decoders(data: dict[str, Any]) -> Table:
 def assisted_equals_greedy(
     target: str, drafter: Path, trace: Path, prompts: int = 2, tokens: int = 32
 ) -> bool:
-    """Whether transformers writes the target's greedy text when the exported drafter assists it.
-
-    Args:
-        target: as `load_target` names it.
-        drafter: exported folder.
-        trace: where the prompts come from.
-        prompts: how many.
-        tokens: new tokens a prompt.
-    """
+    """Whether transformers writes the target's greedy text when the exported drafter assists it."""
     from transformers import AutoModelForCausalLM
 
     model: Any = load_target(target)
@@ -160,12 +153,8 @@ def _fit(config: Path, folder: Path, name: str, changes: Sequence[str]) -> Path:
 
 def _recording(run: Path) -> Recording:
     """The settings with which the run's traces were recorded."""
-    from jsonargparse import ArgumentParser
-
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recording, "record")
-    return parser.instantiate(parser.parse_object({"record": settings["data"]["init_args"]["record"]})).record
+    return recording_of(settings["data"]["init_args"]["record"])
 
 
 def _record_test(folder: Path, recording: Recording, rows: int) -> None:

@@ -17,13 +17,6 @@ def check_devices(accelerator: Any, devices: Any) -> None:
     """Refuse a GPU that is not there, and many more processes than a CPU has cores.
 
     Each device of a CPU run is a process with its own model: dozens of them fill a machine's memory.
-
-    Args:
-        accelerator: as Lightning's Trainer takes it; anything but a name is left to it.
-        devices: as Lightning's Trainer takes it.
-
-    Raises:
-        ValueError: the devices are not there.
     """
     if lacks_gpu(accelerator):
         raise ValueError(

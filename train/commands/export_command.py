@@ -99,12 +99,7 @@ def lint(path: str, target: str | None = None) -> None:
 
 
 def find(run: str | Path) -> Path:
-    """Return the checkpoint meant by a run folder or a file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is sharded over several files.
-    """
+    """Return the checkpoint meant by a run folder or a file."""
     path = Path(run).expanduser()
     choices = (
         [path] if path.suffix == ".ckpt" else [path / "checkpoints" / f"{k}.ckpt" for k in ("best", "last")]
@@ -123,15 +118,7 @@ def find(run: str | Path) -> Path:
 
 
 def load_module(checkpoint: Path, trust: bool = False) -> tuple[DrafterModule, dict[str, Any]]:
-    """Load the module a checkpoint was saved from, in eval mode, and the checkpoint's content.
-
-    Args:
-        checkpoint: the file.
-        trust: build foreign classes too, see `refuse_foreign_classes`.
-
-    Raises:
-        ValueError: the checkpoint does not describe its drafter, or describes a larger one than it holds.
-    """
+    """Load the module a checkpoint was saved from, in eval mode, and the checkpoint's content."""
     content = read_checkpoint(checkpoint)
     facts = content.get("certdraft", {})
     if not facts.get("target") or not facts.get("config"):

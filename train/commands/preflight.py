@@ -21,9 +21,6 @@ def preflight(settings: dict[str, Any]) -> list[str]:
 
     The drafter's network is made on the meta device from the target's config.
 
-    Args:
-        settings: as `certdraft fit --print_config` prints them.
-
     Returns:
         What was found, in a few words each.
 
@@ -90,12 +87,17 @@ def _recording(record: dict[str, Any] | None) -> Recording | None:
     """The recording of `data.record`, checked against its target's config."""
     if not record:
         return None
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Recording, "record")
-    made: Recording = parser.instantiate(parser.parse_object({"record": record})).record
+    made = recording_of(record)
     read_config(made.target)
     check_settings(made)
     return made
+
+
+def recording_of(record: dict[str, Any]) -> Recording:
+    """The settings of `data.record` in a config."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Recording, "record")
+    return parser.instantiate(parser.parse_object({"record": record})).record
 
 
 def _may_be_too_long(recording: Recording) -> list[str]:

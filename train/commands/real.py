@@ -57,11 +57,7 @@ class Sizes:
 
     @classmethod
     def scaled(cls, minutes: float) -> Sizes:
-        """Sizes for about so many minutes; 45 are the defaults.
-
-        Raises:
-            ValueError: fewer than 2 minutes.
-        """
+        """Sizes for about so many minutes; 45 are the defaults."""
         if minutes < 2:
             raise ValueError(f"--minutes {minutes:g}: give at least 2")
         full, share = cls(), minutes / 45
@@ -170,11 +166,7 @@ def real(
 
 
 def target_of(run: Path) -> str:
-    """The target of a finished or begun run, by the name it was recorded under.
-
-    Raises:
-        TraceError: nothing was recorded yet.
-    """
+    """The target of a finished or begun run, by the name it was recorded under."""
     return open_trace(run / "traces" / "train").meta.target
 
 
@@ -315,11 +307,7 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
-    """Return a token that no chat contains, for DFlash's mask; None where the vocabulary has a spare row.
-
-    Raises:
-        ValueError: the tokenizer fills the vocabulary, and every added token is in use.
-    """
+    """Return a token that no chat contains, for DFlash's mask; None where the vocabulary has a spare row."""
     if max(tokenizer.get_vocab().values()) + 1 < vocab_size:
         return None
     template = str(tokenizer.chat_template or "")

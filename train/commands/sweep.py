@@ -64,9 +64,6 @@ class Sweep:
         Args:
             count: most points; `run_cap` when not given.
             seed: of the draws.
-
-        Raises:
-            ValueError: the grid was asked of a range, or no count was given for draws.
         """
         count = self.run_cap if count is None else count
         if self.method == "grid":
@@ -89,12 +86,7 @@ class Sweep:
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """Read and check a sweep file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a sweep that W&B and this program both run; says which key is wrong and why.
-    """
+    """Read and check a sweep file."""
     file = Path(path)
     try:
         content = _numbers(yaml.safe_load(file.read_text(encoding="utf-8")))

@@ -14,12 +14,19 @@ Letters: H hidden · V vocabulary.
 
 from __future__ import annotations
 
+import os
+import timeit
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from certdraft.train.plan.model_sizes import ModelSizes
 
 GB = 1e9
+_SIDE = 1024  # of the square matrices that are multiplied to measure a CPU
+_BYTES = 1 << 27  # copied to measure its bandwidth, more than any cache holds
 
 
 @dataclass(frozen=True)
@@ -137,3 +144,30 @@ def record_batch_s(
 def all_reduce_s(trained: int, world: int, link_gb_s: float) -> float:
     """fp32 gradients once around a ring of `world` devices: 2 (N − 1)/N of their bytes over one link."""
     return 2 * (world - 1) / world * 4 * trained / (link_gb_s * GB)
+
+
+def measured_cpu(precision: str) -> Device:
+    """The CPU of this machine: its memory read, its speed measured in half a second.
+
+    Measured are one matrix product in the dtype that `precision` multiplies in, and one copy.
+    """
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float32
+    factor = torch.randn(_SIDE, _SIDE).to(dtype)
+    product_s = _best(lambda: factor @ factor)
+    source = torch.zeros(_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    copy_s = _best(lambda: target.copy_(source))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device(
+        memory_gb=memory / GB,
+        bf16_tflops=2 * _SIDE**3 / product_s / 1e12,
+        bandwidth_gb_s=2 * _BYTES / copy_s / GB,
+        kind="cpu",
+        overhead_gb=0.8,
+        overhead="Python, libraries, fragmentation",
+    )
+
+
+def _best(work: Callable[[], object], repeats: int = 5) -> float:
+    """Seconds of the fastest of some calls; the first one, which warms up, is not counted."""
+    return min(timeit.repeat(work, number=1, repeat=repeats + 1)[1:])

@@ -103,16 +103,7 @@ def drafter_sizes(settings: dict[str, Any], target: str, seq_len: int = 4096) ->
 
 
 def meta_drafter(settings: dict[str, Any], target: str) -> Drafter:
-    """Return the drafter that `fit` builds from the `model.drafter` of a config, on the meta device.
-
-    Args:
-        settings: `class_path` and `init_args`.
-        target: as in `sizes_of`.
-
-    Raises:
-        FileNotFoundError: the config of the target, or of a `pretrained` drafter, is not here.
-        ValueError: an unknown class, or arguments that do not fit it or the target.
-    """
+    """Return the drafter that `fit` builds from the `model.drafter` of a config, on the meta device."""
     kind, parser = _class(settings["class_path"]), ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "drafter", instantiate=False, fail_untyped=False)
     parsed = parser.instantiate(parser.parse_object({"drafter": settings.get("init_args") or {}}))

@@ -14,9 +14,8 @@ from certdraft.data import bytes_per_token
 from certdraft.losses import auto_chunk_tokens
 from certdraft.train.optim import check_precision
 from certdraft.train.plan import formulas
-from certdraft.train.plan.formulas import DEVICES, GB
+from certdraft.train.plan.formulas import DEVICES, GB, measured_cpu
 from certdraft.train.plan.model_sizes import ModelSizes, drafter_sizes, sizes_of
-from certdraft.train.plan.this_machine import measured_cpu
 from certdraft.train.runs.config_files import fill_in_groups
 
 _SHIPPED = Path(__file__).parents[2] / "configs"
@@ -187,11 +186,7 @@ def _count(devices: object) -> int:
 
 
 def load_config(file: Path) -> dict[str, Any]:
-    """Read a fit config and the group files it names, relative to the file that names them.
-
-    Raises:
-        FileNotFoundError: names the file.
-    """
+    """Read a fit config and the group files it names, relative to the file that names them."""
     if not file.is_file():
         raise FileNotFoundError(f"plan: no config {file}")
 

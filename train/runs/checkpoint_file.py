@@ -28,11 +28,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         self._written: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint and its hash.
-
-        Raises:
-            OSError: no space left, or the folder is not writable; the checkpoints there are intact.
-        """
+        """Write a checkpoint and its hash."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         listed = _read_sums(file.parent)
@@ -70,10 +66,6 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, verify: bool
         path: the file.
         map_location: as `torch.load` takes it.
         verify: compare the file with its listed hash first; costs one read of the file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds more than tensors and plain values.
     """
     file = Path(path)
     if not file.is_file():
@@ -100,11 +92,7 @@ def is_whole(path: str | Path) -> bool:
 
 
 def first_whole(files: Iterable[Path]) -> Path | None:
-    """The first existing checkpoint that is whole; None when none exists.
-
-    Raises:
-        ValueError: all of them are damaged.
-    """
+    """The first existing checkpoint that is whole; None when none exists."""
     damaged: list[Path] = []
     for file in files:
         if not file.exists():

@@ -41,11 +41,7 @@ def shipped(name: str) -> Path | None:
 
 
 def find_config(name: str) -> Path:
-    """The file that a user means: a path, or the name of a config that ships.
-
-    Raises:
-        FileNotFoundError: neither; suggests the nearest name.
-    """
+    """The file that a user means: a path, or the name of a config that ships."""
     path = Path(name).expanduser()
     if path.exists() and not path.is_dir():  # a pipe, as in --config <(…), is no regular file
         return path
@@ -76,20 +72,13 @@ def fill_in_groups(settings: Any, exists: Callable[[str], bool]) -> Any:
     return settings
 
 
-def newest_run(runs_dir: str = "runs") -> Path:
-    """The run that was started last, of those that trained; of all where none did.
-
-    Args:
-        runs_dir: parent of all run folders.
-
-    Raises:
-        FileNotFoundError: there is no run.
-    """
+def newest_run() -> Path:
+    """The run below runs/ that was started last, of those that trained; of all where none did."""
     depths = ("*/*", "*/*/*")  # a sweep's and the demo's runs lie one deeper
-    found = [file for depth in depths for file in Path(runs_dir).glob(f"{depth}/config.yaml")]
+    found = [file for depth in depths for file in Path("runs").glob(f"{depth}/config.yaml")]
     found = [file for file in found if (file.parent / "run.yaml").is_file()]
     if not found:
-        raise FileNotFoundError(f"{LATEST}: no run under {runs_dir}/; train first, or give a run's folder")
+        raise FileNotFoundError(f"{LATEST}: no run under runs/; train first, or give a run's folder")
     found = [file for file in found if _trained(file.parent)] or found  # a refused one leaves a folder too
     return max(found, key=lambda file: (file.stat().st_mtime, file)).parent
 
@@ -103,9 +92,6 @@ def configs(containing: str = "") -> None:
 
     Args:
         containing: only those with this in their name, as in `recipes/qwen3-8b`.
-
-    Raises:
-        ValueError: none has.
     """
     names = [name for name in config_names() if containing in name]
     if not names:
@@ -122,10 +108,6 @@ def init(name: str, out: str = "configs") -> None:
     Args:
         name: of the config, as `certdraft configs` lists it.
         out: folder that the files are written to, in the same sub-folders.
-
-    Raises:
-        FileNotFoundError: no such config.
-        FileExistsError: a file there has other content; nothing is written.
     """
     source = shipped(name) or find_config(name).resolve()
     if not source.is_relative_to(CONFIGS):

@@ -80,11 +80,7 @@ def pass_on(folder: Path) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a folder against other processes; one that is still empty at the end is removed.
-
-    Raises:
-        ValueError: another process holds the folder.
-    """
+    """Lock a folder against other processes; one that is still empty at the end is removed."""
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -103,16 +99,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def refuse_other_run(folder: Path, settings: Mapping[str, Any], resuming: bool) -> None:
-    """Raise if a new run would mix with one that the folder holds already, as a job's folder may.
-
-    Args:
-        folder: of the new run.
-        settings: of this command.
-        resuming: whether it was asked to go on (and there is no checkpoint yet).
-
-    Raises:
-        ValueError: the folder holds a run, of other settings or one that was not to be continued.
-    """
+    """Raise if a new run would mix with one that the folder holds already, as a job's folder may."""
     file = folder / "config.yaml"
     if file.exists() and not (resuming and not differences(read_yaml(file), settings)):
         raise ValueError(
@@ -127,9 +114,6 @@ def find_checkpoint(name_dir: str | os.PathLike[str], which: str = "last") -> Pa
     Args:
         name_dir: runs_dir/name.
         which: "last", written every few steps, or "best" by the monitored metric.
-
-    Raises:
-        ValueError: what there is, is damaged.
     """
     names = (LAST, PREVIOUS) if which == "last" else (f"{which}.ckpt",)
     found = [path for name in names for path in Path(name_dir).glob(f"*/checkpoints/{name}")]
@@ -154,11 +138,7 @@ def saved_config(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The settings in a run's config.yaml.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The settings in a run's config.yaml."""
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
@@ -175,11 +155,6 @@ def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str] = FREE_KEYS
 ) -> dict[str, tuple[Any, Any]]:
     """Settings that differ: dotted key → (old, new). A missing key counts as None.
-
-    Args:
-        old: settings of the checkpoint.
-        new: settings of this command.
-        free: patterns of keys that may differ.
 
     Examples:
         >>> differences({"trainer": {"max_steps": 5, "logger": True}}, {"trainer": {"max_steps": 9}})
@@ -218,9 +193,6 @@ def refuse_changed(
         new: settings of this command.
         allowed: patterns of keys that may differ, besides `FREE_KEYS`.
         only: prefix of the keys that matter.
-
-    Raises:
-        SettingsChanged: some differ; all of them are listed, with both values.
     """
     old = saved_config(checkpoint)
     changed = differences(old, new, (*FREE_KEYS, *allowed)) if old else {}

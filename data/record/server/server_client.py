@@ -11,9 +11,7 @@ from numpy import ndarray
 
 from certdraft.data.corpus.chat import PromptSet
 from certdraft.data.record.generation import eos_ids_of_configs
-from certdraft.data.record.recording import (
-    Recording,
-)
+from certdraft.data.record.recording import Recording
 from certdraft.data.record.server.feature_check import compare_features, target_features
 from certdraft.data.record.server.feature_files import FeatureFiles, LostFile, with_last_token
 from certdraft.data.record.server.http_server import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.server_process import ServerProcess, serving
+from oracles.servers.server_process import ServerProcess, serving
 from transformers import Qwen3ForCausalLM
 
 from certdraft.data import Generation, Prompts, Server, ServerError, TraceDataModule, record_trace

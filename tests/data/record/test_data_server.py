@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles.server_process import NO_PROXY, ServerProcess, serving
-from oracles.traces import assert_same_trace
+from oracles.runs.traces import assert_same_trace
+from oracles.servers.server_process import NO_PROXY, ServerProcess, serving
 
 from certdraft.certificates import StrictGreedy, Typical, radius
 from certdraft.data import (

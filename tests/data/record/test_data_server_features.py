@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles.server_process import FOLDER, ServerProcess, serving
-from oracles.traces import assert_same_features, assert_same_trace
+from oracles.runs.traces import assert_same_features, assert_same_trace
+from oracles.servers.server_process import FOLDER, ServerProcess, serving
 
 from certdraft.data import (
     Corpus,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles.recordings import SETTINGS, files_of, generation, record
+from oracles.runs.recordings import SETTINGS, files_of, generation, record
 from transformers import Qwen3ForCausalLM
 
 from certdraft.data import (

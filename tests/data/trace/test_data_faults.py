@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from oracles import forked
+from oracles.runs import forked
 
 from certdraft.data import Accounting, Corpus, Generation, Prompts, RecordedRow, TraceMeta, record_trace
 from certdraft.data.record import writer as writer_module

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jsonargparse
 import pytest
 import torch
-from oracles.recordings import generation, record
+from oracles.runs.recordings import generation, record
 from transformers import Qwen3ForCausalLM
 
 from certdraft.data import (

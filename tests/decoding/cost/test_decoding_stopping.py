@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles.decoding_models import MarginalDrafter, TableDrafter, TableTarget, random_distribution
+from oracles.models.decoding_models import MarginalDrafter, TableDrafter, TableTarget, random_distribution
 
 from certdraft.decoding import BestFirst, CostAware, CostModel, RealClock, SampleMatch, decode
 from certdraft.decoding.cost.cost_aware import take_lambda, take_ratio, take_safe

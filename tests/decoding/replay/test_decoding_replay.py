@@ -1,8 +1,10 @@
 """Replay against the live loop, round by round."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from oracles.decoding_models import (
+from oracles.models.decoding_models import (
     FeatureDrafter,
     FeatureMarginalDrafter,
     GarbageDrafter,
@@ -12,7 +14,7 @@ from oracles.decoding_models import (
     random_distribution,
     tiny_qwen3,
 )
-from oracles.feature_drafters import enlarge
+from oracles.models.feature_drafters import enlarge
 
 from certdraft.decoding import (
     BestFirst,
@@ -24,6 +26,7 @@ from certdraft.decoding import (
     TableClock,
     TargetRunner,
     decode,
+    fingerprint,
     greedy,
     greedy_ranks,
     replay,
@@ -214,3 +217,15 @@ def test_an_unfinished_text_is_refused(text: list[int]) -> None:
     drafter.taps = (1,)
     with pytest.raises(ValueError, match=r"target layers \(1,\); .* at the first 32 tokens .* `features`"):
         replay(drafter, PROMPT, text)
+
+
+@pytest.mark.parametrize("family", ["eagle", "block"])
+def test_costs_measured_with_a_drafter_hold_for_its_replay(family: str, text: list[int]) -> None:
+    _, drafter = real_drafter(family)
+    table = CostModel.table([1 + 0.05 * n for n in range(33)], 0.1)
+    builder = CostAware(replace(table, drafter=fingerprint(drafter)), max_depth=4)
+    features = torch.randn(len(PROMPT) + len(text), len(drafter.taps), drafter.config.hidden_size)
+    assert replay(drafter, PROMPT, text, builder, features=features).rounds
+    other = CostAware(replace(table, drafter="another"), max_depth=4)
+    with pytest.raises(ValueError, match="measured with drafter"):
+        replay(drafter, PROMPT, text, other, features=features)

@@ -7,12 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.decoding_models import (
-    MarginalDrafter,
-    TableDrafter,
-    all_prefixes,
-    random_distribution,
-)
+from oracles.models.decoding_models import MarginalDrafter, TableDrafter, all_prefixes, random_distribution
 
 from certdraft.decoding import BestFirst, Chain, NodeStream, RealClock, StaticTree, Tree
 from certdraft.decoding.draft_session import DraftSession

@@ -6,9 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import assert_checkpointing_changes_nothing, block_logits, enlarge
-from oracles.rotary import YARN
+from oracles.mathematics.rotary import YARN
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import (
+    assert_checkpointing_changes_nothing,
+    block_logits,
+    enlarge,
+    packed_paths,
+)
 from torch import Tensor
 
 from certdraft.drafters import BlockConfig, BlockDrafter
@@ -47,12 +52,8 @@ def test_training_blocks_are_the_reference(every: bool, config: dict[str, Any]) 
     """B1 with the definition: every block of a packed row, from its context alone."""
     drafter = block(**config)
     ids, features = text(13)
-    documents = torch.tensor([0] * 5 + [1] * 6 + [-1] * 2)
-    positions = torch.tensor([*range(5), *range(6), 0, 1])
     with torch.no_grad():
-        paths = drafter.paths(
-            ids[None], positions[None], documents[None], documents[None] >= 0, features[None], every=every
-        )
+        paths = packed_paths(drafter, ids, features, every)
         logits = drafter.head(paths.hidden).double()
     assert sorted(paths.steps[:, 0].tolist()) == list(range(11))
     for path in range(len(logits)):

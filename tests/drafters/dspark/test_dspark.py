@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import dspark_drafts, enlarge
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import dspark_drafts, enlarge, packed_paths
 from torch import Tensor
 
 from certdraft.decoding import Chain, CutChain, TargetRunner, decode, greedy
@@ -45,12 +45,8 @@ def test_training_blocks_are_the_reference(every: bool, config: dict[str, Any]) 
     drafter = dspark(**config)
     depth = drafter.max_draft_length
     ids, features = text(13)
-    documents = torch.tensor([0] * 5 + [1] * 6 + [-1] * 2)
-    positions = torch.tensor([*range(5), *range(6), 0, 1])
     with torch.no_grad():
-        paths = drafter.paths(
-            ids[None], positions[None], documents[None], documents[None] >= 0, features[None], every=every
-        )
+        paths = packed_paths(drafter, ids, features, every)
         logits = drafter.head(paths.hidden).double()
         sure = drafter.confidence(paths.hidden).sigmoid().double() if drafter.confidence_weight else None
     assert sorted(paths.steps[:, 0].tolist()) == list(range(11))

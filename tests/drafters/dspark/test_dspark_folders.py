@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import drafter_layouts as layouts
+from oracles.models import drafter_layouts as layouts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.drafters import DSparkDrafter, lint_export

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import assert_checkpointing_changes_nothing, eagle_logits, enlarge
-from oracles.rotary import LINEAR, LLAMA3, YARN
+from oracles.mathematics.rotary import LINEAR, LLAMA3, YARN
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import assert_checkpointing_changes_nothing, eagle_logits, enlarge
 from torch import Tensor
 
 from certdraft.drafters import EagleConfig, EagleDrafter
-from certdraft.drafters.eagle3.draft_vocab import choose, coverage, from_tables, to_tables
+from certdraft.drafters.eagle3.draft_vocab import ABSENT, choose, coverage, from_tables, to_tables
 
 V = 40
 TARGET = tiny_qwen3(0, V, layers=7)
@@ -202,6 +202,18 @@ def test_draft_vocabulary_round_trip() -> None:
     logits = drafter.head(torch.randn(2, TARGET.config.hidden_size))
     assert (logits[:, outside] == -1e4).all()
     assert logits.shape == (2, V)
+
+
+def test_narrow_logits_are_those_of_the_draft_vocabulary() -> None:
+    drafter = eagle(draft_vocab_size=30)
+    ids, features = text(6)
+    whole, narrow = (
+        draft(drafter.start(ids[:-1], features[:-1]), [int(ids[-1]), 3], [-1, 0])
+        for draft in (drafter.draft, drafter.draft_narrow)
+    )
+    assert narrow.shape == (2, 30)
+    assert torch.equal(narrow, whole[:, drafter.draft_ids])
+    assert int((whole > ABSENT).sum()) == narrow.numel()
 
 
 def test_target_parts_stay_outside_the_state_dict() -> None:

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import block_logits, dspark_drafts, eagle_logits, enlarge
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import block_logits, dspark_drafts, eagle_logits, enlarge
 from torch import Tensor
 from torch.nn import functional
 
@@ -123,12 +123,12 @@ def test_text_is_the_targets_greedy_text(name: str, builder: str, drafters, text
 def test_garbage_changes_no_text(family: str, drafters, texts, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, generator = drafters[family], torch.Generator().manual_seed(0)
 
-    def garbage(hidden: Tensor) -> Tensor:
-        logits = torch.randn(*hidden.shape[:-1], V, generator=generator)
+    def garbage(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = torch.randn(*hidden.shape[:-1], len(weight), generator=generator)
         broken = torch.rand((), generator=generator) < 0.2
         return logits * torch.nan if broken else logits.round()
 
-    monkeypatch.setattr(drafter, "head", garbage)
+    monkeypatch.setattr(drafter, "_project", garbage)
     target = TargetRunner(MODEL, drafter.taps)
     for prompt, text in zip(PROMPTS, texts, strict=True):
         with pytest.warns(RuntimeWarning, match="not finite"):

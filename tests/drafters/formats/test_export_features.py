@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from oracles import drafter_layouts as layouts
-from oracles.exported_readers import DFlashReader, DSparkReader, Eagle3Reader, speculate
-from oracles.rotary import LINEAR, LLAMA3, YARN
+from oracles.mathematics.rotary import LINEAR, LLAMA3, YARN
+from oracles.models import drafter_layouts as layouts
+from oracles.models.exported_readers import DFlashReader, DSparkReader, Eagle3Reader, speculate
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import drafter_layouts as layouts
+from oracles.models import drafter_layouts as layouts
 from torch import Tensor
 
 from certdraft.drafters import lint_export

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import drafter_layouts as layouts
-from oracles.rotary import YARN
+from oracles.mathematics.rotary import YARN
+from oracles.models import drafter_layouts as layouts
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 

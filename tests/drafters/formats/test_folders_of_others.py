@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import drafter_layouts as layouts
-from oracles.rotary import LINEAR
+from oracles.mathematics.rotary import LINEAR
+from oracles.models import drafter_layouts as layouts
 
 from certdraft.drafters.dflash.export import read_dflash
 from certdraft.drafters.eagle3.export import read_eagle3

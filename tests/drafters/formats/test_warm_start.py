@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.decoding_models import tiny_qwen3
-from oracles.feature_drafters import enlarge
+from oracles.models.decoding_models import tiny_qwen3
+from oracles.models.feature_drafters import enlarge
 from safetensors.torch import save_file
 
 from certdraft.drafters import BlockConfig, BlockDrafter, EagleConfig, EagleDrafter

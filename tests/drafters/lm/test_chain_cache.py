@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles.architectures import EXPERTS, LINEAR, V, made
+from oracles.models.architectures import EXPERTS, LINEAR, V, made
 from transformers import PreTrainedModel
 
 from certdraft.decoding import Chain, decode, decode_batch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles.outcomes import with_other_tokenizer
+from oracles.runs.outcomes import with_other_tokenizer
 
 from certdraft.certificates import Additive, Coverage, StrictGreedy, kl_divergence_logp, radius
 from certdraft.data import (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles.fake_engine import Engine, serve
+from oracles.servers.fake_engine import Engine, serve
 
 PROMPTS = 6
 

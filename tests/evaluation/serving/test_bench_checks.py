@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from oracles.fake_engine import Engine
+from oracles.servers.fake_engine import Engine
 
 from certdraft.evaluation import run_bench
 from certdraft.evaluation.serving.bench_summary import break_even

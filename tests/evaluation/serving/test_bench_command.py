@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles.fake_engine import Engine
+from oracles.servers.fake_engine import Engine
 
 from certdraft.data import ServerError
 from certdraft.evaluation import run_bench

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles import fake_engine
+from oracles.servers import fake_engine
 
 from certdraft.data import ServerError, load_target, load_tokenizer
 from certdraft.drafters import CausalDrafter, export

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracles.outcomes import fails
+from oracles.runs.outcomes import fails
 
 from certdraft.train.commands.cli import COMMANDS, guard, main
 from certdraft.train.commands.devices import check_devices

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.gguf_checkpoints import random_llama, write_gguf
+from oracles.models.gguf_checkpoints import random_llama, write_gguf
 
 from certdraft.data import Generation, Prompts, TraceMeta, load_target, record_trace
 from certdraft.drafters import lint_export, load_drafter, read_facts

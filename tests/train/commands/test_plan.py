@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from oracles.architectures import GEMMA, made
+from oracles.models.architectures import GEMMA, made
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import certdraft

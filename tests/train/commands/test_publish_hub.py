@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from oracles.fake_hub import FakeHub, serving
+from oracles.servers.fake_hub import FakeHub, serving
 
 from certdraft.data import load_tokenizer, tokenizer_fingerprint
 from certdraft.drafters import CardFacts, CausalDrafter, export

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
-from oracles import forked
-from oracles.outcomes import fails
+from oracles.runs import forked
+from oracles.runs.outcomes import fails
 
 from certdraft.train.commands.cli import main
 from certdraft.train.runs import run_folder

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import forked
+from oracles.runs import forked
 
 from certdraft.train.commands.cli import main
 from certdraft.train.runs import run_folder

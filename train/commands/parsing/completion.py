@@ -39,13 +39,7 @@ def options_of(command: str) -> list[str]:
 
 
 def script(shell: str, options: Mapping[str, Sequence[str]], summaries: Mapping[str, str]) -> str:
-    """The completion script.
-
-    Args:
-        shell: one that shtab supports.
-        options: command → its options; their values are completed as files.
-        summaries: command → one line of help.
-    """
+    """The completion script."""
     import shtab
 
     parser = argparse.ArgumentParser("certdraft")

@@ -19,12 +19,7 @@ _DEPENDENCIES = ("jsonargparse", "pytorch-lightning", "torch", "transformers")  
 
 
 def show_help(name: str, make: Callable[[], Any]) -> None:
-    """Print the help of a command, made by `make` unless the same sources made it before.
-
-    Args:
-        name: the command as typed, program included.
-        make: prints the text, and may raise SystemExit.
-    """
+    """Print the help of a command, made by `make` unless the same sources made it before."""
     file = _folder() / f"{_key(name)}.txt"
     with contextlib.suppress(OSError, UnicodeDecodeError):
         print(file.read_text(encoding="utf-8"), end="")

@@ -20,12 +20,6 @@ def refuse_unreachable(args: Sequence[str]) -> None:
     """Raise if `certdraft fit` would record a trace of a target that only an unreachable hub has.
 
     In every other case, and for settings that are not plain, nothing is decided here: the run itself says.
-
-    Args:
-        args: as typed, with the names of configs replaced by their paths.
-
-    Raises:
-        FileNotFoundError: no folder of that name, no copy in the hub's cache, and no answer from the hub.
     """
     settings = _settings(args)
     name, trace = _value(settings, _NAME), _value(settings, _TRACE)

@@ -29,14 +29,6 @@ def refuse_foreign_classes(settings: Any, where: object, trust: bool = False) ->
 
     Lightning's callbacks, loggers, strategies, plugins and profilers are allowed. Only modules of these
     two packages are imported to find out.
-
-    Args:
-        settings: content of a config.
-        where: what to call it in the message.
-        trust: the user has read the config and means it.
-
-    Raises:
-        ValueError: with the key and the name.
     """
     for key, name in [] if trust else _names(settings, ""):
         if not _is_known(name):

@@ -101,11 +101,7 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def check_syntax(args: Sequence[str]) -> None:
-    """Read every YAML file named on the command line once: the parser's own message does not name the file.
-
-    Raises:
-        ValueError: a file is not YAML, with its name, line and column; or a config holds no settings.
-    """
+    """Read every YAML file of the command line once: the parser's own message does not name the file."""
     Strict.typed = tuple(args)
     for flag, path in _yaml_files(args):
         try:
@@ -153,10 +149,6 @@ def place_in_files(complaint: str, args: Sequence[str]) -> str:
 
 def explain(message: str, keys: Iterable[str] = ()) -> str:
     """The deepest complaint in a jsonargparse message, on one line, with the nearest legal name.
-
-    Args:
-        message: of jsonargparse.
-        keys: dotted names that are legal at the top level.
 
     Examples:
         >>> explain("unrecognized arguments: --trainer.max_step 3", ["trainer.max_steps", "trainer.max_time"])

@@ -37,11 +37,7 @@ _TRAINER = {
 
 
 def short_help(prog: str) -> str:
-    """Return the options that most runs set.
-
-    Args:
-        prog: program and command, as in "certdraft fit".
-    """
+    """Return the options that most runs set."""
     lines = [f"usage: {prog} --config CONFIG [--OPTION VALUE ...]", "", "run:"]
     for name, told in _RUN.items():
         lines += _entry(f"--{name}", told)

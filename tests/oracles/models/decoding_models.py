@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -298,3 +299,14 @@ def all_prefixes(
             above = masses[path[:-1]] if depth > 1 else 1.0
             masses[path] = above * distribution((*start, *path[:-1]))[path[-1]]
     return masses
+
+
+def with_one_wrong_token(decode: Callable[..., Any], place: int, vocab_size: int) -> Callable[..., Any]:
+    """`decode`, whose texts have another token at `place`."""
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = decode(*args, **kwargs)
+        result.tokens[place] = (result.tokens[place] + 1) % vocab_size
+        return result
+
+    return wrong

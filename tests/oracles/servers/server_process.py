@@ -14,7 +14,7 @@ from typing import Any
 from certdraft.data import Server
 
 FOLDER = "layers_1_2"  # below the shared folder: where the server writes hidden states
-_FILE = Path(__file__).parents[1] / "data" / "record" / "completion_server.py"
+_FILE = Path(__file__).parents[2] / "data" / "record" / "completion_server.py"
 NO_PROXY = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
 
 

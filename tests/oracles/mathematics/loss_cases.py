@@ -2,7 +2,7 @@
 
 import math
 
-import oracles.losses as oracle
+import oracles.mathematics.losses as oracle
 import torch
 
 from certdraft import losses as L

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from oracles.rotary import frequencies
+from oracles.mathematics.rotary import frequencies
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
@@ -43,6 +43,13 @@ def assert_checkpointing_changes_nothing(drafter: Any, ids: Tensor, features: Te
         gradients.append([parameter.grad.clone() for parameter in drafter.parameters()])
     for one, two in zip(*gradients, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def packed_paths(drafter: Any, ids: Tensor, features: Tensor, every: bool) -> Any:
+    """Rounds along one row of two documents, of 5 and 6 tokens, and two tokens of padding."""
+    documents = torch.tensor([[0] * 5 + [1] * 6 + [-1] * 2])
+    positions = torch.tensor([[*range(5), *range(6), 0, 1]])
+    return drafter.paths(ids[None], positions, documents, documents >= 0, features[None], every=every)
 
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:

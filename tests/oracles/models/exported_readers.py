@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracles.rotary import frequencies
+from oracles.mathematics.rotary import frequencies
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu

@@ -1,0 +1,104 @@
+"""Does a causal drafter gain from training on its own draft tokens? Continued training, held-out prompts.
+
+    certdraft real --drafters '[causal]'
+    python benchmarks/on_policy.py --run runs/real      # about half an hour a seed on one core
+
+The causal drafter of the run is trained further for the same number of steps, from the same weights and on
+the same batches: on the target's text with CE + KL (*text*), and with half of the micro-batches ending in
+its own rounds (`model.on_policy`), with CE + KL (*rounds*), with the loss of Draft-OPD (*draft-opd*), and
+with the same loss weighted by the KL radius of each rejection (*avoidable*). The target runs beside it.
+Counts are stored a prompt, replayed on the test text of `real_losses.py`; intervals are 95 %, paired
+over prompts, against *text*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from real_losses import CE, KL, Study, against, half, part, value
+
+from certdraft.evaluation import Table
+from certdraft.train.commands import lightning_cli
+from certdraft.train.commands.export_command import export_run
+from certdraft.train.commands.real import held_out_prompts, target_of
+from certdraft.train.runs import run_folder
+
+ROUNDS = {"depth": 4, "share": 0.5}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float] | None]] = {
+    "text": (half(CE, KL), None),
+    "rounds": (half(CE, KL), ROUNDS),
+    "draft-opd": (part("OnPolicyKL", decay=0.8), ROUNDS),
+    "avoidable": (part("OnPolicyKL", decay=0.8, avoidable=0.1), ROUNDS),
+}
+NUMBERS = [
+    ("lengths", "chain 4"),
+    ("lengths", "best-first 8"),
+    ("lengths", "best-first 32"),
+    ("rates", "top-1"),
+]
+
+
+class Continued(Study):
+    """The causal drafter of a run, trained further."""
+
+    def trained(self, name: str, seed: int) -> Path:
+        """The exported drafter."""
+        label = f"causal-{name}-{self.steps}-{seed}"
+        out = self.run / "losses" / "exports" / label
+        if not out.exists():
+            loss, rounds = VARIANTS[name]
+            pretrained = {"pretrained": str(self.run / "exports" / "causal")}
+            typed = [
+                "--config", str(held_out_prompts().parent / "causal.yaml"),
+                "--name", label, f"--seed_everything={seed}",
+                "--runs_dir", str(self.run / "losses" / "runs"),
+                "--data.train", str(self.run / "traces" / "train"),
+                "--data.validation", str(self.run / "traces" / "validation"),
+                "--data.record", "null", f"--data.seed={seed}",
+                "--model.drafter", json.dumps({"class_path": "CausalDrafter", "init_args": pretrained}),
+                "--model.target", json.dumps({"name": self.target, "full": False}),
+                "--model.loss", json.dumps(loss), "--model.on_policy", json.dumps(rounds),
+                "--model.optimizer.lr", "3.0e-4",
+                "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
+            ]  # fmt: skip
+            lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+            found = run_folder.find_checkpoint(self.run / "losses" / "runs" / label, "last")
+            assert found is not None
+            export_run(str(found), str(out), name="causal-smollm2")
+        return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
+    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/on-policy"))
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    name = args.target or target_of(args.run)
+    study = Continued(args.run, args.results, args.steps, name, args.prompts)
+    for seed in range(args.seeds):
+        for variant in VARIANTS:
+            study.counted(variant, seed)
+    stored: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in sorted(args.results.glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        stored.setdefault(data["loss"], {})[data["seed"]] = data
+    rows = [
+        [name, str(len(stored[name]))]
+        + [f"{value(stored, name, n):.3f}{against(stored, name, 'text', n)}" for n in NUMBERS]
+        for name in VARIANTS
+    ]
+    table = Table("Test prompts, against text", ["trained on", "seeds", *(n for _, n in NUMBERS)], rows)
+    sys.stdout.write(table.markdown() + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""`WideHead`: the logits of `project_fp32`, and never those of a weight that is gone."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from certdraft.support import WideHead, project_fp32
+
+BF16 = torch.bfloat16
+
+
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Widened(TorchDispatchMode):
+    """Counts the values that are converted to fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.values += result.numel()
+        return result
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_logits_are_those_of_project_fp32(shape: tuple[int, ...], biased: bool) -> None:
+    head, weight = WideHead(), drawn(40, 24)
+    bias = drawn(40, seed=2) if biased else None
+    hidden = drawn(*shape, 24, seed=1)
+    with torch.no_grad():
+        for _ in range(2):
+            logits = head(hidden, weight, bias)
+            assert logits.dtype == torch.float32
+            torch.testing.assert_close(logits, project_fp32(hidden, weight, bias), atol=1e-5, rtol=1e-5)
+
+
+def test_the_weight_is_widened_once() -> None:
+    head, weight, hidden = WideHead(), drawn(40, 24), drawn(2, 24, seed=1)
+    with torch.no_grad(), Widened() as first:
+        head(hidden, weight)
+    with torch.no_grad(), Widened() as second:
+        head(hidden, weight)
+    assert first.values >= weight.numel()
+    assert second.values <= hidden.numel()
+
+
+def test_a_changed_or_replaced_weight_is_widened_again() -> None:
+    head, weight, hidden = WideHead(), drawn(40, 24), drawn(2, 24, seed=1)
+    with torch.no_grad():
+        head(hidden, weight)
+        weight.mul_(3)
+        torch.testing.assert_close(head(hidden, weight), project_fp32(hidden, weight), atol=1e-5, rtol=1e-5)
+        other = drawn(40, 24, seed=5)
+        torch.testing.assert_close(head(hidden, other), project_fp32(hidden, other), atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_and_fp32_weights_keep_no_copy() -> None:
+    head, weight, hidden = WideHead(), drawn(40, 24).requires_grad_(), drawn(2, 24, seed=1)
+    head(hidden, weight).sum().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        head(hidden.float(), drawn(40, 24, dtype=torch.float32))
+    assert head._wide is None
+
+
+def test_copies_hold_no_weight() -> None:
+    head = WideHead()
+    with torch.no_grad():
+        head(drawn(2, 24), drawn(40, 24))
+    assert head._wide is not None
+    assert copy.deepcopy(head)._wide is None
+    assert len(pickle.dumps(head)) < 200
