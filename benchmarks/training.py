@@ -34,7 +34,7 @@ from certdraft.data import (
     Prompts,
     TraceDataModule,
     load_target,
-    record_batch,
+    record_prompts,
     record_trace,
 )
 from certdraft.decoding import device_name
@@ -84,7 +84,9 @@ def writing(target: PreTrainedModel, repeats: int, rows: int, length: int) -> di
             target(input_ids=ids, use_cache=False)
 
     def ours() -> None:
-        record_batch(target, head, prompts, settings, num_kept=32, eos_ids=frozenset())
+        list(
+            record_prompts(target, head, prompts, settings, batch_size=rows, num_kept=32, eos_ids=frozenset())
+        )
 
     bare_s, ours_s = cpu_seconds(bare, ours, repeats=repeats)
     tokens = rows * length

@@ -25,7 +25,7 @@ from .corpus.standard_library import standard_library as standard_library
 from .record.generation import LogitHead as LogitHead
 from .record.generation import TargetError as TargetError
 from .record.generation import eos_ids_of as eos_ids_of
-from .record.generation import record_batch as record_batch
+from .record.generation import record_prompts as record_prompts
 from .record.learned_positions import Generation as Generation
 from .record.learned_positions import loop_onset as loop_onset
 from .record.recording import Recording as Recording

@@ -227,7 +227,7 @@ def run_certify(
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
         num_kept: head entries recorded per step.
-        batch_size: prompts per forward pass while recording.
+        batch_size: prompts continued side by side while recording.
         accelerator: Lightning accelerator for the recording.
         devices: devices for the recording.
         max_documents: use the first so many documents.

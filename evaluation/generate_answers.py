@@ -1,6 +1,6 @@
 """Greedy answers of the target to prompts files, as rows in memory that are read like a trace.
 
-Answers are generated in batches (`certdraft.data.record_batch`). A later turn of a question is asked after
+Answers are generated in batches (`certdraft.data.record_prompts`). A later turn of a question is asked after
 the target's own answer to the earlier one.
 """
 
@@ -26,7 +26,7 @@ from certdraft.data import (
     Row,
     build_prompts,
     eos_ids_of,
-    record_batch,
+    record_prompts,
 )
 from certdraft.evaluation.prompts import Question
 
@@ -98,7 +98,7 @@ def write_texts(
         rendering: chat template or none; which turns are measured ("all", "first", "last").
         generation: how long answers may be; prompts are cut to what is left of `max_length`.
         meta: kept with the texts.
-        batch_size: prompts per pass.
+        batch_size: prompts continued side by side.
         progress: called with a stage, prompts done and prompts in all.
 
     Raises:
@@ -116,18 +116,19 @@ def write_texts(
     for turn in range(max((len(q.turns) for q in questions), default=0)):
         going = [i for i, talk in enumerate(talks) if talk.open and turn < len(talk.question.turns)]
         ready = list(_prompts(talks, going, turn, chat, tokenizer, rendering, accounting))
-        for begin in range(0, len(ready), batch_size):
-            part = ready[begin : begin + batch_size]
-            prompts = [prompt for _, prompt in part]
-            made = record_batch(target, head, prompts, generation, num_kept=meta.num_kept, eos_ids=eos)
-            for (index, prompt), recorded in zip(part, made, strict=True):
-                talks[index].answered(tokenizer, recorded, len(prompt.ids))
-                if not recorded.loss_mask[:-1].any():
-                    accounting.skip("no answer", prompt.where)
-                elif _wanted(rendering, turn, talks[index].question):
-                    accounting.used += 1
-                    rows.append((index, turn, _row(recorded, meta.vocab_size, talks[index].question.groups)))
-            done += len(part)
+        answers = record_prompts(
+            target, head, [prompt for _, prompt in ready], generation,
+            batch_size=batch_size, num_kept=meta.num_kept, eos_ids=eos,
+        )  # fmt: skip
+        for number, recorded in answers:
+            index, prompt = ready[number]
+            talks[index].answered(tokenizer, recorded, len(prompt.ids))
+            if not recorded.loss_mask[:-1].any():
+                accounting.skip("no answer", prompt.where)
+            elif _wanted(rendering, turn, talks[index].question):
+                accounting.used += 1
+                rows.append((index, turn, _row(recorded, meta.vocab_size, talks[index].question.groups)))
+            done += 1
             progress("target's own text", done, accounting.read)
     if not rows:
         reasons = "; ".join(f"{why}: {skip.count}" for why, skip in accounting.skipped.items())

@@ -10,7 +10,6 @@ from .files import write_text as write_text
 from .fp32 import project_fp32 as project_fp32
 from .fp32 import project_greedy as project_greedy
 from .growing_cache import GrowingLayer as GrowingLayer
-from .growing_cache import can_drop_rows as can_drop_rows
 from .growing_cache import growing_cache as growing_cache
 from .hidden_states import HiddenStates as HiddenStates
 from .hidden_states import bits_of as bits_of

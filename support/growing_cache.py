@@ -19,11 +19,6 @@ def growing_cache(config: PretrainedConfig, room: int) -> DynamicCache:
     return cache
 
 
-def can_drop_rows(cache: DynamicCache) -> bool:
-    """Whether sequences can leave the batch; layers of linear attention hold them to the end."""
-    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-
-
 class GrowingLayer(DynamicLayer):
     """Keys and values of one layer in a buffer that doubles, so appending a token does not copy the past."""
 

@@ -1,35 +1,33 @@
-"""Greedy continuations by the target, with its top-k logits at every position, in one pass over each token.
+"""Greedy continuations by the target, with its top-k logits at learned positions; every token is read once.
 
-Prompts of different lengths are padded on the left with their own positions and mask, so that a batch gives
-what each prompt gives by itself. Greedy and top-k ids come from the same fp32 logits: `top_ids[t, 0]` is the
-greedy token, the lowest id at an exact tie, and the token fed next.
+Greedy and top-k ids come from the same fp32 logits: `top_ids[t, 0]` is the greedy token, the lowest id at an
+exact tie, and the token fed next.
 
-Axis letters: R rows of a batch · P prompt tokens · T tokens of a document · K top-k entries · L layers whose
-outputs are kept · H hidden · V vocabulary.
+Axis letters: N positions or texts · T tokens of a document · K top-k entries · C = 2 K + 2 numbers recorded
+of a position · L layers whose outputs are kept · H hidden · V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
 from certdraft.certificates import Head
 from certdraft.data.corpus.chat import Prompt
-from certdraft.data.record.interruption import Stopped
-from certdraft.data.record.learned_positions import Generation, loop_onset, with_loss_mask
+from certdraft.data.record.learned_positions import Generation, first_learned, loop_onset, with_loss_mask
+from certdraft.data.record.running_batch import RunningBatch
 from certdraft.data.trace.recorded_row import Finish, RecordedRow
 from certdraft.support import (
     HiddenStates,
     bits_of,
-    can_drop_rows,
     facts_of,
-    growing_cache,
     project_fp32,
     text_body,
     text_config,
@@ -37,7 +35,6 @@ from certdraft.support import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import DynamicCache
 
 _LOGIT_ENTRIES = 1 << 25  # fp32 logits held at once while a prompt is read: 128 MiB
 _LOOP_CHECK_TOKENS = 32
@@ -106,49 +103,119 @@ def eos_ids_of_configs(configs: Iterable[object], tokenizer: PreTrainedTokenizer
 
 
 @torch.inference_mode()
-def record_batch(
+def record_prompts(
     target: PreTrainedModel,
     head: LogitHead,
     prompts: Sequence[Prompt],
     settings: Generation,
     *,
+    batch_size: int,
     num_kept: int,
     eos_ids: frozenset[int],
     feature_layers: Sequence[int] = (),
-) -> list[RecordedRow]:
-    """Continue a batch of prompts greedily and keep the target's top-k logits at every token position.
+) -> Iterator[tuple[int, RecordedRow]]:
+    """Continue prompts greedily and keep the target's top-k logits at the positions of the loss mask.
+
+    Texts that end make room in the batch for the next prompts, longest first. Which text is continued beside
+    which depends on the arguments alone, so the same call gives the same bits.
 
     Args:
         target: causal language model in eval mode.
         head: its output projection.
         prompts: each with at least one token and at most `settings.max_length`.
         settings: how long, and which positions are learned.
+        batch_size: prompts continued side by side.
         num_kept: K.
-        eos_ids: a row ends with the first of these, which belongs to it.
+        eos_ids: a text ends with the first of these, which belongs to it.
         feature_layers: 0-based layers whose outputs are kept too.
 
-    Returns:
-        One row per prompt, in order. Position t holds the distribution of token t + 1; the last one is never
-        in the loss mask.
+    Yields:
+        The index of a prompt and its row, as soon as that is complete. Position t holds the distribution of
+        token t + 1; where the prompt goes on and is not learned, and at the last position, it holds a uniform
+        placeholder. The last token of a continuation is never read: its features are zeros.
 
     Raises:
         TargetError: NaN or +inf among the logits, naming row and position.
-        Stopped: a signal ended it; the exception has the rows that were finished.
     """
-    recording = _Recording(target, head, prompts, settings, num_kept, feature_layers)
-    try:
-        with recording.hidden_states.recorded():
-            cache = recording.prefill()
-            if not settings.teacher_forced:
-                _decode(recording, cache, eos_ids)
-    except Stopped as stop:
-        stop.rows = {index: recording.row(index) for index in recording.done.nonzero()[0].tolist()}
-        raise
-    return [recording.row(index) for index in range(len(prompts))]
+    recording = _Recording(target, head, prompts, settings, batch_size, num_kept, eos_ids, feature_layers)
+    with recording.hidden_states.recorded():
+        yield from recording.texts()
+
+
+class _Text:
+    """A prompt, its continuation so far, and what is recorded of it.
+
+    Args:
+        index: of the prompt.
+        prompt: what it begins with.
+        settings: how long it may become, and which positions are learned.
+        nothing: what `packed` holds where nothing is recorded.
+        features: number and size of the layers kept, L and H; None keeps none.
+
+    Attributes:
+        ids: its tokens so far.
+        finish: how it ended; None while it goes on.
+        packed: [T, 2 K + 2], the bits of K ids, K gaps, lse_gap and entropy: one copy from the device.
+        hidden: [T, L, H], bits of bf16 numbers.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Prompt,
+        settings: Generation,
+        nothing: Float32[ndarray, " C"],
+        features: tuple[int, int] | None,
+    ) -> None:
+        self.index, self.prompt, self.settings = index, prompt, settings
+        self.ids: list[int] = prompt.ids.tolist()
+        self.budget = max(0, min(settings.max_new_tokens, settings.max_length - len(self.ids)))
+        self.finish: Finish | None = None if self.budget else "given"
+        length = len(self.ids) + self.budget
+        self.packed = np.tile(nothing, (length, 1))
+        self.hidden = np.zeros((length, *features), np.uint16) if features else None
+
+    @property
+    def in_prompt(self) -> range:
+        """Positions of the prompt whose distributions are recorded."""
+        end = len(self.prompt.ids) - (self.finish is not None)  # nothing follows a text that is given whole
+        return range(max(0, first_learned(self.prompt, self.settings) - 1), end)
+
+    def append_greedy(self, eos_ids: frozenset[int]) -> None:
+        """Append the most probable token after the last one."""
+        token = int(self.packed[len(self.ids) - 1, :1].view(np.int32)[0])
+        self.ids.append(token)
+        written = len(self.ids) - len(self.prompt.ids)
+        if token in eos_ids:
+            self.finish = "eos"
+        elif written >= self.budget:
+            self.finish = "length"
+        elif self.settings.loops == "cut" and written % _LOOP_CHECK_TOKENS == 0:
+            if loop_onset(np.array(self.ids[-written:])) is not None:
+                self.finish = "loop"  # `with_loss_mask` cuts it, wherever it was noticed
+
+    def row(self) -> RecordedRow:
+        length, num_kept = len(self.ids), self.packed.shape[1] // 2 - 1
+        packed = self.packed[:length]
+        with np.errstate(over="ignore"):  # a gap above 65504 nats is probability zero in any dtype
+            gap = packed[:, num_kept:-2].astype(np.float16)
+        assert self.finish is not None
+        whole = RecordedRow(
+            np.array(self.ids, np.int32),
+            np.zeros(length, np.bool_),
+            packed[:, :num_kept].view(np.int32),
+            gap,
+            packed[:, -2],
+            packed[:, -1],
+            finish=self.finish,
+            where=self.prompt.where,
+            hidden=None if self.hidden is None else self.hidden[:length],
+        )
+        return with_loss_mask(whole, self.prompt, self.settings)
 
 
 class _Recording:
-    """Buffers of one batch on the host, [R, T, …], filled position by position."""
+    """Texts in a running batch: a pass reads the newest token of each, and what is to follow is recorded."""
 
     def __init__(
         self,
@@ -156,147 +223,111 @@ class _Recording:
         head: LogitHead,
         prompts: Sequence[Prompt],
         settings: Generation,
+        batch_size: int,
         num_kept: int,
-        feature_layers: Sequence[int] = (),
+        eos_ids: frozenset[int],
+        feature_layers: Sequence[int],
     ) -> None:
-        self.body = text_body(target)
-        self.hidden_states = HiddenStates(self.body, feature_layers)
         self.target, self.head, self.prompts, self.settings = target, head, prompts, settings
-        self.given = np.array([len(prompt.ids) for prompt in prompts])
-        self.budget = np.minimum(settings.max_new_tokens, settings.max_length - self.given).clip(0)
-        self.lengths = self.given.copy()
-        self.done = np.zeros(len(prompts), np.bool_)  # rows that get no further token
-        self.finish: list[Finish] = ["given"] * len(prompts)
-        steps = (len(prompts), int((self.given + self.budget).max()))
-        self.input_ids = np.zeros(steps, np.int32)
-        self.top_ids = np.zeros((*steps, num_kept), np.int32)
-        self.top_gap = np.zeros((*steps, num_kept), np.float16)
-        self.lse_gap = np.zeros(steps, np.float32)
-        self.entropy = np.zeros(steps, np.float32)
-        shape = (*steps, len(self.hidden_states.layers), head.weight.shape[1])
-        self.hidden = np.zeros(shape, np.uint16) if feature_layers else None
-        for row, prompt in enumerate(prompts):
-            self.input_ids[row, : self.given[row]] = prompt.ids
+        self.num_kept, self.eos_ids = num_kept, eos_ids
+        body = text_body(target)
+        self.hidden_states = HiddenStates(body, feature_layers)
+        self.features = (len(feature_layers), head.weight.shape[1]) if feature_layers else None
+        longest = max((len(prompt.ids) for prompt in prompts), default=0)
+        new = min(settings.max_new_tokens, settings.max_length - 1)
+        room = longest + new if new else 0
+        self.batch = RunningBatch(body, target.config, head.weight.device, batch_size, room)
+        self.nothing = np.zeros(2 * num_kept + 2, np.float32)  # uniform: what a server does not return, too
+        self.nothing[:num_kept] = np.arange(num_kept, dtype=np.int32).view(np.float32)
+        self.nothing[-2:] = np.log(head.vocab_size)
 
-    def prefill(self) -> DynamicCache | None:
-        """Record all prompt positions and return their cache, or None when nothing is generated."""
-        device, width = self.head.weight.device, int(self.given.max())
-        mask = np.arange(width) >= width - self.given[:, None]  # [R, P], padding on the left
-        ids = np.zeros((len(self.prompts), width), np.int64)
-        ids[mask] = np.concatenate([prompt.ids for prompt in self.prompts])
-        positions = (mask.cumsum(1) - 1).clip(0)
-        self.mask = torch.from_numpy(mask).to(device)
-        room = width + int(self.budget.max())
-        cache = growing_cache(self.target.config, room) if self.budget.any() else None
-        hidden = self.body(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=None if mask.all() else self.mask.long(),  # None is the cheaper causal one
-            position_ids=torch.from_numpy(positions).to(device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        rows, columns = mask.nonzero()
-        flat = hidden[self.mask]  # [ΣP, H]
-        if self.hidden is not None:
-            self.hidden[rows, positions[rows, columns]] = bits_of(
-                self.hidden_states.take()[self.mask].bfloat16()
-            )
+    def texts(self) -> Iterator[tuple[int, RecordedRow]]:
+        """Run to the end; yields texts as they end."""
+        order = sorted(range(len(self.prompts)), key=lambda index: -len(self.prompts[index].ids))
+        waiting, live = deque(order), list[_Text]()
+        tokens = torch.zeros(0, dtype=torch.long, device=self.head.weight.device)  # that come next in each
+        while waiting or live:
+            new = [self._text(waiting.popleft()) for _ in range(min(self.batch.free, len(waiting)))]
+            if new:
+                tokens = torch.cat([tokens, self._begin(new)])
+                live += new
+            else:
+                tokens = self._go_on(live, tokens)
+            for text in new or live:
+                if text.finish is None:
+                    text.append_greedy(self.eos_ids)
+            stay = [row for row, text in enumerate(live) if text.finish is None]
+            if len(stay) < len(live):
+                yield from ((text.index, text.row()) for text in live if text.finish is not None)
+                self.batch.keep(stay)
+                tokens, live = tokens[stay], [live[row] for row in stay]
+
+    def _text(self, index: int) -> _Text:
+        return _Text(index, self.prompts[index], self.settings, self.nothing, self.features)
+
+    def _begin(self, new: list[_Text]) -> Int[Tensor, " N"]:
+        """Read and record prompts; returns the tokens that come next."""
+        hidden = self.batch.join([text.prompt.ids for text in new]).last_hidden_state
+        width = hidden.shape[1]
+        if self.features is not None:
+            bits = bits_of(self.hidden_states.take().bfloat16())
+            for text, features in zip(new, bits, strict=True):
+                assert text.hidden is not None
+                text.hidden[: len(text.ids)] = features[width - len(text.ids) :]
+        spans = [text.in_prompt for text in new]
+        recorded = np.zeros(hidden.shape[:2], np.bool_)
+        for row, (text, span) in enumerate(zip(new, spans, strict=True)):
+            start = width - len(text.ids)  # padding
+            recorded[row, start + span.start : start + span.stop] = True
+        greedy = self._record(hidden[torch.from_numpy(recorded).to(hidden.device)], new, spans)
+        last = np.cumsum([len(span) for span in spans]) - 1  # of each text; any where nothing follows
+        return greedy[last.clip(0)] if len(greedy) else greedy.new_zeros(len(new))
+
+    def _go_on(self, live: list[_Text], tokens: Int[Tensor, " L"]) -> Int[Tensor, " L"]:
+        """Read and record the last token of each text; returns the tokens that come next."""
+        hidden = self.batch.step(tokens).last_hidden_state[self.batch.rows, 0]
+        if self.features is not None:
+            bits = bits_of(self.hidden_states.take()[self.batch.rows, 0].bfloat16())
+            for text, features in zip(live, bits, strict=True):
+                assert text.hidden is not None
+                text.hidden[len(text.ids) - 1] = features
+        return self._record(hidden, live, [range(len(text.ids) - 1, len(text.ids)) for text in live])
+
+    def _record(
+        self, hidden: Float[Tensor, "N H"], texts: list[_Text], spans: list[range]
+    ) -> Int[Tensor, " N"]:
+        """Keep the top-k logits at these positions of texts; returns the greedy tokens, on the device."""
+        if not len(hidden):
+            return torch.zeros(0, dtype=torch.long, device=hidden.device)
         size = max(1, _LOGIT_ENTRIES // self.head.vocab_size)
-        for start in range(0, len(rows), size):
-            part = slice(start, start + size)
-            self.keep(flat[part], rows[part], positions[rows[part], columns[part]])
-        self.done = self.budget == 0 if cache is not None else np.ones_like(self.done)
-        return cache
-
-    def keep(self, hidden: Float[Tensor, "N H"], rows: ndarray, positions: ndarray) -> Int[Tensor, " N"]:
-        """Store the top-k logits of these positions; return the greedy tokens, on the target's device."""
-        logits = self.head(hidden)
         try:
-            head = Head.from_logits(logits, self.top_ids.shape[-1])
+            heads = [Head.from_logits(self.head(part), self.num_kept) for part in hidden.split(size)]
         except ValueError as error:
-            bad = int((~torch.isfinite(logits.logsumexp(-1))).nonzero()[0])
-            row, position = int(rows[bad]), int(positions[bad])
-            known = self.input_ids[row, : max(position + 1, int(self.given[row]))]
-            raise TargetError(
-                f"{self.prompts[row].where}: the target's logits after token "
-                f"{_first_bad_position(self.target, self.head, known, position)} of the document hold NaN or "
-                "+inf; nothing of this shard was written. Check the checkpoint, or try dtype=float32."
-            ) from error
-        assert head.entropy is not None
-        columns = [head.ids.int().view(torch.float32), head.gap, head.lse_gap[:, None], head.entropy[:, None]]
-        found = torch.cat(columns, -1).cpu().numpy()  # one copy, so one synchronisation
-        num = self.top_ids.shape[-1]
-        self.top_ids[rows, positions] = found[:, :num].view(np.int32)
-        with np.errstate(over="ignore"):  # a gap above 65504 nats is probability zero in any dtype
-            self.top_gap[rows, positions] = found[:, num : 2 * num].astype(np.float16)
-        self.lse_gap[rows, positions], self.entropy[rows, positions] = found[:, -2], found[:, -1]
-        return head.greedy
+            raise self._not_finite(hidden, texts, spans) from error
+        packed = torch.cat([_packed(head) for head in heads]).cpu().numpy()  # one copy, one synchronisation
+        ends = np.cumsum([len(span) for span in spans])
+        for text, span, part in zip(texts, spans, np.split(packed, ends[:-1]), strict=True):
+            text.packed[span.start : span.start + len(span)] = part
+        return torch.cat([head.greedy for head in heads])
 
-    def row(self, index: int) -> RecordedRow:
-        length = int(self.lengths[index])
-        whole = RecordedRow(
-            self.input_ids[index, :length],
-            np.zeros(length, np.bool_),
-            self.top_ids[index, :length],
-            self.top_gap[index, :length],
-            self.lse_gap[index, :length],
-            self.entropy[index, :length],
-            finish=self.finish[index],
-            where=self.prompts[index].where,
-            hidden=None if self.hidden is None else self.hidden[index, :length],
+    def _not_finite(
+        self, hidden: Float[Tensor, "N H"], texts: list[_Text], spans: list[range]
+    ) -> TargetError:
+        where = [(text, position) for text, span in zip(texts, spans, strict=True) for position in span]
+        fine = [bool(torch.isfinite(self.head(state).logsumexp(-1))) for state in hidden]
+        text, position = where[fine.index(False)]
+        position = _first_bad_position(self.target, self.head, np.array(text.ids), position)
+        return TargetError(
+            f"{text.prompt.where}: the target's logits after token {position} of the document hold NaN or "
+            "+inf; nothing of this shard was written. Check the checkpoint, or try dtype=float32."
         )
-        return with_loss_mask(whole, self.prompts[index], self.settings)
 
 
-def _decode(recording: _Recording, cache: DynamicCache | None, eos_ids: frozenset[int]) -> None:
-    device = recording.head.weight.device
-    slots = np.arange(len(recording.prompts))  # rows the cache still holds
-    mask = recording.mask
-    removable = cache is not None and can_drop_rows(cache)
-    last = recording.lengths - 1
-    tokens = torch.from_numpy(recording.top_ids[slots, last, 0].astype(np.int64)).to(device)
-    places = torch.from_numpy(recording.lengths.astype(np.int64)).to(device)  # of these tokens
-    while not recording.done.all():
-        assert cache is not None
-        alive = ~recording.done
-        if removable and alive[slots].mean() <= 0.75:  # finished rows leave the batch
-            stay = torch.from_numpy(alive[slots].nonzero()[0]).to(device)
-            cache.batch_select_indices(stay)
-            mask, tokens, places, slots = mask[stay], tokens[stay], places[stay], slots[alive[slots]]
-        mask = torch.cat([mask, mask.new_ones(len(slots), 1)], dim=1)
-        hidden = recording.body(
-            input_ids=tokens[:, None],
-            attention_mask=mask.long(),
-            position_ids=places[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, 0]
-        rows = slots[alive[slots]]
-        kept: Any = slice(None) if len(rows) == len(slots) else torch.from_numpy(alive[slots]).to(device)
-        positions = recording.lengths[rows]
-        written_ids = recording.top_ids[rows, positions - 1, 0]
-        recording.input_ids[rows, positions] = written_ids
-        tokens[kept] = recording.keep(hidden[kept], rows, positions)
-        places[kept] += 1
-        if recording.hidden is not None:
-            recording.hidden[rows, positions] = bits_of(recording.hidden_states.take()[kept, 0].bfloat16())
-        recording.lengths[rows] += 1
-        for row, token in zip(rows.tolist(), written_ids.tolist(), strict=True):
-            written = int(recording.lengths[row] - recording.given[row])
-            if token in eos_ids:
-                recording.finish[row] = "eos"
-            elif written >= recording.budget[row]:
-                recording.finish[row] = "length"
-            elif not _looping(recording, row, written):
-                continue
-            recording.done[row] = True
-
-
-def _looping(recording: _Recording, row: int, written: int) -> bool:
-    """Whether a row loops and can stop early; where it is cut does not depend on when it is noticed."""
-    if recording.settings.loops != "cut" or written % _LOOP_CHECK_TOKENS:
-        return False
-    return loop_onset(recording.input_ids[row, recording.given[row] : recording.lengths[row]]) is not None
+def _packed(head: Head) -> Float[Tensor, "N C"]:
+    """Ids (their bits), gaps, lse_gap and entropy of every position, side by side."""
+    assert head.entropy is not None
+    ids = head.ids.int().view(torch.float32)
+    return torch.cat([ids, head.gap, head.lse_gap[:, None], head.entropy[:, None]], dim=-1)
 
 
 def _first_bad_position(target: PreTrainedModel, head: LogitHead, ids: ndarray, position: int) -> int:

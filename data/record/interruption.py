@@ -15,15 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from certdraft.data.trace.recorded_row import RecordedRow
-
 
 class Stopped(BaseException):
-    """A signal ended the computation; `rows` of its batch, by index, were finished."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: dict[int, RecordedRow] = {}
+    """A signal ended the computation."""
 
 
 class StopSignals:

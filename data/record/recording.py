@@ -55,7 +55,7 @@ class Recording:
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
         num_kept: K, top-k logits kept per token position.
-        batch_size: prompts per forward pass.
+        batch_size: prompts continued side by side.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
             (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`: a shard is held in memory.

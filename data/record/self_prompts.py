@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +19,9 @@ import torch
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.record.generation import eos_ids_of
 from certdraft.data.record.learned_positions import loop_onset
+from certdraft.data.record.running_batch import RunningBatch
 from certdraft.data.targets import load_target, load_tokenizer
-from certdraft.support import Progress, can_drop_rows, growing_cache, write_json, write_text
+from certdraft.support import Progress, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,31 +207,31 @@ def _sample_turns(
     seed: int,
 ) -> list[list[int]]:
     """Token ids of one turn for each of `given`, its first tokens, up to its end; without `opening`."""
-    device = model.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    room = len(opening) + sampling.max_new_tokens
+    batch = RunningBatch(
+        partial(model, logits_to_keep=1), model.config, model.device, size=len(given), room=room
+    )
     turns: list[list[int]] = [[] for _ in given]
-    ended = [[token] for token in ends]  # last tokens of a turn that is complete
-    cache = growing_cache(model.config, len(opening) + sampling.max_new_tokens)
-    removable, rows = can_drop_rows(cache), list(range(len(turns)))  # the turn of each row
-    ids = torch.tensor([opening] * len(turns), device=device)
+    live = list(range(len(turns)))
+    logits = batch.join([np.array(opening)] * len(turns)).logits[:, -1]
     for step in range(sampling.max_new_tokens):
-        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        top = logits.topk(min(sampling.top_k, logits.shape[-1]))  # descending
+        top = logits.float().topk(min(sampling.top_k, logits.shape[-1]))  # descending
         probs = (top.values / sampling.temperature).softmax(-1)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        ids = top.indices.gather(1, torch.multinomial(probs, 1, generator=generator))
-        for row, turn in enumerate(rows):
+        tokens = top.indices.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+        for row, turn in enumerate(live):
             if step < len(given[turn]):
-                ids[row] = given[turn][step]
-        for turn, token in zip(rows, ids[:, 0].tolist(), strict=True):
-            if turns[turn][-1:] not in ended:
-                turns[turn].append(token)
-        stay = [row for row, turn in enumerate(rows) if turns[turn][-1:] not in ended]
-        if not stay:
+                tokens[row] = given[turn][step]
+        for turn, token in zip(live, tokens.tolist(), strict=True):
+            turns[turn].append(token)
+        stay = [row for row, turn in enumerate(live) if turns[turn][-1] not in ends]
+        if not stay or step + 1 == sampling.max_new_tokens:
             break
-        if removable and len(stay) < len(rows):
-            ids, rows = ids[stay], [rows[row] for row in stay]
-            cache.batch_select_indices(torch.tensor(stay, device=device))
+        if len(stay) < len(live):
+            batch.keep(stay)
+            tokens, live = tokens[stay], [live[row] for row in stay]
+        logits = batch.step(tokens).logits[batch.rows, -1]
     return turns
 
 

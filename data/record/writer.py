@@ -1,7 +1,8 @@
 """Recording a trace under the Lightning Trainer: `predict` runs the target, a callback writes the shards.
 
-Which rows are in which shard, and which rows share a batch, depends only on the settings, so a recording
-that was killed and resumed, or that several processes share, ends in the same bytes as an undisturbed one.
+A shard is recorded by itself: which rows are in it, and which are continued side by side, depends only on
+the settings. So a recording that was killed and resumed, or that several processes share, ends in the same
+bytes as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -11,19 +12,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter
 
 from certdraft.data.corpus.chat import Prompts, PromptSet
 from certdraft.data.corpus.corpora import Corpus, corpus_of_rows
-from certdraft.data.record.generation import LogitHead, eos_ids_of, record_batch
+from certdraft.data.record.generation import LogitHead, eos_ids_of, record_prompts
 from certdraft.data.record.interruption import Stopped, StopSignals
 from certdraft.data.record.learned_positions import Generation
 from certdraft.data.record.recording import (
@@ -92,7 +91,7 @@ def record_trace(
         revision: hub revision of the target.
         dtype: dtype of the target's weights; logits are fp32 whatever it is.
         num_kept: K, top-k logits kept per token position.
-        batch_size: prompts per forward pass.
+        batch_size: prompts continued side by side.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.
         feature_layers: 0-based target layers whose outputs are kept in bf16, for drafters that read them
             (`Drafter.taps`); each costs 2 H bytes a token, so lower `shard_rows`: a shard is held in memory.
@@ -161,9 +160,7 @@ def record_trace(
         recorder = _Recorder(model, words, prompt_set, ledger, recording, signals)
         trainer.callbacks.append(_ShardWriter(ledger, recorder, begun))  # type: ignore[attr-defined]
         with _expected_noise():
-            trainer.predict(
-                recorder, dataloaders=_Work(prompt_set, ledger, recording, trainer), return_predictions=False
-            )
+            trainer.predict(recorder, dataloaders=_Shards(ledger, trainer), return_predictions=False)
         return TraceMeta.read(folder / TRACE_FILE)
     except Stopped:
         raise signals.exit(folder) from None
@@ -171,40 +168,24 @@ def record_trace(
         ledger.release()
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """One forward batch of one shard: indices of prompts."""
-
-    shard: int
-    prompts: tuple[int, ...]
-    last_of_shard: bool
-
-
-class _Work:
-    """Batches of the unwritten shards of this process, longest prompts first within a shard.
+class _Shards:
+    """The unwritten shards of this process.
 
     Without a length: a process whose shards are all done must still take part in the final barrier.
     """
 
-    def __init__(self, prompts: PromptSet, ledger: Ledger, recording: Recording, trainer: pl.Trainer) -> None:
-        self.prompts, self.ledger, self.recording, self.trainer = prompts, ledger, recording, trainer
+    def __init__(self, ledger: Ledger, trainer: pl.Trainer) -> None:
+        self.ledger, self.trainer = ledger, trainer
 
-    def __iter__(self) -> Iterator[_Unit]:
-        lengths, size = self.prompts.lengths, self.recording.batch_size
-        for shard in range(self.trainer.global_rank, self.ledger.num_shards, self.trainer.world_size):
-            if self.ledger.is_done(shard):
-                continue
-            rows = shard_prompts(shard, self.recording.shard_rows, len(lengths))
-            rows = rows[np.argsort(-lengths[rows], kind="stable")]
-            kept = self.ledger.kept(shard)
-            for start in range(0, len(rows), size):
-                unit = _Unit(shard, tuple(rows[start : start + size].tolist()), start + size >= len(rows))
-                if unit.last_of_shard or not kept.keys() >= set(unit.prompts):
-                    yield unit
+    def __iter__(self) -> Iterator[int]:
+        own = range(self.trainer.global_rank, self.ledger.num_shards, self.trainer.world_size)
+        return (shard for shard in own if not self.ledger.is_done(shard))
 
 
 class _Recorder(pl.LightningModule):
-    """Run the target on one batch of prompts."""
+    """Run the target on the prompts of one shard."""
+
+    progress: Progress  # entered by `_ShardWriter`
 
     def __init__(
         self,
@@ -221,69 +202,68 @@ class _Recorder(pl.LightningModule):
         self.eos_ids = eos_ids_of(target, tokenizer)
         self.logit_head: LogitHead | None = None
 
-    def transfer_batch_to_device(self, batch: _Unit, device: torch.device, dataloader_idx: int) -> _Unit:
+    def transfer_batch_to_device(self, batch: int, device: torch.device, dataloader_idx: int) -> int:
         return batch
 
-    def predict_step(self, batch: _Unit) -> list[RecordedRow]:
+    def prompts_of(self, shard: int) -> list[int]:
+        """Numbers of the prompts of a shard."""
+        return shard_prompts(shard, self.recording.shard_rows, len(self.prompts)).tolist()
+
+    def predict_step(self, batch: int) -> dict[int, RecordedRow]:
         if self.logit_head is None:  # after Lightning has moved the target to its device
             self.logit_head = LogitHead(self.target)
-        prompts = [self.prompts[index] for index in batch.prompts]
+        numbers, rows = self.prompts_of(batch), dict[int, RecordedRow]()
+        recorded = record_prompts(
+            self.target,
+            self.logit_head,
+            [self.prompts[number] for number in numbers],
+            self.recording.generation,
+            batch_size=self.recording.batch_size,
+            num_kept=self.recording.num_kept,
+            eos_ids=self.eos_ids,
+            feature_layers=self.recording.feature_layers,
+        )
         try:
-            with self.signals.interruptible():
-                return record_batch(
-                    self.target,
-                    self.logit_head,
-                    prompts,
-                    self.recording.generation,
-                    num_kept=self.recording.num_kept,
-                    eos_ids=self.eos_ids,
-                    feature_layers=self.recording.feature_layers,
-                )
-        except Stopped as stop:
-            if stop.rows:
-                rows = {batch.prompts[index]: row for index, row in stop.rows.items()}
-                self.ledger.keep(batch.shard, rows, batch.prompts)
+            while True:
+                with self.signals.interruptible():
+                    if (found := next(recorded, None)) is None:
+                        return rows
+                index, row = found
+                rows[numbers[index]] = row
+                self.progress.advance(1, len(row.input_ids))
+        except Stopped:
+            if rows:
+                self.ledger.keep(batch, self.ledger.kept(batch) | rows)
             raise
 
 
 class _ShardWriter(BasePredictionWriter):
-    """Collect the rows of a shard and commit it; at the end rank 0 turns the folder into a trace."""
+    """Commit every shard; at the end rank 0 turns the folder into a trace."""
 
     def __init__(self, ledger: Ledger, recorder: _Recorder, begun: TraceMeta) -> None:
         super().__init__(write_interval="batch")
         self.ledger, self.recorder, self.begun = ledger, recorder, begun
-        self.rows: dict[int, RecordedRow] = {}
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self.ledger.begin(self.begun)
         self.recorder.signals.__enter__()  # after the Trainer has set its own
-        shards = range(trainer.global_rank, self.ledger.num_shards, trainer.world_size)
-        size, total = self.recorder.recording.shard_rows, len(self.recorder.prompts)
-        waiting = sum(len(shard_prompts(s, size, total)) for s in shards if not self.ledger.is_done(s))
-        self.progress = Progress("recording", waiting, "prompts", enabled=trainer.is_global_zero)
-        self.progress.__enter__()
+        waiting = sum(len(self.recorder.prompts_of(shard)) for shard in _Shards(self.ledger, trainer))
+        self.recorder.progress = Progress("recording", waiting, "prompts", enabled=trainer.is_global_zero)
+        self.recorder.progress.__enter__()
 
     def write_on_batch_end(
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: list[RecordedRow],
+        prediction: dict[int, RecordedRow],
         batch_indices: Any,
-        batch: _Unit,
+        batch: int,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        fresh = dict(zip(batch.prompts, prediction, strict=True))
-        self.rows |= fresh
-        if batch.last_of_shard:
-            whole = self.ledger.kept(batch.shard) | self.rows  # with the batches from before a kill
-            rows, accounting = account([whole[index] for index in sorted(whole)])
-            self.ledger.commit(batch.shard, rows, accounting)
-            self.rows.clear()
-        else:
-            self.ledger.keep(batch.shard, fresh)
-        self.progress.advance(len(prediction), sum(len(row.input_ids) for row in prediction))
+        rows, accounting = account([row for _, row in sorted(prediction.items())])
+        self.ledger.commit(batch, rows, accounting)
         if self.recorder.signals.number is not None:
             raise Stopped
 
@@ -301,8 +281,8 @@ class _ShardWriter(BasePredictionWriter):
 
     def _end(self) -> None:
         self.recorder.signals.__exit__()
-        if hasattr(self, "progress"):
-            self.progress.__exit__(None, None, None)
+        if hasattr(self.recorder, "progress"):
+            self.recorder.progress.__exit__(None, None, None)
 
 
 def _quiet_trainer(accelerator: str, devices: int, num_nodes: int, strategy: str) -> pl.Trainer:

@@ -1,9 +1,9 @@
 """The ledger of a recording in progress.
 
 While a trace is being recorded its folder holds `.recording/`: the settings, a lock, and one note per
-finished shard, and the batches of shards that are not whole yet. A shard counts as written when its note
-exists; `trace.json` appears last. So a kill at any moment costs at most the batches in progress, and the same
-command goes on with the next one.
+finished shard, and rows of shards that are not whole yet. A shard counts as written when its note exists;
+`trace.json` appears last. So a kill at any moment costs at most the shards in progress, and the same command
+goes on with the next one.
 """
 
 from __future__ import annotations
@@ -100,15 +100,9 @@ class Ledger:
         for part in self._parts(shard):
             part.unlink()
 
-    def keep(self, shard: int, rows: Mapping[int, RecordedRow], batch: Sequence[int] = ()) -> None:
-        """Write some rows, by number of their prompt, of a shard that is not whole yet.
-
-        Args:
-            shard: whose rows.
-            rows: at least one.
-            batch: prompts of their batch, when it was not finished; it replaces them once it is.
-        """
-        file = self.notes / f"{shard_name(shard)}.part-{min(batch or rows)}"
+    def keep(self, shard: int, rows: Mapping[int, RecordedRow]) -> None:
+        """Write some rows, at least one, by number of their prompt, of a shard that is not whole yet."""
+        file = self.notes / f"{shard_name(shard)}.part-{min(rows)}"
         with _writing(file):
             write_part(file, rows, self.schema)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,50 +13,49 @@ from faults.conftest import Work
 from oracles.runs import forked
 from oracles.runs.outcomes import Start, outcome
 
-from certdraft.data import TraceMeta, open_trace
-from certdraft.data.record import generation, writer
+from certdraft.data import RecordedRow, TraceMeta, open_trace
+from certdraft.data.record import writer
 from certdraft.data.record.interruption import Stopped, StopSignals
 from certdraft.data.trace.recorded_row import read_part
 from certdraft.train.commands.cli import main
 
-SLOW_S = 600.0  # that a batch would take
+SLOW_S = 600.0  # that a shard would take
+
+
+Amid = Callable[[int, Callable[[], object]], None]
 
 
 @pytest.fixture
-def slow_batch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """The second batch takes minutes once a row of it is finished; its file says that it has begun."""
+def amid(monkeypatch: pytest.MonkeyPatch) -> Amid:
+    """Makes a recording act amid its second shard, when so many of its texts are complete."""
 
-    def install(mark: Path) -> None:
-        record_batch, looping, batches = writer.record_batch, generation._looping, []
+    def install(rows: int, act: Callable[[], object]) -> None:
+        record_prompts, shards = writer.record_prompts, []
 
-        def counted(*args: object, **kwargs: object) -> object:
-            batches.append(args[2])
-            return record_batch(*args, **kwargs)
+        def acting(*args: object, **kwargs: object) -> Iterator[tuple[int, RecordedRow]]:
+            shards.append(args[2])
+            for number, found in enumerate(record_prompts(*args, **kwargs)):
+                if (len(shards), number) == (2, rows):
+                    act()
+                yield found
 
-        def slow(recording: generation._Recording, row: int, written: int) -> bool:
-            if len(batches) == 2 and recording.done.any():
-                mark.touch()
-                time.sleep(SLOW_S)
-            return looping(recording, row, written) or (len(batches) == 2 and row == 1)
-
-        monkeypatch.setattr(writer, "record_batch", counted)
-        monkeypatch.setattr(generation, "_looping", slow)
+        monkeypatch.setattr(writer, "record_prompts", acting)
 
     return install
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_slow_batch_and_keeps_its_finished_rows(
+def test_a_signal_ends_a_slow_shard_and_keeps_its_complete_rows(
     number: int,
     code: int,
     start: Start,
     work: Work,
     tmp_path: Path,
-    slow_batch: Callable[[Path], None],
+    amid: Amid,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, mark = tmp_path / "out", tmp_path / "slow"
-    slow_batch(mark)
+    amid(5, lambda: (mark.touch(), time.sleep(SLOW_S)))
     pid = forked.start(start("trace", out))
     begin = time.monotonic()
     while not mark.exists() and time.monotonic() < begin + SLOW_S:
@@ -64,30 +63,22 @@ def test_a_signal_ends_a_slow_batch_and_keeps_its_finished_rows(
     begin = time.monotonic()
     os.kill(pid, number)
     assert forked.end(pid) == code
-    assert time.monotonic() - begin < SLOW_S / 2, "it waited for the batch"
+    assert time.monotonic() - begin < SLOW_S / 2, "it waited for the shard"
     monkeypatch.undo()
-    parts = sorted((out / "trace/.recording").glob("*.part-*"), key=lambda part: part.stat().st_mtime_ns)
-    assert [len(read_part(part)) for part in parts] == [4, 1]
+    notes = out / "trace/.recording"
+    assert [note.name for note in notes.glob("shard-*.json")] == ["shard-00000.arrow.json"]
+    assert [len(read_part(part)) for part in notes.glob("*.part-*")] == [5]
     assert forked.end(forked.start(start("trace", out))) == 0
     assert forked.end(forked.start(start("trace", tmp_path / "straight"))) == 0
     assert outcome(out) == outcome(tmp_path / "straight")
 
 
 @pytest.fixture
-def partial(
-    start: Start, tmp_path: Path, slow_batch: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
-) -> Path:
-    """A recording with a whole shard that was cut off in the second, after five of its rows."""
-    keep = writer.Ledger.keep
-
-    def cut_off(self: writer.Ledger, shard: int, rows: dict, batch: tuple = ()) -> None:
-        keep(self, shard, rows, batch)
-        if shard == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.Ledger, "keep", cut_off)
-        assert forked.end(forked.start(start("trace", tmp_path / "out"))) == -9
+def partial(start: Start, tmp_path: Path, amid: Amid, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recording with a whole shard that was stopped in the second, after four of its rows."""
+    amid(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert forked.end(forked.start(start("trace", tmp_path / "out"))) == 143
+    monkeypatch.undo()
     return tmp_path / "out/trace"
 
 

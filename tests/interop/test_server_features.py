@@ -101,7 +101,8 @@ def test_batches_stream_what_a_trace_would_store(
     stored, streamed = (list(module.train_dataloader()) for module in data)
     for one, other in zip(stored, streamed, strict=True):
         assert torch.equal(one.input_ids, other.input_ids)
-        torch.testing.assert_close(one.features, other.features, rtol=2**-6, atol=1e-3)
+        read = one.features.flatten(2).any(-1)  # a trace has zeros for the last token of a text, never read
+        torch.testing.assert_close(one.features[read], other.features[read], rtol=2**-6, atol=1e-3)
     data[1].teardown()
     assert not list(Path(server.features_dir or "").glob("layers*/*"))
 

@@ -15,11 +15,14 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from certdraft.certificates import Head
 from certdraft.data import TraceDataModule, load_target, open_trace
 from certdraft.drafters import CausalDrafter
 from certdraft.losses import TargetBatch
+from certdraft.losses import target as losses_target
+from certdraft.support import project_fp32
 from certdraft.train import DrafterModule, OptimizerSettings, ValidationSettings
 from certdraft.train.commands.cli import main
 from certdraft.train.runs.run_callbacks import step_seed
@@ -135,17 +138,26 @@ def test_a_tie_is_a_miss_and_nan_is_an_error() -> None:
         sums.add_steps(torch.tensor([[1.0, float("nan"), 0, 0, 0]]), TargetBatch(head))
 
 
-def test_online_target_and_trace_give_the_same_loss(tiny: Path) -> None:
+def test_online_target_and_trace_give_the_same_loss(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    projected: list[int] = []
+
+    def counted(hidden: Tensor, *weights: Tensor | None) -> Tensor:
+        projected.append(len(hidden))
+        return project_fp32(hidden, *weights)
+
+    monkeypatch.setattr(losses_target, "project_fp32", counted)
     config = CausalDrafter(pretrained=str(tiny / "target"))
-    plain, chunked, online = (
+    running = TargetSettings(str(tiny / "target"), num_kept=32)
+    plain, chunked, online, online_whole = (
         DrafterModule(config, chunk_tokens=0),
         DrafterModule(config, chunk_tokens=7),
-        DrafterModule(config, target=TargetSettings(str(tiny / "target"), num_kept=32)),
+        DrafterModule(config, target=running),
+        DrafterModule(config, chunk_tokens=0, target=running),
     )
     assert not [name for name, _ in online.named_parameters() if "online" in name]
     batch = batches(tiny, seq_len=256)[0]  # whole documents: a cut one lacks the context it was recorded with
     losses = []
-    for module in (plain, chunked, online):
+    for module in (plain, chunked, online, online_whole):
         module.eval()
         module.log_dict = lambda values, **_: losses.append(values["train/loss_nats"].item())  # type: ignore[method-assign]
         module._trainer = type(
@@ -161,7 +173,8 @@ def test_online_target_and_trace_give_the_same_loss(tiny: Path) -> None:
         )()
         module.training_step(batch, 0)
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-3)  # the trace stores gaps in fp16
+    assert losses[2:] == pytest.approx([losses[0]] * 2, rel=1e-3)  # the trace stores gaps in fp16
+    assert sum(projected) == batch.loss_mask.sum() < batch.loss_mask.numel()  # the running target's lm_head
 
 
 def test_learning_rate_warms_up_and_ends_at_max_steps(settings: dict[str, Any], write: Write) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import UInt16
 from numpy import ndarray
 
 from certdraft.data.corpus.chat import Prompt
-from certdraft.data.record.generation import LogitHead, record_batch
+from certdraft.data.record.generation import LogitHead, record_prompts
 from certdraft.data.record.learned_positions import Generation
 from certdraft.data.record.recording import Recording
 from certdraft.data.record.server.http_server import ServerError
@@ -25,15 +25,16 @@ _LARGEST_ERROR = 0.1  # relative; bf16 stays below 0.02, fp8 weights below 0.08
 def target_features(recording: Recording, ids: list[int]) -> UInt16[ndarray, "T A H"]:
     """Outputs of all layers of the target for a text, computed here; bits of bf16 numbers."""
     model = load_target(recording.target, revision=recording.revision, dtype=getattr(torch, recording.dtype))
-    row = record_batch(
+    [(_, row)] = record_prompts(
         model,
         LogitHead(model),
         [Prompt(np.asarray(ids, np.int32), 0, "the test text")],
         Generation(max_new_tokens=0, max_length=len(ids)),
+        batch_size=1,
         num_kept=1,
         eos_ids=frozenset(),
         feature_layers=range(facts_of(model.config).num_layers),
-    )[0]
+    )
     assert row.hidden is not None
     return row.hidden
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from certdraft.certificates import Head
-from certdraft.data import Generation, LogitHead, Prompt, RecordedRow, TargetError, record_batch
+from certdraft.data import Generation, LogitHead, Prompt, RecordedRow, TargetError, record_prompts
 from certdraft.data.record.generation import eos_ids_of
 from certdraft.data.record.learned_positions import loop_onset
 
@@ -23,14 +23,25 @@ def prompts_of(*lengths: int) -> list[Prompt]:
 
 
 def record(
-    target: Qwen3ForCausalLM, prompts: list[Prompt], eos: frozenset[int] = frozenset(), **settings: object
+    target: PreTrainedModel,
+    prompts: list[Prompt],
+    eos: frozenset[int] = frozenset(),
+    *,
+    batch_size: int = 8,
+    **settings: object,
 ) -> list[RecordedRow]:
+    """Rows in the order of the prompts."""
     generation = Generation(**({"max_new_tokens": 24, "loops": "keep"} | settings))
-    return record_batch(target, LogitHead(target), prompts, generation, num_kept=K, eos_ids=eos)
+    rows = dict(
+        record_prompts(
+            target, LogitHead(target), prompts, generation, batch_size=batch_size, num_kept=K, eos_ids=eos
+        )
+    )
+    return [rows[index] for index in range(len(prompts))]
 
 
 @torch.inference_mode()
-def twin(target: Qwen3ForCausalLM, prompt: Prompt, new: int, eos: frozenset[int] = frozenset()) -> list[int]:
+def twin(target: PreTrainedModel, prompt: Prompt, new: int, eos: frozenset[int] = frozenset()) -> list[int]:
     ids = prompt.ids.tolist()
     for _ in range(new):
         ids.append(int(target(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
@@ -50,15 +61,21 @@ def test_padded_batch_says_what_each_prompt_alone_says(
         assert row.input_ids.tolist() == ids
         with torch.inference_mode():
             logits = target(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        head = Head.from_logits(logits, K)
-        assert np.array_equal(row.top_ids[:, 0], head.greedy)
-        np.testing.assert_allclose(row.top_gap, head.gap, rtol=2**-10, atol=1e-4)
-        np.testing.assert_allclose(row.lse_gap, head.lse_gap, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(row.entropy, head.entropy, rtol=1e-4, atol=1e-4)
         # the greedy id is the token that follows, from the last prompt token on
         given = len(prompt.ids)
         assert np.array_equal(row.top_ids[given - 1 : -1, 0], row.input_ids[given:])
+        learned, others = slice(given - 1, -1), [*range(given - 1), -1]
         assert row.loss_mask.nonzero()[0].tolist() == list(range(given - 1, len(ids) - 1))
+        head = Head.from_logits(logits[learned], K)
+        assert np.array_equal(row.top_ids[learned, 0], head.greedy)
+        np.testing.assert_allclose(row.top_gap[learned], head.gap, rtol=2**-10, atol=1e-4)
+        np.testing.assert_allclose(row.lse_gap[learned], head.lse_gap, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(row.entropy[learned], head.entropy, rtol=1e-4, atol=1e-4)
+        uniform = Head.from_logits(torch.zeros(len(others), logits.shape[1]), K)
+        assert np.array_equal(np.sort(row.top_ids[others]), np.tile(np.arange(K), (len(others), 1)))
+        assert (row.top_gap[others] == 0).all()
+        np.testing.assert_allclose(row.lse_gap[others], uniform.lse_gap, rtol=1e-6)
+        np.testing.assert_allclose(row.entropy[others], uniform.entropy, rtol=1e-6)
         assert row.finish == "length"
 
 
@@ -89,8 +106,8 @@ def test_exact_tie_takes_the_lowest_id(make_target: Callable[..., Qwen3ForCausal
     tied = [250, 3, 7, 120]
     with torch.no_grad():
         target.lm_head.weight[tied] = target.lm_head.weight[3] * 9
-    [row] = record(target, prompts_of(5))
-    winners = np.isin(row.top_ids[:, 0], tied)
+    [row] = record(target, prompts_of(5), corpus_positions=True)
+    winners = np.isin(row.top_ids[:, 0], tied) & row.loss_mask
     assert winners.sum() > 5
     assert set(row.top_ids[winners, 0].tolist()) == {3}
     assert (row.top_gap[winners, 1:4] == 0).all()
@@ -119,11 +136,14 @@ def test_teacher_forced_and_corpus_positions(target: Qwen3ForCausalLM) -> None:
         head = Head.from_logits(target(input_ids=torch.tensor(ids[None].astype(np.int64))).logits[0], K)
     for row, first in zip(rows, (1, 7), strict=True):
         assert np.array_equal(row.input_ids, ids)
-        assert np.array_equal(row.top_ids[:, 0], head.greedy)
+        assert np.array_equal(row.top_ids[first - 1 : -1, 0], head.greedy[first - 1 : -1])
         assert row.loss_mask.nonzero()[0].tolist() == list(range(first - 1, 11))
         assert row.finish == "given"
     [row] = record(target, prompts_of(9), corpus_positions=True)
     assert row.loss_mask.tolist() == [True] * (9 + 24 - 1) + [False]
+    with torch.inference_mode():
+        logits = target(input_ids=torch.tensor(row.input_ids[None].astype(np.int64))).logits[0]
+    assert np.array_equal(row.top_ids[:-1, 0], logits[:-1].argmax(-1))
 
 
 def test_loops_are_cut_where_they_begin(make_target: Callable[..., Qwen3ForCausalLM]) -> None:

@@ -24,7 +24,7 @@ from certdraft.data import (
     load_target,
     load_tokenizer,
     open_trace,
-    record_batch,
+    record_prompts,
     tokenizer_fingerprint,
 )
 from certdraft.data.record.recording import read_prompts
@@ -42,9 +42,10 @@ def test_trace_holds_what_each_prompt_alone_gives(undisturbed: tuple[Path, str],
     assert len(trace) == len(prompts) == 10
     assert [shard.rows for shard in trace.meta.shards] == [4, 4, 2]
     for index, prompt in enumerate(prompts):
-        [alone] = record_batch(
-            target, LogitHead(target), [prompt], generation(), num_kept=8, eos_ids=frozenset({0})
-        )
+        [(_, alone)] = record_prompts(
+            target, LogitHead(target), [prompt], generation(),
+            batch_size=1, num_kept=8, eos_ids=frozenset({0}),
+        )  # fmt: skip
         columns = trace.columns(index)
         assert np.array_equal(columns.input_ids, alone.input_ids)
         assert np.array_equal(columns.loss_mask, alone.loss_mask)

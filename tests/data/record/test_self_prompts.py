@@ -33,8 +33,8 @@ class Typist:
         self.logits[words_ids] = 0.0
         self.logits[tokenizer.eos_token_id] = math.log(0.05 / 0.95 * len(words_ids))
 
-    def __call__(self, ids: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.logits.expand(len(ids), 1, -1))
+    def __call__(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits.expand(len(input_ids), 1, -1))
 
 
 @pytest.fixture

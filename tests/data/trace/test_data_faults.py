@@ -5,14 +5,14 @@ import re
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from oracles.runs import forked
 
-from certdraft.data import Corpus, Generation, Prompts, RecordedRow, TraceMeta, record_trace
+from certdraft.data import Accounting, Corpus, Generation, Prompts, RecordedRow, TraceMeta, record_trace
 from certdraft.data.record import writer as writer_module
 from certdraft.data.trace.recorded_row import read_part
 from certdraft.data.trace.shards import Ledger
@@ -49,30 +49,28 @@ def test_killed_at_random_moments(record: Callable[..., TraceMeta], tmp_path: Pa
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
 
 
-def test_a_kill_costs_the_batch_in_progress_only(
+def test_a_kill_costs_the_shard_in_progress_only(
     record: Callable[..., TraceMeta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep, batches, record_batch = Ledger.keep, [], writer_module.record_batch
+    commit, shards, record_prompts = Ledger.commit, [], writer_module.record_prompts
 
-    def dying(self: Ledger, shard: int, rows: dict[int, RecordedRow]) -> None:
-        keep(self, shard, rows)
+    def dying(self: Ledger, shard: int, *args: object) -> None:
         if shard == 1:
             raise ZeroDivisionError
+        commit(self, shard, *args)
 
-    def counted(*args: object, **kwargs: object) -> list[RecordedRow]:
-        batches.append(args[2])
-        return record_batch(*args, **kwargs)
+    def counted(*args: object, **kwargs: object) -> Iterator[tuple[int, RecordedRow]]:
+        shards.append(args[2])
+        return record_prompts(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "keep", dying)
+        patch.setattr(Ledger, "commit", dying)
         with pytest.raises(ZeroDivisionError):
             record("t")
-    [part] = (tmp_path / "t" / ".recording").glob("shard-00001.arrow.part-*")
-    assert len(read_part(part)) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "record_batch", counted)
+        patch.setattr(writer_module, "record_prompts", counted)
         record("t")
-    assert len(batches) == 2 + 3 + 2  # of 11; the first shard and one batch of the second are there
+    assert len(shards) == 3  # of 4
     record("whole")
     assert files_of(tmp_path / "t") == files_of(tmp_path / "whole")
 
@@ -80,14 +78,12 @@ def test_a_kill_costs_the_batch_in_progress_only(
 def test_parts_of_other_settings_are_not_taken(
     record: Callable[..., TraceMeta], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep = Ledger.keep
-
-    def dying(self: Ledger, shard: int, rows: dict[int, RecordedRow]) -> None:
-        keep(self, shard, rows)
+    def dying(self: Ledger, shard: int, rows: list[RecordedRow], accounting: Accounting) -> None:
+        self.keep(shard, dict(enumerate(rows)))
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "keep", dying)
+        patch.setattr(Ledger, "commit", dying)
         with pytest.raises(ZeroDivisionError):
             record("t")
     with pytest.raises(ValueError, match="num_kept: 8 there, 9 now"):
@@ -95,9 +91,14 @@ def test_parts_of_other_settings_are_not_taken(
 
 
 def test_a_part_is_read_as_it_was_written(record: Callable[..., TraceMeta], tmp_path: Path) -> None:
-    rows: dict[int, RecordedRow] = {}
+    rows, commit = dict[int, RecordedRow](), Ledger.commit
+
+    def noted(self: Ledger, shard: int, given: list[RecordedRow], accounting: Accounting) -> None:
+        rows.update(enumerate(given, len(rows)))
+        commit(self, shard, given, accounting)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Ledger, "keep", lambda self, shard, given: rows.update(given))
+        patch.setattr(Ledger, "commit", noted)
         record("t")
     ledger = Ledger(tmp_path / "u", {}, 1, with_features=True)
     ledger.keep(0, rows)
@@ -115,7 +116,7 @@ def test_a_part_is_read_as_it_was_written(record: Callable[..., TraceMeta], tmp_
 
 def test_sigterm_keeps_what_is_recorded(record: Callable[..., TraceMeta], tmp_path: Path) -> None:
     pid = forked.start(lambda: record("t"))
-    while not list((tmp_path / "t" / ".recording").glob("shard-00000*.part-*")):
+    while not (tmp_path / "t" / ".recording" / "shard-00000.arrow.json").exists():
         time.sleep(0.001)
     os.kill(pid, signal.SIGTERM)
     assert forked.end(pid) == 128 + signal.SIGTERM

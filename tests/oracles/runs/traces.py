@@ -24,7 +24,7 @@ def assert_same_trace(a: Path, b: Path, every_step: bool = False) -> None:
 
 
 def assert_same_features(a: Path, b: Path) -> None:
-    """Assert equal features within bf16, but at a last token that a server's model never read (zeros)."""
+    """Assert equal features within bf16, but at a last token that one target never read (zeros)."""
     left, right = open_trace(a, verify="full"), open_trace(b, verify="full")
     assert left.meta.feature_layers == right.meta.feature_layers
     for index in range(len(left)):
