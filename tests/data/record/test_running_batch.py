@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracles.architectures import LINEAR, V, made
+from oracles.models.architectures import LINEAR, V, made
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
