@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ def start(act: Callable[[], object]) -> int:
     if pid:
         return pid
     code = 1
+    gc.freeze()  # what the parent leaves behind may belong to threads that do not exist here
     try:
         act()
         code = 0
