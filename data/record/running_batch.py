@@ -122,8 +122,8 @@ class RunningBatch:
     def _joined(self, cache: DynamicCache, newcomers: DynamicCache, width: int) -> DynamicCache:
         """A cache of the last `width` tokens of the live sequences and of the newcomers."""
         joined = growing_cache(self._config, self._room)
-        for number, layer in enumerate(joined.layers):
-            old, new = cache.layers[number], newcomers.layers[number]
+        caches: Any = (joined.layers, cache.layers, newcomers.layers)
+        for number, (layer, old, new) in enumerate(zip(*caches, strict=True)):
             if old.is_initialized:  # layers that use the states of another hold none
                 keys, values = (
                     torch.cat([_aligned(mine[self.rows], width, dim=2), _aligned(other, width, dim=2)])
