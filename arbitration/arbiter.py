@@ -232,6 +232,9 @@ class _RecordingPropose:
 def log_odds(probability: float) -> float:
     """log(t / (1 − t)), ±inf at the ends.
 
+    Raises:
+        ValueError: outside [0, 1].
+
     Examples:
         >>> log_odds(0.5), log_odds(1.0)
         (0.0, inf)

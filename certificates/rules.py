@@ -61,6 +61,9 @@ class _SingleToken:
         Returns:
             True only when acceptance is certain: of a token outside a head nothing is known, unless the
             threshold is negative and everything passes.
+
+        Raises:
+            ValueError: the shape of token is not that of the steps.
         """
         step = p.shape if isinstance(p, Head) else p.shape[:-1]
         if token.shape != step:

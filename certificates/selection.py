@@ -56,6 +56,9 @@ def select(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K"
     Args:
         x: any real numbers; NaN counts as the largest.
         k: how many, 1 to V.
+
+    Raises:
+        ValueError: k outside 1..V.
     """
     vocab_size = x.shape[-1]
     if not 1 <= k <= vocab_size:

@@ -294,7 +294,11 @@ class _NonFiniteGuard(Backoff):
 
 
 def as_target(target: Target | PreTrainedModel, taps: Sequence[int] = ()) -> Target:
-    """A model as a target; a target as it is."""
+    """A model as a target; a target as it is.
+
+    Raises:
+        ValueError: the target does not keep the layers that the drafter reads.
+    """
     if isinstance(target, PreTrainedModel):
         return TargetRunner(target, taps)
     if taps and getattr(target, "taps", ()) != tuple(taps):

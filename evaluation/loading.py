@@ -37,7 +37,11 @@ class TargetVocabulary:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is CUDA when there is one."""
+    """Return the device of that name; "auto" is CUDA when there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

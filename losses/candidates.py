@@ -43,7 +43,11 @@ class Candidates:
         return max(self.sizes)
 
     def index(self, target: TargetBatch) -> Int[Tensor, " N"]:
-        """The entry of `sizes` of every position."""
+        """The entry of `sizes` of every position.
+
+        Raises:
+            ValueError: m depends on the depth, and the target does not know the depths.
+        """
         if len(self.sizes) == 1:
             return torch.zeros(len(target), dtype=torch.long, device=target.greedy.device)
         if target.depths is None:

@@ -25,7 +25,11 @@ class CompileLayers(Callback):
         self.backend, self.dynamic = backend, dynamic
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compile the layers, once the network is built and on its devices."""
+        """Compile the layers, once the network is built and on its devices.
+
+        Raises:
+            ValueError: the drafter has no decoder layers, of a transformers model or of ours.
+        """
         drafter: Any = pl_module.drafter
         layers = decoder_layers(drafter)
         if not layers:

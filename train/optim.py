@@ -164,7 +164,11 @@ def check_steps(max_steps: int) -> None:
 
 
 def check_precision(precision: str) -> None:
-    """Refuse a `trainer.precision` under which weights are not kept in fp32."""
+    """Refuse a `trainer.precision` under which weights are not kept in fp32.
+
+    Raises:
+        ValueError: bf16-true or 16-true.
+    """
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision is {precision}: most updates of half-precision weights are rounded away. Use "

@@ -148,6 +148,9 @@ class TargetOutputs:
         Args:
             steps: which positions.
             depths: draft depth of each, from 1, for losses that depend on it.
+
+        Raises:
+            ValueError: the batch holds no recorded logits, and no target was run.
         """
         batch = self.batch
         labels = next_tokens(batch.input_ids, batch.document_ids).flatten()[steps]

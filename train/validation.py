@@ -113,6 +113,9 @@ class ValidationSums:
 
         Returns:
             Whether the target's greedy token is the drafter's first choice; a tie is a miss.
+
+        Raises:
+            ValueError: the drafter's logits hold NaN, or an extra metric has not one value a position.
         """
         head, logp = target.head, target.logp
         m, logq = self.settings.certified_width, logits.log_softmax(-1)

@@ -69,7 +69,11 @@ class FeatureStream:
         atexit.register(self.close)  # a Trainer that fails calls no teardown
 
     def check(self) -> None:
-        """Ask every server once, and compare its greedy tokens with the trace's."""
+        """Ask every server once, and compare its greedy tokens with the trace's.
+
+        Raises:
+            ServerError: what a server lacks; or it serves other weights than the trace was recorded with.
+        """
         self._client.check()
         agree = total = 0
         for number, document in enumerate(self._compared):
@@ -85,7 +89,11 @@ class FeatureStream:
             )
 
     def of_documents(self, documents: Iterable[int]) -> dict[int, UInt16[ndarray, "T L H"]]:
-        """Features of whole documents, bits of bf16 numbers; `server.concurrency` are asked for at once."""
+        """Features of whole documents, bits of bf16 numbers; `server.concurrency` are asked for at once.
+
+        Raises:
+            ServerError: every server is down, or one sends what cannot be used.
+        """
         wanted = {int(document): self._pool.submit(self._features, int(document)) for document in documents}
         try:
             return {document: future.result() for document, future in wanted.items()}

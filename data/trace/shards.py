@@ -227,7 +227,11 @@ def refuse_foreign_content(folder: Path) -> None:
 
 
 def begun_meta(folder: Path) -> TraceMeta:
-    """What `Ledger.begin` noted in the folder of an unfinished recording."""
+    """What `Ledger.begin` noted in the folder of an unfinished recording.
+
+    Raises:
+        RecordingError: there is no such recording, or it recorded nothing yet.
+    """
     file = folder / _FOLDER / _BEGUN
     if not file.is_file():
         raise RecordingError(

@@ -92,7 +92,11 @@ def greedy_ids(logits: Float[Tensor, "K V"]) -> list[int]:
 
 
 def rank_of(logits: Float[Tensor, "K V"], tokens: Int[Tensor, " K"]) -> Int[Tensor, " K"]:
-    """Rank of each token in its row, in the order above; 0 is the greedy token."""
+    """Rank of each token in its row, in the order above; 0 is the greedy token.
+
+    Raises:
+        NonFiniteLogits: as `top_rows`.
+    """
     best = logits.amax(dim=-1)
     if not bool(best.isfinite().all()):
         raise NonFiniteLogits(

@@ -33,6 +33,9 @@ def write_transformers(drafter: CausalDrafter, folder: Path, request: ExportRequ
     """Write the folder's files and check them by loading them again; see `Drafter.write`.
 
     The draft length is stored for `generate`; a LoRA adapter, if requested, is written to `adapter/`.
+
+    Raises:
+        ValueError: no LoRA to write; the merged or reloaded network is not the drafter.
     """
     if request.adapter and drafter.lora is None:
         raise ValueError("adapter=True writes the LoRA adapter, but this drafter has none.")
@@ -100,7 +103,11 @@ def _check_merge(model: PreTrainedModel, drafter: CausalDrafter) -> None:
 
 @torch.no_grad()
 def check_reload(model: PreTrainedModel, directory: Path) -> None:
-    """Load a written folder and compare it with the model it was written from."""
+    """Load a written folder and compare it with the model it was written from.
+
+    Raises:
+        ValueError: missing or unexpected weights, another dtype, or logits that are not bit for bit equal.
+    """
     attention = model.config._attn_implementation
     loaded = load_causal_lm(directory, attention=attention)
     nn.Module.to(loaded, model.device)

@@ -343,7 +343,11 @@ class CausalDrafter(Drafter):
 
 
 def _freeze_bias(model: PreTrainedModel) -> None:
-    """Keep a zero bias of the lm_head at zero: the chunked losses read only its weight."""
+    """Keep a zero bias of the lm_head at zero: the chunked losses read only its weight.
+
+    Raises:
+        ValueError: a bias that is not zero.
+    """
     if has_head_bias(model):
         raise ValueError(
             f"the lm_head of {type(model).__name__} has a bias, which the losses of a drafter do not apply. "

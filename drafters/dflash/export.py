@@ -42,7 +42,11 @@ _BLOCK = {"block_size", "mask_token_id", "sample_from_anchor", "sliding_window_n
 
 
 def layout(drafter: BlockDrafter, weights: Weights, request: ExportRequest) -> tuple[Json, Weights]:
-    """config.json and named tensors of the requested format."""
+    """config.json and named tensors of the requested format.
+
+    Raises:
+        ValueError: target layers that engines would read as others, or no card for speculators.
+    """
     config, vocab_size, num = drafter.config, drafter.vocab_size, drafter.num_target_layers
     dtype = weights["fc.weight"].dtype
     layers = check_layers(config.target_layer_ids or (), num)
@@ -101,7 +105,11 @@ def _layer_types(config: BlockConfig) -> list[str]:
 
 
 def _all_causal(config: BlockConfig) -> bool:
-    """Whether every layer reads blocks in order, which speculators can say only of layers with a window."""
+    """Whether every layer reads blocks in order, which speculators can say only of layers with a window.
+
+    Raises:
+        ValueError: an order inside the block that speculators' config cannot state.
+    """
     directions = {view.causal for view in config.views()}
     if directions == {False}:
         return False

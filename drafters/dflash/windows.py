@@ -71,7 +71,12 @@ class View:
 def views(
     num_layers: int, layer_types: tuple[str, ...] | None, window: int | None, causal: bool | None
 ) -> tuple[View, ...]:
-    """What each layer sees, from the fields of `BlockConfig`."""
+    """What each layer sees, from the fields of `BlockConfig`.
+
+    Raises:
+        ValueError: another number of kinds than layers, an unknown kind, a window without layers that have it
+            or the reverse.
+    """
     kinds = layer_types or (FULL,) * num_layers
     slides = SLIDING in kinds
     if len(kinds) != num_layers or set(kinds) - {FULL, SLIDING} or slides != (window is not None):
@@ -95,6 +100,9 @@ def read_windows(config: Mapping[str, Any], section: Mapping[str, Any], where: s
         section: `dflash_config`, whose `use_swa` gives every layer a window unless `layer_types` names some,
             whose `swa_window_size` is that window, and whose `causal` holds for all layers.
         where: for messages.
+
+    Raises:
+        ValueError: windows that readers would take for others, or that are not computed.
     """
     num = config.get("num_hidden_layers") or 0
     stated = config.get("layer_types")

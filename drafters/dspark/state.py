@@ -36,7 +36,11 @@ class DSparkState(TreeCache):
         return [depth - self._front for depth in self.depths]
 
     def place(self, parents: Sequence[int]) -> list[int]:
-        """Depth below the root of new nodes."""
+        """Depth below the root of new nodes.
+
+        Raises:
+            ValueError: a child of a token before the root, or a node below the last position of the block.
+        """
         assert self.hidden is not None
         if min(parents) < self._front:
             raise ValueError("only the first node of a round is a child of the last committed token.")

@@ -154,7 +154,11 @@ def _layers(config: Json, where: str) -> tuple[int, ...] | None:
 
 
 def _flags(config: Json, where: str) -> Json:
-    """The norms a head adds, by its own keys or those of its eagle_config, as vLLM reads them."""
+    """The norms a head adds, by its own keys or those of its eagle_config, as vLLM reads them.
+
+    Raises:
+        ValueError: a flag that is neither true nor false, or stated twice, differently.
+    """
     nested: Json = config.get("eagle_config") or {}
     odd = [key for key in nested if key not in (_IDS, *_FLAGS) and _FIXED.get(key, _IDS) != nested[key]]
     if odd:

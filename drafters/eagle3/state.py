@@ -40,7 +40,12 @@ class EagleState:
         self._front = 0  # nodes at the front of the round that the caller did not feed
 
     def take(self, tokens: list[int], parents: list[int]) -> Batch:
-        """Return the nodes of one call, with the waiting ones in front if it opens the round."""
+        """Return the nodes of one call, with the waiting ones in front if it opens the round.
+
+        Raises:
+            ValueError: no tokens, lengths that differ, or a round that does not open with the chain of
+                committed tokens that ends in the root.
+        """
         if not tokens or len(tokens) != len(parents):
             raise ValueError(f"{len(tokens)} tokens and {len(parents)} parents; each token needs a parent.")
         if self.cache.num_nodes == 0:

@@ -313,7 +313,11 @@ class FeatureDrafter(Drafter):
 
 
 def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:
-    """A config whose open sizes are taken from the target's."""
+    """A config whose open sizes are taken from the target's.
+
+    Raises:
+        ValueError: a hidden size that is not the target's, heads that do not divide.
+    """
     of: Any = text_config(target.config)
     hidden, heads = int(of.hidden_size), int(of.num_attention_heads)
     rope = getattr(of, "rope_parameters", None) or {}

@@ -34,7 +34,11 @@ _PROBE_TOKENS = 12
 
 
 def folder_of(name: str) -> Path:
-    """Return the local folder of a checkpoint, downloaded once if it is a hub id."""
+    """Return the local folder of a checkpoint, downloaded once if it is a hub id.
+
+    Raises:
+        FileNotFoundError: no such folder, no such repository, or no hub.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -68,6 +72,9 @@ def check_target(
         folder: with config.json.
         sizes: the target's vocabulary where the folder names it, hidden size, number of layers read.
         weights: as read; modified.
+
+    Raises:
+        ValueError: another vocabulary, hidden size, number of layers, embeddings or lm_head.
     """
     here, num_target_layers = drafter.target_ends.embeddings.detach(), drafter.num_target_layers
     vocab_size, hidden, num_read = sizes[0] or len(here), sizes[1], sizes[2]
@@ -106,6 +113,10 @@ def write(drafter: FeatureDrafter, folder: Path, request: ExportRequest) -> Feat
     """Write a folder's files and check them by loading them again; see `Drafter.write`.
 
     The target's tokenizer is written beside the drafter: OpenVINO needs it there, other engines ignore it.
+
+    Raises:
+        ValueError: logits that are not finite, or a folder that does not load as the drafter it was written
+            from.
     """
     drafter.target_ends  # noqa: B018, refuses a drafter that was never built
     if request.adapter:

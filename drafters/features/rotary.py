@@ -39,6 +39,9 @@ def checked_scaling(
         max_positions: what it was trained at where it does not say, as in transformers.
         where: for messages.
 
+    Raises:
+        ValueError: a kind other than linear, llama3 and yarn, or keys missing, unknown or no numbers.
+
     Examples:
         >>> checked_scaling({"type": "linear", "factor": 2.0}, 128, "here")
         {'rope_type': 'linear', 'factor': 2.0}
@@ -71,7 +74,11 @@ def checked_scaling(
 
 
 def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, Any] | None]:
-    """Return base and scaling of a config.json, old names or new."""
+    """Return base and scaling of a config.json, old names or new.
+
+    Raises:
+        ValueError: no base, two of them, two different scalings, or one that is not computed.
+    """
     modern, legacy = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if any(isinstance(value, Mapping) for value in (*modern.values(), *legacy.values())):
         raise ValueError(f"{where} has rotary positions for each kind of layer; one for all is computed.")

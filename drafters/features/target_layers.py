@@ -29,6 +29,9 @@ OFFSETS: dict[Numbering, int] = {
 def convert(ids: Sequence[int], source: Numbering, to: Numbering) -> tuple[int, ...]:
     """Convert layer ids from one numbering to another.
 
+    Raises:
+        ValueError: an id below every layer: `hidden_states` 0 are the embeddings.
+
     Examples:
         >>> convert((1, 4, 9), "tap", "hidden_states")
         (2, 5, 10)

@@ -147,7 +147,11 @@ def read_facts(path: str | Path) -> dict[str, Any]:
 
 
 def check_hashes(path: str | Path) -> None:
-    """Compare weights and tokenizer with the hashes in `drafter.json`."""
+    """Compare weights and tokenizer with the hashes in `drafter.json`.
+
+    Raises:
+        ValueError: a file is missing, changed, or new.
+    """
     directory = Path(path).expanduser()
     written: dict[str, str] = read_facts(directory)["sha256"]
     found = _hashes(directory)

@@ -113,7 +113,11 @@ def read_folder(path: str | Path) -> Folder:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file."""
+    """Read the object in a JSON file.
+
+    Raises:
+        ValueError: not valid JSON, or no object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as problem:

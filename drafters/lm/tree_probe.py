@@ -32,6 +32,9 @@ def check_decoding(lm: CachedLM) -> None:
     A model that reads tokens in order is compared on chains, of which some tokens are taken back.
 
     Models on the meta device, in training mode, or too small for the tree are not probed.
+
+    Raises:
+        ValueError: the logits differ, or the model cannot be run this way at all; names its class.
     """
     model, limit = lm.model, lm.facts.context_limit
     if model in _checked or model.training or lm.device.type == "meta":

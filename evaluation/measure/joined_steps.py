@@ -63,7 +63,11 @@ class JoinedSteps:
         drafter: Float[Tensor, "N V"],
         target: Float[Tensor, "N V"] | Head,
     ) -> JoinedSteps:
-        """Join the drafter's logits with the target's logits (exact) or its head."""
+        """Join the drafter's logits with the target's logits (exact) or its head.
+
+        Raises:
+            ValueError: vocabularies differ, or the drafter's logits hold NaN; the step is named.
+        """
         vocab_size = target.vocab_size if isinstance(target, Head) else target.shape[-1]
         if drafter.shape[-1] != vocab_size:
             raise ValueError(

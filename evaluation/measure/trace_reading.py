@@ -62,7 +62,11 @@ class Selection:
 def select_documents(
     trace: TraceLike, max_documents: int | None = None, min_prompt_tokens: int = 0
 ) -> TraceLike:
-    """The first documents whose prompt (tokens up to the first one in the loss mask) is long enough."""
+    """Return the first documents whose prompt (tokens up to the first one in the loss mask) is long enough.
+
+    Raises:
+        ValueError: no document is left.
+    """
     if max_documents is None and min_prompt_tokens <= 1:
         return trace
     kept: list[int] = []
@@ -271,6 +275,9 @@ def features_for(
     """Return what each drafter reads of the target: None, or features shared by drafters of equal layers.
 
     They are computed by the target where it is given, else read from the trace.
+
+    Raises:
+        ValueError: a drafter reads layers that the trace does not hold, and there is no target.
     """
     shared: dict[tuple[int, ...], DrafterFeatures] = {}
     found: dict[str, DrafterFeatures | None] = {}

@@ -68,7 +68,11 @@ class Sizes:
 
     @classmethod
     def scaled(cls, minutes: float) -> Sizes:
-        """Sizes for about so many minutes; 45 are the defaults."""
+        """Sizes for about so many minutes; 45 are the defaults.
+
+        Raises:
+            ValueError: fewer than 2 minutes.
+        """
         if minutes < 2:
             raise ValueError(f"--minutes {minutes:g}: give at least 2")
         full, share = cls(), minutes / 45
@@ -319,7 +323,11 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
-    """Return a token that no chat contains, for DFlash's mask; None where the vocabulary has a spare row."""
+    """Return a token that no chat contains, for DFlash's mask; None where the vocabulary has a spare row.
+
+    Raises:
+        ValueError: the tokenizer fills the vocabulary, and every added token is in use.
+    """
     if max(tokenizer.get_vocab().values()) + 1 < vocab_size:
         return None
     template = str(tokenizer.chat_template or "")

@@ -29,6 +29,10 @@ def reproduce(run: str, runs_dir: str = "runs", dry_run: bool = False, trust_cla
         dry_run: only print what has changed and which command would run.
         trust_classes: also build classes that are neither certdraft's nor registered: read the run's
             config.yaml first, building them runs their code.
+
+    Raises:
+        FileNotFoundError: no run, or no last checkpoint to compare with.
+        ValueError: a run without a record, or of foreign classes; or one whose weights came out differently.
     """
     folder = Path(run)
     parts = record_of(folder)
@@ -85,7 +89,11 @@ def changes(part: Mapping[str, Any]) -> list[str]:
 
 
 def largest_difference(first: Path, second: Path) -> float:
-    """The largest absolute difference between the weights of two checkpoints."""
+    """The largest absolute difference between the weights of two checkpoints.
+
+    Raises:
+        ValueError: they do not hold the same tensors, or stopped at different steps.
+    """
     a, b = read_checkpoint(first), read_checkpoint(second)
     if a["global_step"] != b["global_step"] or a["state_dict"].keys() != b["state_dict"].keys():
         raise ValueError(

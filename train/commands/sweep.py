@@ -64,6 +64,9 @@ class Sweep:
         Args:
             count: most points; `run_cap` when not given.
             seed: of the draws.
+
+        Raises:
+            ValueError: the grid was asked of a range, or no count was given for draws.
         """
         count = self.run_cap if count is None else count
         if self.method == "grid":

@@ -186,7 +186,11 @@ def _count(devices: object) -> int:
 
 
 def load_config(file: Path) -> dict[str, Any]:
-    """Read a fit config and the group files it names, relative to the file that names them."""
+    """Read a fit config and the group files it names, relative to the file that names them.
+
+    Raises:
+        FileNotFoundError: names the file.
+    """
     if not file.is_file():
         raise FileNotFoundError(f"plan: no config {file}")
 

@@ -66,6 +66,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, verify: bool
         path: the file.
         map_location: as `torch.load` takes it.
         verify: compare the file with its listed hash first; costs one read of the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or holds more than tensors and plain values.
     """
     file = Path(path)
     if not file.is_file():
@@ -92,7 +96,11 @@ def is_whole(path: str | Path) -> bool:
 
 
 def first_whole(files: Iterable[Path]) -> Path | None:
-    """The first existing checkpoint that is whole; None when none exists."""
+    """The first existing checkpoint that is whole; None when none exists.
+
+    Raises:
+        ValueError: all of them are damaged.
+    """
     damaged: list[Path] = []
     for file in files:
         if not file.exists():

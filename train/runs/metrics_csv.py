@@ -74,7 +74,11 @@ class _Writer(ExperimentWriter):
 
 
 def whole_rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a metrics file, without any that a kill cut short."""
+    """The rows of a metrics file, without any that a kill cut short.
+
+    Raises:
+        ValueError: the file is no table of metrics.
+    """
     try:
         header, *lines = list(csv.reader(file.read_text(encoding="utf-8").splitlines(keepends=True))) or [[]]
         rows = [dict(zip(header, line, strict=True)) for line in lines if len(line) == len(header)]

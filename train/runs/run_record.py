@@ -55,7 +55,11 @@ def write_part(folder: Path, traces: Mapping[str, str | Path]) -> None:
 
 
 def record_of(folder: Path) -> list[dict[str, Any]]:
-    """The parts of a run, oldest first; empty without a record."""
+    """The parts of a run, oldest first; empty without a record.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
     try:
         parts = read_parts(folder)
     except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, RecursionError):

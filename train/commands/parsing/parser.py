@@ -101,7 +101,11 @@ def known_keys(parser: Any) -> list[str]:
 
 
 def check_syntax(args: Sequence[str]) -> None:
-    """Read every YAML file of the command line once: the parser's own message does not name the file."""
+    """Read every YAML file named on the command line once: the parser's own message does not name the file.
+
+    Raises:
+        ValueError: a file is not YAML, with its name, line and column; or a config holds no settings.
+    """
     Strict.typed = tuple(args)
     for flag, path in _yaml_files(args):
         try:
