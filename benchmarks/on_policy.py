@@ -19,13 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from real_losses import CE, KL, Study, against, half, part, value
+from real_losses import CE, KL, Study, against, half, part, read_stored, value
 
 from certdraft.evaluation import Table
-from certdraft.train.commands import lightning_cli
-from certdraft.train.commands.export_command import export_run
-from certdraft.train.commands.real import held_out_prompts, target_of
-from certdraft.train.runs import run_folder
+from certdraft.train.commands.real import target_of
 
 ROUNDS = {"depth": 4, "share": 0.5}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float] | None]] = {
@@ -52,23 +49,13 @@ class Continued(Study):
         if not out.exists():
             loss, rounds = VARIANTS[name]
             pretrained = {"pretrained": str(self.run / "exports" / "causal")}
-            typed = [
-                "--config", str(held_out_prompts().parent / "causal.yaml"),
-                "--name", label, f"--seed_everything={seed}",
-                "--runs_dir", str(self.run / "losses" / "runs"),
-                "--data.train", str(self.run / "traces" / "train"),
-                "--data.validation", str(self.run / "traces" / "validation"),
-                "--data.record", "null", f"--data.seed={seed}",
+            options = [
                 "--model.drafter", json.dumps({"class_path": "CausalDrafter", "init_args": pretrained}),
                 "--model.target", json.dumps({"name": self.target, "full": False}),
                 "--model.loss", json.dumps(loss), "--model.on_policy", json.dumps(rounds),
                 "--model.optimizer.lr", "3.0e-4",
-                "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
             ]  # fmt: skip
-            lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
-            found = run_folder.find_checkpoint(self.run / "losses" / "runs" / label, "last")
-            assert found is not None
-            export_run(str(found), str(out), name="causal-smollm2")
+            self.fit("causal", label, seed, options, out)
         return out
 
 
@@ -87,10 +74,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for variant in VARIANTS:
             study.counted(variant, seed)
-    stored: dict[str, dict[int, dict[str, Any]]] = {}
-    for file in sorted(args.results.glob("*.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        stored.setdefault(data["loss"], {})[data["seed"]] = data
+    stored = read_stored([args.results])
     rows = [
         [name, str(len(stored[name]))]
         + [f"{value(stored, name, n):.3f}{against(stored, name, 'text', n)}" for n in NUMBERS]

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -149,22 +149,27 @@ class Study:
                 loss, weights = (
                     p.replace('"measured"', json.dumps(self.candidates)) for p in (loss, weights)
                 )
-            typed = [
-                "--config", str(held_out_prompts().parent / "eagle3.yaml"),
-                "--name", label, f"--seed_everything={seed}",
-                "--runs_dir", str(self.run / "losses" / "runs"),
-                "--data.train", str(self.run / "traces" / "train"),
-                "--data.validation", str(self.run / "traces" / "validation"),
-                "--data.record", "null", f"--data.seed={seed}",
-                "--model.drafter.init_args.config.target_layer_ids", str(list(self.layers)),
-                "--model.loss", loss, "--model.step_weights", weights,
-                "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
-            ]  # fmt: skip
-            lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
-            found = run_folder.find_checkpoint(self.run / "losses" / "runs" / label, "last")
-            assert found is not None
-            export_run(str(found), str(out), name="eagle3-smollm2")
+            layers = ["--model.drafter.init_args.config.target_layer_ids", str(list(self.layers))]
+            self.fit(
+                "eagle3", label, seed, [*layers, "--model.loss", loss, "--model.step_weights", weights], out
+            )
         return out
+
+    def fit(self, kind: str, label: str, seed: int, options: list[str], out: Path) -> None:
+        """Train with the config of `certdraft real` for this kind and more options; export to `out`."""
+        typed = [
+            "--config", str(held_out_prompts().parent / f"{kind}.yaml"),
+            "--name", label, f"--seed_everything={seed}",
+            "--runs_dir", str(self.run / "losses" / "runs"),
+            "--data.train", str(self.run / "traces" / "train"),
+            "--data.validation", str(self.run / "traces" / "validation"),
+            "--data.record", "null", f"--data.seed={seed}", *options,
+            "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
+        ]  # fmt: skip
+        lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+        found = run_folder.find_checkpoint(self.run / "losses" / "runs" / label, "last")
+        assert found is not None
+        export_run(str(found), str(out), name=f"{kind}-smollm2")
 
     @torch.inference_mode()
     def count(self, export: Path) -> dict[str, Any]:
@@ -183,6 +188,16 @@ class Study:
 
 
 Stored = Mapping[str, Mapping[int, dict[str, Any]]]
+
+
+def read_stored(folders: Sequence[Path]) -> Stored:
+    """Counts of every head by loss and seed; seeds of a second folder, of another trace, are other seeds."""
+    stored: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, folder in enumerate(folders):
+        for file in sorted(folder.glob("*.json")):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            stored.setdefault(data["loss"], {})[100 * number + data["seed"]] = data
+    return stored
 
 
 def arrays(
@@ -219,12 +234,15 @@ def against(stored: Stored, name: str, other: str, number: tuple[str, str]) -> s
     return f" ({shown[0]} % [{shown[1]}, {shown[2]}])"
 
 
-def table(stored: Stored) -> Table:
-    """Every number of every loss, and its ratio to the best baseline."""
+def table(stored: Stored, baseline: str | None = None) -> Table:
+    """Every number of every loss, and its ratio to a baseline, the best one when none is given."""
+
+    def ratio(name: str, number: tuple[str, str]) -> str:
+        return against(stored, name, baseline, number) if baseline else against_best(stored, name, number)
+
     numbers = [*(("lengths", label) for label in BUILDERS), *(("rates", rate) for rate in RATES)]
     rows = [
-        [name, str(len(stored[name]))]
-        + [f"{value(stored, name, n):.3f}{against_best(stored, name, n)}" for n in numbers]
+        [name, str(len(stored[name]))] + [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in numbers]
         for name in stored
     ]
     return Table("Test prompts", ["loss", "seeds", *(label for _, label in numbers)], rows)
@@ -239,6 +257,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=80)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-losses"))
+    parser.add_argument(
+        "--pool", type=Path, nargs="*", default=[], help="results of other traces, for --table"
+    )
+    parser.add_argument(
+        "--against", choices=BASELINES, help="baseline; the best at each number when not given"
+    )
     parser.add_argument("--table", action="store_true", help="only print what is stored")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
@@ -248,11 +272,8 @@ def main() -> None:
         for seed in range(args.seeds):
             for loss in args.losses:
                 study.counted(loss, seed)
-    stored: dict[str, dict[int, dict[str, Any]]] = {}
-    for file in sorted(args.results.glob("*.json")):
-        data = json.loads(file.read_text(encoding="utf-8"))
-        stored.setdefault(data["loss"], {})[data["seed"]] = data
-    sys.stdout.write(table(stored).markdown() + "\n")
+    stored = read_stored([args.results, *args.pool])
+    sys.stdout.write(table(stored, args.against).markdown() + "\n")
 
 
 if __name__ == "__main__":
