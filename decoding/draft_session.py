@@ -19,9 +19,11 @@ from certdraft.drafters import Drafter
 from certdraft.support import pack_linears
 
 
-def narrow_draft(drafter: Drafter) -> Callable[[Any, Sequence[int], Sequence[int]], Tensor]:
-    """`Drafter.draft_narrow`, or `draft` of an object that has only the latter."""
-    return getattr(drafter, "draft_narrow", drafter.draft)
+def narrow_draft(
+    drafter: Drafter,
+) -> tuple[Callable[[Any, Sequence[int], Sequence[int]], Tensor], Int[Tensor, " D"] | None]:
+    """`draft_narrow` and `draft_ids` of a drafter; of an object without them, `draft` and None."""
+    return getattr(drafter, "draft_narrow", drafter.draft), getattr(drafter, "draft_ids", None)
 
 
 class DraftSession:
@@ -44,11 +46,11 @@ class DraftSession:
         whole: bool = False,
     ) -> None:
         self.drafter, self.clock = drafter, clock
-        self._draft = drafter.draft if whole else narrow_draft(drafter)
+        narrow, self.draft_ids = narrow_draft(drafter)
+        self._draft = drafter.draft if whole else narrow
         if isinstance(drafter, nn.Module):
             pack_linears(drafter)
         self.kind: Literal["conditional", "marginal"] = drafter.kind
-        self.draft_ids: Int[Tensor, " D"] | None = getattr(drafter, "draft_ids", None)
         self.confidence: Float[Tensor, " K"] | None = None
         self.limit: int | None = getattr(drafter, "max_draft_length", None)
         self.draft_s = self.host_s = 0.0

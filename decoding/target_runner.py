@@ -98,7 +98,7 @@ class TargetRunner:
 
     def verify_greedy(self, state: TreeCache | ChainCache, tree: Tree) -> Float[Tensor, "S V"]:
         """Like `verify`, but only the greedy tokens are exact, which is cheaper in bf16 on a CPU."""
-        return self.lm.extend(state, tree.tokens, tree.parents, greedy_only=True)
+        return self.lm.extend(state, tree.tokens, tree.parents, needed="greedy")
 
     def features(self, state: TreeCache | ChainCache) -> Float[Tensor, "S L H"] | None:
         """See `Target.features`; None without taps."""

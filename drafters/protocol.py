@@ -154,6 +154,11 @@ class Drafter(nn.Module, ABC):
         """Entries of the vocabulary, equal to the target's."""
 
     @property
+    def draft_ids(self) -> Int[Tensor, " D"] | None:
+        """Target ids of the draft vocabulary, ascending; None: the whole vocabulary."""
+        return None
+
+    @property
     def max_context(self) -> int | None:
         """Number of positions it can be used at; None: no limit."""
         return None

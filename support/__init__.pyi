@@ -9,6 +9,7 @@ from .files import write_json as write_json
 from .files import write_text as write_text
 from .fp32 import project_fp32 as project_fp32
 from .fp32 import project_greedy as project_greedy
+from .fp32 import project_top as project_top
 from .growing_cache import GrowingLayer as GrowingLayer
 from .growing_cache import growing_cache as growing_cache
 from .hidden_states import HiddenStates as HiddenStates
@@ -22,8 +23,8 @@ from .model_facts import facts_of as facts_of
 from .model_facts import has_head_bias as has_head_bias
 from .model_facts import text_body as text_body
 from .model_facts import text_config as text_config
+from .packed_linear import OutputLayer as OutputLayer
 from .packed_linear import PackedLinear as PackedLinear
-from .packed_linear import WideHead as WideHead
 from .packed_linear import pack_linears as pack_linears
 from .path_mask import path_mask as path_mask
 from .pretrained import ModelSource as ModelSource

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from certdraft.support.fp32 import project_fp32
+from certdraft.support.fp32 import project_fp32, project_top
 
 
 def pack_linears(model: nn.Module) -> None:
@@ -39,16 +40,14 @@ class PackedLinear(nn.Linear):
     def pack(self) -> None:
         """Pack the weight, unless that was done."""
         if _packable(self.weight) and self._packed() is None:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), 1)  # batch size: a hint
-            self.__dict__["packed"] = (_identity(self.weight), packed)
+            self.__dict__["packed"] = _identity(self.weight), _pack(self.weight.detach())
 
     def forward(self, input: Float[Tensor, "*step I"]) -> Float[Tensor, "*step O"]:
         """input Wᵀ + b."""
         packed = None if torch.is_grad_enabled() or input.dtype != torch.bfloat16 else self._packed()
         if packed is None:
             return F.linear(input, self.weight, self.bias)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
-        return product
+        return _packed_product(input, packed, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold only the weight."""
@@ -59,30 +58,58 @@ class PackedLinear(nn.Linear):
         return packed if packed is not None and identity == _identity(self.weight) else None
 
 
-class WideHead:
-    """`project_fp32` with one output layer, whose bf16 weight is widened once when nothing is trained.
+class OutputLayer:
+    """The projections of one output layer; a CPU lays its bf16 weight out once when nothing is trained.
 
-    In a decoding pass, which has few tokens, `project_fp32` spends most of its time widening the weight.
-    The copy takes twice the memory of the weight. With gradients, in another dtype or on another device
-    nothing is kept; a weight that was replaced or written to is widened again.
+    In a decoding pass, which has few tokens, both spend most of their time laying the weight out. A copy in
+    fp32 or for oneDNN is made when it is first needed. With gradients, in another dtype or on another device
+    nothing is kept; a weight that was replaced or written to is laid out again.
     """
 
     def __init__(self) -> None:
-        self._wide: tuple[tuple[int, int], Tensor] | None = None
+        self._kept: dict[str, tuple[tuple[int, int], Tensor]] = {}
 
     def __call__(
         self, hidden: Float[Tensor, "*step H"], weight: Float[Tensor, "V H"], bias: Tensor | None = None
     ) -> Float[Tensor, "*step V"]:
-        """See `project_fp32`."""
+        """All logits; see `project_fp32`."""
         if torch.is_grad_enabled() or not _packable(weight):
             return project_fp32(hidden, weight, bias)
-        if self._wide is None or self._wide[0] != _identity(weight):
-            self._wide = _identity(weight), weight.detach().float()
-        return project_fp32(hidden, self._wide[1], bias)
+        return project_fp32(hidden, self._laid_out("wide", weight, Tensor.float), bias)
+
+    def top(
+        self, hidden: Float[Tensor, "*step H"], weight: Float[Tensor, "V H"], bias: Tensor | None = None
+    ) -> Float[Tensor, "*step V"]:
+        """Logits for drafting; see `project_top`."""
+        if (
+            torch.is_grad_enabled()
+            or not _packable(weight)
+            or hidden.dtype != weight.dtype
+            or not _can_pack()
+        ):
+            return self(hidden, weight, bias)
+        packed = self._laid_out("packed", weight, _pack)
+        return project_top(hidden, weight, bias, lambda x: _packed_product(x, packed, None))
+
+    def _laid_out(self, name: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != _identity(weight):
+            kept = self._kept[name] = _identity(weight), make(weight.detach())
+        return kept[1]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles hold no weight."""
-        return {"_wide": None}
+        return {"_kept": {}}
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)  # batch size: a hint
+    return packed
+
+
+def _packed_product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
+    return product
 
 
 def _identity(weight: Tensor) -> tuple[int, int]:

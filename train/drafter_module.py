@@ -337,7 +337,7 @@ class DrafterModule(pl.LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         fit_to_target(self.drafter, self.online, datamodule, seed)
         self._layers = getattr(getattr(datamodule, "meta", None), "feature_layers", ())
-        ids = getattr(self.drafter, "draft_ids", None)
+        ids = self.drafter.draft_ids
         if ids is not None:
             root = self.trainer.strategy.root_device
             self.vocabulary = DraftVocabulary(ids.to(root), self.drafter.vocab_size)

@@ -194,7 +194,7 @@ def _draft_samples(
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(target.vocab_size, (context,), generator=generator).tolist()
     state = drafter.start(ids, target.features(target.start(ids))) if drafter.taps else drafter.start(ids)
-    draft, draft_ids = narrow_draft(drafter), getattr(drafter, "draft_ids", None)
+    draft, draft_ids = narrow_draft(drafter)
     samples: list[list[float]] = [[] for _ in widths]
     roots: list[float] = []
     for repeat in range(-warm_up, repeats):

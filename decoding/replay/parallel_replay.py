@@ -98,10 +98,9 @@ class _Stretch:
         self, drafter: Drafter, state: object, roots: Sequence[int], builder: BestFirst, room: int
     ) -> None:
         self.state, self.builder = state, builder
-        self.draft = narrow_draft(drafter)
+        self.draft, self.draft_ids = narrow_draft(drafter)
         logits = self.draft(state, roots, range(-1, len(roots) - 1))
         self.fed = len(roots)
-        self.draft_ids = getattr(drafter, "draft_ids", None)
         rows = top_rows(logits, builder.budget, builder.temperature, self.draft_ids)
         depths = [min(builder.max_depth, room - place) for place in range(len(roots))]
         self.growths = [

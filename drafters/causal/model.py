@@ -288,7 +288,7 @@ class CausalDrafter(Drafter):
     def draft(
         self, state: TreeCache | ChainCache, tokens: TokenIds, parents: TokenIds
     ) -> Float[Tensor, "K V"]:
-        return self._lm.extend(state, tokens, parents)
+        return self._lm.extend(state, tokens, parents, needed="top")
 
     def commit(
         self, state: TreeCache | ChainCache, path: Sequence[int], features: TokenFeatures | None = None

@@ -296,7 +296,7 @@ class BlockDrafter(FeatureDrafter):
             raise ValueError(
                 f"a block drafter reads one chain a round, not parents {[int(p) for p in parents]}."
             )
-        return self.head(self._drafts(state, int(tokens[-1])))
+        return self._project.top(self._drafts(state, int(tokens[-1])), self.head_weight)
 
     def _drafts(self, state: TreeCache, root: int) -> Float[Tensor, "D H"]:
         """Normed states at the drafting positions of the block after the context; the cache stays as is."""

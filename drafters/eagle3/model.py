@@ -295,7 +295,7 @@ class EagleDrafter(FeatureDrafter):
         outputs: list[Tensor] = []
         for wave in batch.waves(state):
             outputs.append(self._read(state, *wave))
-        return self._project(torch.cat(outputs)[skip:], self.lm_head.weight)
+        return self._project.top(torch.cat(outputs)[skip:], self.lm_head.weight)
 
     def _read(self, state: EagleState, tokens: list[int], parents: list[int], feature: Tensor) -> Tensor:
         """Normed output [K, H] of nodes whose features are known."""

@@ -27,7 +27,7 @@ from certdraft.drafters.features.target_layers import check_layers
 from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, RMSNorm, known
 from certdraft.drafters.lm.cached_lm import split_causal_lm
 from certdraft.drafters.protocol import Drafter, TargetSource
-from certdraft.support import WideHead, facts_of, text_config
+from certdraft.support import OutputLayer, facts_of, text_config
 
 if TYPE_CHECKING:
     from certdraft.drafters.formats.export_metadata import ExportRequest
@@ -102,7 +102,7 @@ class FeatureDrafter(Drafter):
         self.pretrained, self.init_from_target = pretrained, init_from_target
         self.parameter_dtype: torch.dtype | None = getattr(torch, dtype)  # None: that of the weights read
         self.gradient_checkpointing = gradient_checkpointing
-        self._project = WideHead()  # of the lm_head
+        self._project = OutputLayer()  # of the lm_head
 
     # ---- what a kind defines
 

@@ -10,7 +10,7 @@ Letters: N committed tokens, K nodes of one pass, L aux hidden-state layers, H h
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 from certdraft.drafters.lm.chain_cache import ChainCache
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.lm.tree_probe import check_decoding
-from certdraft.support import HiddenStates, PackedLinear, WideHead, facts_of, project_greedy, text_body
+from certdraft.support import (
+    HiddenStates,
+    OutputLayer,
+    PackedLinear,
+    facts_of,
+    project_greedy,
+    project_top,
+    text_body,
+)
 
 _WHOLE_PAST = {"full_attention", "sliding_attention", "chunked_attention"}  # up to the window
 _IN_ORDER = {"full_attention", "linear_attention"}  # read only as chains
@@ -86,7 +94,7 @@ class CachedLM:
         self.model = model
         self.body, self.head = split_causal_lm(model)
         self._embeddings: Any = model.get_input_embeddings()
-        self._project = WideHead()
+        self._project = OutputLayer()
         self.taps = tuple(taps)
         self.facts = facts_of(model)
         self.num_layers = self.facts.num_layers
@@ -156,7 +164,7 @@ class CachedLM:
         tokens: Int[Tensor, " K"] | Sequence[int],
         parents: Sequence[int] | Int[Tensor, " K"] | None = None,
         *,
-        greedy_only: bool = False,
+        needed: Literal["all", "top", "greedy"] = "all",
     ) -> Float[Tensor, "K V"]:
         """Append nodes to the round in one pass and return the next-token logits after each.
 
@@ -166,7 +174,8 @@ class CachedLM:
             parents: for each new node the number of its parent in this round (an earlier node, of this call
                 or a previous one), −1 for a child of the last committed token. None: a chain, continuing
                 the latest node.
-            greedy_only: exact greedy tokens are enough; the other logits may be rounded to the model's dtype.
+            needed: the logits that must be exact; others may be rounded to the model's dtype. "top": the
+                largest of each row, which a draft tree ranks. "greedy": its largest one.
 
         Returns:
             fp32 logits of the token after each new node, in the order given.
@@ -198,11 +207,12 @@ class CachedLM:
         if isinstance(cache, ChainCache):
             cache.remember(ids[0, -num:].tolist())
         with torch.no_grad():
-            if greedy_only:
-                head: Any = self.head
-                product = head if isinstance(head, PackedLinear) and head.bias is None else None
-                return project_greedy(hidden[0], head.weight, head.bias, product)
-            return self.project(hidden[0])
+            if needed == "all":
+                return self.project(hidden[0])
+            head: Any = self.head
+            product = head if isinstance(head, PackedLinear) and head.bias is None else None
+            project = project_top if needed == "top" else project_greedy
+            return project(hidden[0], head.weight, head.bias, product)
 
     def _waiting(self, cache: TreeCache | ChainCache) -> Int[Tensor, "1 W"] | None:
         """Committed tokens to be read in front of a round that begins; too many are read here, for good."""

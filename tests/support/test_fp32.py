@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from certdraft.support import fp32, project_fp32, project_greedy
+from certdraft.support import fp32, project_fp32, project_greedy, project_top
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16), (torch.float16, BF16)]
@@ -108,6 +108,22 @@ def test_greedy_tokens_of_rounded_logits_are_those_of_fp32(scale: float, biased:
     torch.testing.assert_close(
         logits.topk(2).values.diff(dim=-1).abs().squeeze(-1)[near], lead[near], atol=1e-4 * scale, rtol=0
     )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_largest_logits_of_a_draft_are_those_of_fp32(biased: bool) -> None:
+    hidden = drawn(30, 48, dtype=BF16)
+    weight = (drawn(1, 48) + 0.05 * drawn(500, 48, seed=1)).to(BF16)
+    bias = drawn(500, seed=2).to(BF16) if biased else None
+    with torch.no_grad():
+        logits, whole = project_top(hidden, weight, bias, exact=64), project_fp32(hidden, weight, bias)
+        rounded = torch.nn.functional.linear(hidden, weight, bias)
+    assert logits.dtype == F32
+    best, found = whole.topk(32), logits.topk(32)
+    torch.testing.assert_close(found.values, best.values, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits.logsumexp(-1), whole.logsumexp(-1), atol=2e-3, rtol=0)
+    order = (rounded.topk(32).indices != best.indices).any(-1)
+    assert order.float().mean() > 0.5  # bf16 alone orders most rows otherwise
 
 
 def test_greedy_tokens_of_fp32_weights_are_plain_logits() -> None:

@@ -128,7 +128,7 @@ def test_garbage_changes_no_text(family: str, drafters, texts, monkeypatch: pyte
         broken = torch.rand((), generator=generator) < 0.2
         return logits * torch.nan if broken else logits.round()
 
-    monkeypatch.setattr(drafter, "_project", garbage)
+    monkeypatch.setattr(drafter._project, "top", garbage, raising=False)
     target = TargetRunner(MODEL, drafter.taps)
     for prompt, text in zip(PROMPTS, texts, strict=True):
         with pytest.warns(RuntimeWarning, match="not finite"):

@@ -1,4 +1,4 @@
-"""`WideHead`: the logits of `project_fp32`, and never those of a weight that is gone."""
+"""`OutputLayer`: the logits of `project_fp32`, and never those of a weight that is gone."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from certdraft.support import WideHead, project_fp32
+from certdraft.support import OutputLayer, project_fp32
 
 BF16 = torch.bfloat16
 
@@ -34,7 +34,7 @@ class Widened(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(1,), (5,), (2, 3), (0,)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_logits_are_those_of_project_fp32(shape: tuple[int, ...], biased: bool) -> None:
-    head, weight = WideHead(), drawn(40, 24)
+    head, weight = OutputLayer(), drawn(40, 24)
     bias = drawn(40, seed=2) if biased else None
     hidden = drawn(*shape, 24, seed=1)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_logits_are_those_of_project_fp32(shape: tuple[int, ...], biased: bool) 
 
 
 def test_the_weight_is_widened_once() -> None:
-    head, weight, hidden = WideHead(), drawn(40, 24), drawn(2, 24, seed=1)
+    head, weight, hidden = OutputLayer(), drawn(40, 24), drawn(2, 24, seed=1)
     with torch.no_grad(), Widened() as first:
         head(hidden, weight)
     with torch.no_grad(), Widened() as second:
@@ -55,7 +55,7 @@ def test_the_weight_is_widened_once() -> None:
 
 
 def test_a_changed_or_replaced_weight_is_widened_again() -> None:
-    head, weight, hidden = WideHead(), drawn(40, 24), drawn(2, 24, seed=1)
+    head, weight, hidden = OutputLayer(), drawn(40, 24), drawn(2, 24, seed=1)
     with torch.no_grad():
         head(hidden, weight)
         weight.mul_(3)
@@ -65,7 +65,7 @@ def test_a_changed_or_replaced_weight_is_widened_again() -> None:
 
 
 def test_gradients_and_fp32_weights_keep_no_copy() -> None:
-    head, weight, hidden = WideHead(), drawn(40, 24).requires_grad_(), drawn(2, 24, seed=1)
+    head, weight, hidden = OutputLayer(), drawn(40, 24).requires_grad_(), drawn(2, 24, seed=1)
     head(hidden, weight).sum().backward()
     assert weight.grad is not None
     with torch.no_grad():
@@ -74,9 +74,24 @@ def test_gradients_and_fp32_weights_keep_no_copy() -> None:
 
 
 def test_copies_hold_no_weight() -> None:
-    head = WideHead()
+    head = OutputLayer()
     with torch.no_grad():
         head(drawn(2, 24), drawn(40, 24))
     assert head._wide is not None
     assert copy.deepcopy(head)._wide is None
     assert len(pickle.dumps(head)) < 200
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_draft_logits_are_those_of_project_top_and_follow_the_weight(
+    shape: tuple[int, ...], biased: bool
+) -> None:
+    head, weight, hidden = OutputLayer(), drawn(400, 24), drawn(*shape, 24, seed=1)
+    bias = drawn(400, seed=2) if biased else None
+    with torch.no_grad():
+        for _ in range(2):
+            found, whole = head.top(hidden, weight, bias), project_fp32(hidden, weight, bias)
+            torch.testing.assert_close(found.topk(16).values, whole.topk(16).values, atol=1e-4, rtol=0)
+            torch.testing.assert_close(found, whole, atol=0.1, rtol=2**-7)
+            weight.mul_(-2)
