@@ -32,7 +32,8 @@ class Verdict(NamedTuple):
 class Acceptor(Protocol):
     """Interface of the acceptors of `decode`; `lossless`: the text stays the target's own.
 
-    An acceptor that reads nothing but greedy tokens may say so with `greedy_only = True`.
+    An acceptor that does not read all logits may say so with `needed`: "greedy" if it reads only greedy
+    tokens, "top" if a row's largest logits decide; see `CachedLM.extend`.
     """
 
     lossless: bool
@@ -46,7 +47,7 @@ class Strict:
     """Accepts a draft token when it is the target's greedy token (lowest id at exact ties)."""
 
     lossless = True
-    greedy_only = True  # it reads only the greedy tokens of the logits
+    needed = "greedy"
 
     def __repr__(self) -> str:
         return "strict"
@@ -74,6 +75,7 @@ class Relaxed:
     """
 
     lossless = False
+    needed = "top"  # an accepted token is among the target's most probable ones
 
     def __init__(self, rule: Rule, temperature: float = 1.0) -> None:
         if isinstance(rule, Coverage):

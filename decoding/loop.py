@@ -157,7 +157,7 @@ def decode(
     if prepare := getattr(builder, "prepare", None):
         prepare(target, drafter)
     clock = clock or RealClock(getattr(target, "device", "cpu"))
-    verify = verifier(target, greedy_only=getattr(accept, "greedy_only", False))
+    verify = verifier(target, getattr(accept, "needed", "all"))
     clock.lap("host")
     state, tapped = target.start(prompt[:-1]), bool(drafter.taps)
     features = target.features(state) if tapped else None
@@ -223,7 +223,7 @@ def greedy(
     target = as_target(target)
     prompt, stops = checked_prompt(target, None, prompt_ids, max_new_tokens), eos_set(eos)
     state, tokens = target.start(prompt[:-1]), prompt[-1:]
-    verify = verifier(target, greedy_only=True)
+    verify = verifier(target, "greedy")
     while True:
         tokens += greedy_ids(verify(state, Tree.root_only(tokens[-1])))
         if len(tokens) > max_new_tokens or tokens[-1] in stops:

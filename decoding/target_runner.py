@@ -40,7 +40,8 @@ class Target(Protocol):
     def verify(self, state: Any, tree: Tree) -> Float[Tensor, "S V"]:
         """fp32 next-token logits after every slot of the tree, from one pass.
 
-        A target may also have `verify_greedy`, the same where only the greedy tokens must be exact.
+        A target may also have `verify_greedy` and `verify_top`, the same where only the greedy tokens, or the
+        largest logits, must be exact.
         """
         ...
 
@@ -100,6 +101,10 @@ class TargetRunner:
         """Like `verify`, but only the greedy tokens are exact, which is cheaper in bf16 on a CPU."""
         return self.lm.extend(state, tree.tokens, tree.parents, needed="greedy")
 
+    def verify_top(self, state: TreeCache | ChainCache, tree: Tree) -> Float[Tensor, "S V"]:
+        """Like `verify`, but only the largest logits of each slot are exact."""
+        return self.lm.extend(state, tree.tokens, tree.parents, needed="top")
+
     def features(self, state: TreeCache | ChainCache) -> Float[Tensor, "S L H"] | None:
         """See `Target.features`; None without taps."""
         return state.features
@@ -109,10 +114,10 @@ class TargetRunner:
         state.keep(path)
 
 
-def verifier(target: Target, *, greedy_only: bool) -> Callable[[Any, Tree], Tensor]:
-    """The target's pass over a tree: the cheaper one where it has one and only greedy tokens are read."""
-    full: Callable[[Any, Tree], Tensor] = target.verify
-    return getattr(target, "verify_greedy", full) if greedy_only else full
+def verifier(target: Target, needed: str) -> Callable[[Any, Tree], Tensor]:
+    """The target's pass over a tree: the cheapest it has that gives the needed logits; see `Acceptor`."""
+    found: Callable[[Any, Tree], Tensor] = getattr(target, f"verify_{needed}", target.verify)
+    return found
 
 
 def fingerprint(model: object) -> str:

@@ -62,7 +62,7 @@ class Sizes:
     prompts: int = 1500
     answer_tokens: int = 96
     steps: int = 900
-    held_out: int = 40
+    held_out: int = 24
     new_tokens: int = 128
     minutes: float = 45.0
 
