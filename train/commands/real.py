@@ -210,10 +210,10 @@ def summarise(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float
                 | {"speedup": row["speedup"]["value"] * baseline[_OWN_PLAIN] / baseline[fastest]}
                 | {"speedup_over_own_plain": row["speedup"]}
                 | {"equal_texts": row["equal_texts"], "differing": row["differing"]}
+                | {"prompts": bench["prompts"]}
             )
     return {
         "device": bench["device"],
-        "prompts": bench["prompts"],
         "plain_tokens_per_s": baseline,
         "fastest_plain": fastest,
         "rows": rows,
@@ -227,7 +227,7 @@ def table(summary: dict[str, Any]) -> Table:
         [
             row["drafter"], row["builder"], f"{row['tau']['value']:.2f}", f"{row['nodes_per_pass']:.1f}",
             f"{row['tokens_per_s']['value']:.1f}", f"{row['speedup']:.2f}x",
-            f"{row['equal_texts']} of {summary['prompts']}",
+            f"{row['equal_texts']} of {row['prompts']}",
         ]
         for row in summary["rows"]
     ]  # fmt: skip
