@@ -69,16 +69,18 @@ def test_gradients_and_fp32_weights_keep_no_copy() -> None:
     head(hidden, weight).sum().backward()
     assert weight.grad is not None
     with torch.no_grad():
-        head(hidden.float(), drawn(40, 24, dtype=torch.float32))
-    assert head._wide is None
+        for project in (head, head.top):
+            project(hidden.float(), drawn(40, 24, dtype=torch.float32))
+    assert not head._kept
 
 
 def test_copies_hold_no_weight() -> None:
     head = OutputLayer()
     with torch.no_grad():
         head(drawn(2, 24), drawn(40, 24))
-    assert head._wide is not None
-    assert copy.deepcopy(head)._wide is None
+        head.top(drawn(2, 24), drawn(40, 24))
+    assert "wide" in head._kept
+    assert not copy.deepcopy(head)._kept
     assert len(pickle.dumps(head)) < 200
 
 
