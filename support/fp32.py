@@ -64,10 +64,10 @@ def project_greedy(
         bias: as in `project_fp32`.
         product: hidden [N, H] times the weight, where a layer has it packed.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or hidden.dtype != weight.dtype:
+    if not _rounding_pays(hidden, weight):
         return project_fp32(hidden, weight, bias)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = (F.linear(flat, weight) if product is None else product(flat)).float()
+    logits = _rounded(flat, weight, product)
     rounding = 2**-8 * torch.maximum(logits.amax(-1, keepdim=True), -logits.amin(-1, keepdim=True))
     if bias is not None:
         logits += bias.float()
@@ -96,16 +96,28 @@ def project_top(
         product: as in `project_greedy`.
         exact: largest logits of a row that are computed again in fp32.
     """
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or hidden.dtype != weight.dtype:
+    if not _rounding_pays(hidden, weight):
         return project_fp32(hidden, weight, bias)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = (F.linear(flat, weight) if product is None else product(flat)).float()
+    logits = _rounded(flat, weight, product)
     if bias is not None:
         logits += bias.float()
     ids = logits.topk(min(exact, len(weight)), sorted=False).indices
     again = torch.bmm(weight[ids].float(), flat.float().unsqueeze(-1)).squeeze(-1)
     logits.scatter_(-1, ids, again if bias is None else again + bias[ids].float())
     return logits.view(*hidden.shape[:-1], len(weight))
+
+
+def _rounding_pays(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether a bf16 product is cheaper than one accumulated into fp32: on a CPU."""
+    return weight.device.type == "cpu" and weight.dtype == hidden.dtype == torch.bfloat16
+
+
+def _rounded(
+    hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"], product: Callable[[Tensor], Tensor] | None
+) -> Float[Tensor, "N V"]:
+    """The product, rounded to the dtype of its factors, in fp32."""
+    return (F.linear(hidden, weight) if product is None else product(hidden)).float()
 
 
 def _by_blocks(hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "N V"]:
