@@ -20,6 +20,7 @@ from certdraft.support.model_facts import text_body
 from certdraft.support.pretrained import load_pretrained, load_pretrained_config, model_source, quiet
 
 
+@torch.inference_mode(False)  # no changes of inference tensors are counted, so they cannot be packed
 def load_causal_lm(
     name: str | Path,
     *,

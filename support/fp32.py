@@ -17,7 +17,10 @@ _BLOCK_VALUES = 1 << 19  # weight values widened at once on a CPU: 2 MiB of fp32
 
 
 def project_fp32(
-    hidden: Float[Tensor, "*step H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None = None
+    hidden: Float[Tensor, "*step H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None = None,
+    product: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, "*step V"]:
     """hidden @ weight.T + bias, accumulated and returned in fp32 (float64 stays float64).
 
@@ -29,9 +32,12 @@ def project_fp32(
         hidden: hidden states after the final norm, any float dtype.
         weight: output embedding; the dtype may differ from that of `hidden`.
         bias: of the output layer, if it has one.
+        product: hidden times the weight, in their dtype, where a layer has it packed; used if that is fp32.
     """
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
+        if product is not None and hidden.dtype == weight.dtype == torch.float32:
+            return product(hidden) if bias is None else product(hidden) + bias.float()
         if weight.dtype == wide:
             return F.linear(hidden.to(wide), weight, None if bias is None else bias.to(wide))
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -62,10 +68,10 @@ def project_greedy(
         hidden: as in `project_fp32`.
         weight: as in `project_fp32`.
         bias: as in `project_fp32`.
-        product: hidden [N, H] times the weight, where a layer has it packed.
+        product: hidden times the weight, in their dtype, where a layer has it packed.
     """
     if not _rounding_pays(hidden, weight):
-        return project_fp32(hidden, weight, bias)
+        return project_fp32(hidden, weight, bias, product)
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = _rounded(flat, weight, product)
     rounding = 2**-8 * torch.maximum(logits.amax(-1, keepdim=True), -logits.amin(-1, keepdim=True))
@@ -93,11 +99,11 @@ def project_top(
         hidden: as in `project_fp32`.
         weight: as in `project_fp32`.
         bias: as in `project_fp32`.
-        product: as in `project_greedy`.
+        product: hidden times the weight, in their dtype, where a layer has it packed.
         exact: largest logits of a row that are computed again in fp32.
     """
     if not _rounding_pays(hidden, weight):
-        return project_fp32(hidden, weight, bias)
+        return project_fp32(hidden, weight, bias, product)
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = _rounded(flat, weight, product)
     if bias is not None:

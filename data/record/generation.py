@@ -26,9 +26,10 @@ from certdraft.data.record.running_batch import RunningBatch
 from certdraft.data.trace.recorded_row import Finish, RecordedRow
 from certdraft.support import (
     HiddenStates,
+    OutputLayer,
     bits_of,
     facts_of,
-    project_fp32,
+    pack_linears,
     text_body,
     text_config,
 )
@@ -45,7 +46,7 @@ class TargetError(ValueError):
 
 
 class LogitHead:
-    """hidden [N, H] → logits [N, V] in fp32, whatever the target's dtype.
+    """hidden [N, H] → logits [N, V] in fp32, whatever the target's dtype. On a CPU the target is packed.
 
     Raises:
         TargetError: the target does more than a matrix product there (soft-capped or scaled logits).
@@ -57,7 +58,9 @@ class LogitHead:
             raise TargetError(
                 f"{type(target).__name__} has no linear output layer; its logits cannot be recorded"
             )
+        pack_linears(target)
         self.weight, self.bias = layer.weight.detach(), layer.bias
+        self._layer, self._project = layer, OutputLayer()
         # some classes leave logit changes of their config to engines
         if changes := facts_of(target).logit_changes:
             raise TargetError(
@@ -67,7 +70,7 @@ class LogitHead:
         self._check(target)
 
     def __call__(self, hidden: Float[Tensor, "N H"]) -> Float[Tensor, "N V"]:
-        return project_fp32(hidden, self.weight, self.bias)
+        return self._project(hidden, self.weight, self.bias, self._layer)
 
     @property
     def vocab_size(self) -> int:

@@ -89,7 +89,8 @@ def record_trace(
         generation: how the target continues prompts, and which token positions are learned.
         tokenizer: where the tokenizer is, when not beside the target.
         revision: hub revision of the target.
-        dtype: dtype of the target's weights; logits are fp32 whatever it is.
+        dtype: dtype of the target's weights, which a CPU holds twice (see `support.pack_linears`); logits are
+            fp32 whatever it is.
         num_kept: K, top-k logits kept per token position.
         batch_size: prompts continued side by side.
         shard_rows: prompts per shard; a killed recording loses at most the shard in progress.

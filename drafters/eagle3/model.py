@@ -35,7 +35,7 @@ from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
 from certdraft.drafters.training_paths import PackedRows, Paths, TokenFeatures, TokenIds, steps_from
-from certdraft.support import path_mask
+from certdraft.support import path_mask, project_top
 
 
 @register_drafter("eagle")
@@ -205,7 +205,7 @@ class EagleDrafter(FeatureDrafter):
 
     def head(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """Logits over the target's vocabulary, `ABSENT` outside the draft vocabulary."""
-        return self._spread(self._project(hidden, self.lm_head.weight))
+        return self._spread(self._project(hidden, self.lm_head.weight, layer=self.lm_head))
 
     def _spread(self, logits: Float[Tensor, "*step D"]) -> Float[Tensor, "*step V"]:
         ids = self.draft_ids
@@ -295,7 +295,7 @@ class EagleDrafter(FeatureDrafter):
         outputs: list[Tensor] = []
         for wave in batch.waves(state):
             outputs.append(self._read(state, *wave))
-        return self._project.top(torch.cat(outputs)[skip:], self.lm_head.weight)
+        return project_top(torch.cat(outputs)[skip:], self.lm_head.weight, product=self.lm_head)
 
     def _read(self, state: EagleState, tokens: list[int], parents: list[int], feature: Tensor) -> Tensor:
         """Normed output [K, H] of nodes whose features are known."""

@@ -109,6 +109,7 @@ def export(
     return path
 
 
+@torch.inference_mode(False)  # as `load_causal_lm`
 def load_drafter(
     path: str | Path,
     *,

@@ -229,7 +229,7 @@ class CachedLM:
     def project(self, hidden: Float[Tensor, "*step H"]) -> Float[Tensor, "*step V"]:
         """fp32 logits from hidden states after the final norm."""
         head: Any = self.head
-        return self._project(hidden, head.weight, head.bias)
+        return self._project(hidden, head.weight, head.bias, head)
 
     @torch.no_grad()
     def _forward(

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from certdraft.support import OutputLayer, project_fp32
+from certdraft.support import OutputLayer, pack_linears, project_fp32
 
 BF16 = torch.bfloat16
 
@@ -64,7 +64,7 @@ def test_a_changed_or_replaced_weight_is_widened_again() -> None:
         torch.testing.assert_close(head(hidden, other), project_fp32(hidden, other), atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_and_fp32_weights_keep_no_copy() -> None:
+def test_gradients_and_small_fp32_weights_keep_no_copy() -> None:
     head, weight, hidden = OutputLayer(), drawn(40, 24).requires_grad_(), drawn(2, 24, seed=1)
     head(hidden, weight).sum().backward()
     assert weight.grad is not None
@@ -74,12 +74,27 @@ def test_gradients_and_fp32_weights_keep_no_copy() -> None:
     assert not head._kept
 
 
+def test_an_fp32_weight_is_packed_once_for_its_layer_and_its_projection() -> None:
+    layer, own, shared = nn.Linear(512, 1100, bias=False), OutputLayer(), OutputLayer()
+    hidden = drawn(3, 512, dtype=torch.float32)
+    pack_linears(layer)
+    with torch.no_grad():
+        expected = project_fp32(hidden, layer.weight)
+        torch.testing.assert_close(own(hidden, layer.weight.detach()), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(shared(hidden, layer.weight, layer=layer), expected, atol=1e-5, rtol=1e-5)
+        biased = shared(hidden, layer.weight, torch.ones(1100), layer)
+        torch.testing.assert_close(biased, expected + 1, atol=1e-5, rtol=1e-5)
+    assert own._kept
+    assert not shared._kept
+
+
 def test_copies_hold_no_weight() -> None:
     head = OutputLayer()
     with torch.no_grad():
         head(drawn(2, 24), drawn(40, 24))
         head.top(drawn(2, 24), drawn(40, 24))
-    assert "wide" in head._kept
+    assert set(head._kept) <= {torch.float32, BF16}
+    assert torch.float32 in head._kept
     assert not copy.deepcopy(head)._kept
     assert len(pickle.dumps(head)) < 200
 

@@ -37,6 +37,14 @@ def test_gguf_weights_are_dequantised(checkpoint: tuple[Path, LlamaForCausalLM],
     assert weights_origin(tmp_path) is None
 
 
+def test_weights_read_under_inference_mode_can_be_changed_and_packed(
+    checkpoint: tuple[Path, LlamaForCausalLM],
+) -> None:
+    with torch.inference_mode():
+        loaded = load_causal_lm(checkpoint[0])
+    assert not any(parameter.is_inference() for parameter in loaded.parameters())
+
+
 def test_a_folder_around_a_gguf_file(
     checkpoint: tuple[Path, LlamaForCausalLM], capfd: pytest.CaptureFixture[str]
 ) -> None:

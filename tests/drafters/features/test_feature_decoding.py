@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -123,12 +124,15 @@ def test_text_is_the_targets_greedy_text(name: str, builder: str, drafters, text
 def test_garbage_changes_no_text(family: str, drafters, texts, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, generator = drafters[family], torch.Generator().manual_seed(0)
 
-    def garbage(hidden: Tensor, weight: Tensor) -> Tensor:
+    def garbage(hidden: Tensor, weight: Tensor, **_: Any) -> Tensor:
         logits = torch.randn(*hidden.shape[:-1], len(weight), generator=generator)
         broken = torch.rand((), generator=generator) < 0.2
         return logits * torch.nan if broken else logits.round()
 
-    monkeypatch.setattr(drafter._project, "top", garbage, raising=False)
+    if family == "eagle":
+        monkeypatch.setattr("certdraft.drafters.eagle3.model.project_top", garbage)
+    else:
+        monkeypatch.setattr(drafter._project, "top", garbage, raising=False)
     target = TargetRunner(MODEL, drafter.taps)
     for prompt, text in zip(PROMPTS, texts, strict=True):
         with pytest.warns(RuntimeWarning, match="not finite"):
