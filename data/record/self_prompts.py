@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,19 +17,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from certdraft.data.corpus.accounting import Accounting
 from certdraft.data.record.generation import eos_ids_of
 from certdraft.data.record.learned_positions import loop_onset
 from certdraft.data.record.running_batch import RunningBatch
 from certdraft.data.targets import load_target, load_tokenizer
-from certdraft.support import Progress, write_json, write_text
+from certdraft.support import Progress, pack_linears, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _MARK = "CERTDRAFT-USER-TURN"
 _MAX_TRIES = 20  # times the number of prompts asked for
+_REFILLS = 4  # turns of a batch for each place, one after another; a killed command loses a batch at most
 _SHOWN = 60  # characters of a skipped prompt in the accounting
 
 
@@ -41,7 +46,7 @@ class Sampling:
         top_p: share of the probability of these that is sampled from.
         max_new_tokens: longest turn; a turn that has not ended there is dropped.
         min_characters: shortest turn.
-        batch_size: turns sampled side by side.
+        batch_size: turns sampled side by side; four times as many make a batch, which is sampled whole.
         seed: of the sampling; the same seed gives the same prompts on the same machine.
         openings: text file of first words, one opening a line; turn after turn begins with the next one.
             Without it a model writes mostly what it was asked most often in its training.
@@ -100,9 +105,11 @@ def write_prompts(
     file.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_target(target, revision=revision, dtype=getattr(torch, dtype), device=device)
+    pack_linears(model)
     writer = _Writer(model, load_tokenizer(target, revision=revision), sampling)
     settings = {"target": target, "revision": revision, "dtype": dtype, **asdict(sampling)}
     settings["openings"] = writer.first_words  # what the file holds now
+    settings["turns_a_batch"] = len(writer.given(0))
     journal = file.with_name(f".{file.name}.partial.json")
     batch = writer.resume(journal, settings)
     with Progress("writing prompts", count, "prompts") as progress:
@@ -172,7 +179,7 @@ class _Writer:
 
     def given(self, batch: int) -> list[list[int]]:
         """First tokens of every turn of a batch."""
-        size, words = self.sampling.batch_size, self.first_words
+        size, words = _REFILLS * self.sampling.batch_size, self.first_words
         return [words[turn % len(words)] for turn in range(batch * size, (batch + 1) * size)]
 
     def _judge(self, ids: Any, ended: bool) -> None:
@@ -201,38 +208,49 @@ class _Writer:
 def _sample_turns(
     model: PreTrainedModel,
     opening: list[int],
-    given: list[list[int]],
+    given: Sequence[list[int]],
     ends: frozenset[int],
     sampling: Sampling,
     seed: int,
 ) -> list[list[int]]:
-    """Token ids of one turn for each of `given`, its first tokens, up to its end; without `opening`."""
+    """Token ids of one turn for each of `given`, its first tokens, up to its end; without `opening`.
+
+    Turns that end make room for the next ones.
+    """
     generator = torch.Generator(model.device).manual_seed(seed)
     room = len(opening) + sampling.max_new_tokens
-    batch = RunningBatch(
-        partial(model, logits_to_keep=1), model.config, model.device, size=len(given), room=room
-    )
-    turns: list[list[int]] = [[] for _ in given]
-    live = list(range(len(turns)))
-    logits = batch.join([np.array(opening)] * len(turns)).logits[:, -1]
-    for step in range(sampling.max_new_tokens):
-        top = logits.float().topk(min(sampling.top_k, logits.shape[-1]))  # descending
-        probs = (top.values / sampling.temperature).softmax(-1)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
-        tokens = top.indices.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
-        for row, turn in enumerate(live):
-            if step < len(given[turn]):
-                tokens[row] = given[turn][step]
-        for turn, token in zip(live, tokens.tolist(), strict=True):
+    forward = partial(model, logits_to_keep=1)
+    batch = RunningBatch(forward, model.config, model.device, sampling.batch_size, room)
+    turns = [list(words) for words in given]
+    waiting, live = deque(range(len(turns))), list[int]()
+    tokens = torch.zeros(0, dtype=torch.long, device=model.device)  # that come next in each
+    while waiting or live:
+        new = [waiting.popleft() for _ in range(min(batch.free, len(waiting)))]
+        if new:
+            output = batch.join([np.array(opening + turns[turn]) for turn in new])
+            drawn = _drawn(output.logits[:, -1], sampling, generator)
+            tokens, live = torch.cat([tokens, drawn]), live + new
+        else:
+            drawn = tokens = _drawn(batch.step(tokens).logits[batch.rows, -1], sampling, generator)
+        for turn, token in zip(new or live, drawn.tolist(), strict=True):
             turns[turn].append(token)
-        stay = [row for row, turn in enumerate(live) if turns[turn][-1] not in ends]
-        if not stay or step + 1 == sampling.max_new_tokens:
-            break
+        stay = [
+            row
+            for row, turn in enumerate(live)
+            if turns[turn][-1] not in ends and len(turns[turn]) < sampling.max_new_tokens
+        ]
         if len(stay) < len(live):
             batch.keep(stay)
             tokens, live = tokens[stay], [live[row] for row in stay]
-        logits = batch.step(tokens).logits[batch.rows, -1]
     return turns
+
+
+def _drawn(logits: Float[Tensor, "N V"], sampling: Sampling, generator: torch.Generator) -> Int[Tensor, " N"]:
+    """One token for each row of logits."""
+    top = logits.float().topk(min(sampling.top_k, logits.shape[-1]))  # descending
+    probs = (top.values / sampling.temperature).softmax(-1)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, 0.0)
+    return top.indices.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 def _user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], frozenset[int]]:

@@ -289,7 +289,7 @@ def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
     """The prompts that the target wrote."""
     file = folder / "prompts.jsonl"
     if not file.exists():
-        sampling = Sampling(max_new_tokens=64, batch_size=128, openings=str(_CONFIGS / "openings.txt"))
+        sampling = Sampling(max_new_tokens=64, openings=str(_CONFIGS / "openings.txt"))
         write_prompts(str(file), target=target, count=sizes.prompts, sampling=sampling, dtype="bfloat16")
     return file
 
@@ -344,7 +344,6 @@ def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | N
     return max(spare)
 
 
-@torch.inference_mode()
 def _baseline(folder: Path, target: str, sizes: Sizes) -> dict[str, float]:
     """Tokens/s of plain greedy decoding on held-out prompts: our loop in bf16, `generate` in bf16 and fp32.
 
