@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 
 def run_jobs(engine, version, run):
@@ -16,3 +17,11 @@ def run_jobs(engine, version, run):
             results["runs"][job["name"]] = {"error": f"{type(error).__name__}: {error}"}
         with open(sys.argv[2], "w", encoding="utf-8") as file:
             json.dump(results, file)
+
+
+def timed(seconds, act, *arguments, **options):
+    """What a call returns; its wall-clock seconds are appended."""
+    start = time.perf_counter()
+    result = act(*arguments, **options)
+    seconds.append(time.perf_counter() - start)
+    return result

@@ -1,9 +1,9 @@
 """Jobs in OpenVINO GenAI: `run_openvino.py JOBS.json RESULTS.json`, run where optimum-intel is installed.
 
 A job: name, family, target and drafter (folders of Hugging Face; no drafter: plain decoding), num_tokens,
-max_new_tokens, prompts (token ids), taps (layers of an EAGLE-3 head, 0-based), and `work`, a folder for the
-converted models. A result: tokens of every prompt, passes of the target after the first, and accepted draft
-tokens (not all of the last round's are counted).
+max_new_tokens, prompts (token ids), taps (layers of an EAGLE-3 head, 0-based), threads (1 if not given), and
+`work`, a folder for the converted models. A result: tokens and seconds of every prompt, passes of the target
+after the first, and accepted draft tokens (not all of the last round's are counted).
 """
 
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import openvino
 import openvino_genai
-from jobs import run_jobs
+from jobs import run_jobs, timed
 
 
 def converted(folder, work, family=None, taps=None):
@@ -43,7 +43,8 @@ def converted(folder, work, family=None, taps=None):
 
 
 def run(job):
-    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFERENCE_NUM_THREADS": 1}
+    exact = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+    exact |= {"INFERENCE_NUM_THREADS": job.get("threads", 1)}
     target = converted(job["target"], job["work"])
     more = {}
     if job.get("drafter"):
@@ -57,18 +58,17 @@ def run(job):
     config.max_new_tokens, config.ignore_eos, config.do_sample = job["max_new_tokens"], True, False
     if job.get("drafter"):
         config.num_assistant_tokens = job["num_tokens"]
-    tokens, drafts, accepted = [], 0, 0
+    tokens, seconds, drafts, accepted = [], [], 0, 0
     for prompt in job["prompts"]:
         ids = openvino.Tensor(numpy.array([prompt], dtype=numpy.int64))
-        answer = pipeline.generate(
-            openvino_genai.TokenizedInputs(ids, openvino.Tensor(numpy.ones_like(ids.data))), config
-        )
+        inputs = openvino_genai.TokenizedInputs(ids, openvino.Tensor(numpy.ones_like(ids.data)))
+        answer = timed(seconds, pipeline.generate, inputs, config)
         tokens.append(list(answer.tokens[0]))
         if job.get("drafter"):
             metrics = answer.extended_perf_metrics
             accepted += metrics.get_num_accepted_tokens()
             drafts += len(metrics.main_model_metrics.raw_metrics.m_durations) - 1
-    return {"tokens": tokens, "passes": drafts, "accepted": accepted}
+    return {"tokens": tokens, "seconds": seconds, "passes": drafts, "accepted": accepted}
 
 
 run_jobs("OpenVINO GenAI", f"openvino-genai {openvino_genai.__version__}", run)

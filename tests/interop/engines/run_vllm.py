@@ -2,14 +2,15 @@
 
 A job: name, family, target and drafter (folders; no drafter: plain decoding; no target: the drafter's folder
 names it, as speculators' do), num_tokens, max_new_tokens, prompts (token ids). `--fix-k-norm` mends a bug of
-its CPU build; `--interpret-triton` runs its second model runner, which alone has DSpark. A result: tokens of
-every prompt, drafts, drafted and accepted draft tokens, and accepted ones by position.
+its CPU build; `--interpret-triton` runs its second model runner, which alone has DSpark. OMP_NUM_THREADS is 1
+if not set. A result: tokens and seconds of every prompt, drafts, drafted and accepted draft tokens, and
+accepted ones by position.
 """
 
 import os
 import sys
 
-from jobs import run_jobs
+from jobs import run_jobs, timed
 
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -17,8 +18,8 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
 }
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 METHODS = {"causal": "draft_model", "eagle3": "eagle3", "dflash": "dflash", "dspark": "dspark"}
 COUNTERS = {
@@ -55,12 +56,14 @@ def run(job):
         temperature=0.0, max_tokens=job["max_new_tokens"], ignore_eos=True, detokenize=False
     )
     before = counters(llm)
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=p) for p in job["prompts"]], sampling, use_tqdm=False
-    )
+    tokens, seconds = [], []
+    for prompt in job["prompts"]:  # one by one, to time each
+        asked = TokensPrompt(prompt_token_ids=prompt)
+        [answer] = timed(seconds, llm.generate, [asked], sampling, use_tqdm=False)
+        tokens.append(list(answer.outputs[0].token_ids))
     after = counters(llm)
     result = {key: difference(after[key], before[key]) for key in after}
-    return result | {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+    return result | {"tokens": tokens, "seconds": seconds}
 
 
 def counters(llm):
