@@ -212,9 +212,11 @@ def speedup_figure(path: Path, data: Data) -> Path:
         left.axhline(1.0, color=TARGET, lw=1, ls=LINES[1])
         if data["break_even"]:
             left.axvline(data["break_even"], color=REALISED, lw=5, zorder=0)
+            late = data["break_even"] ** 2 > loads[0] * loads[-1]  # in the right half of a logarithmic axis
             left.annotate(
-                f"break-even {data['break_even']:.1f}", (data["break_even"], 0.0), (4, 4), fontsize=8.5,
-                xycoords=left.get_xaxis_transform(), textcoords="offset points",
+                f"break-even {data['break_even']:.1f}", (data["break_even"], 0.0), (-6 if late else 6, 4),
+                ha="right" if late else "left", fontsize=8.5, xycoords=left.get_xaxis_transform(),
+                textcoords="offset points",
             )  # fmt: skip
         left.errorbar(loads, middle, error_sides(middle, low, high), capsize=3, **marks(0))
         left.set(ylabel="speed-up with the drafter")
