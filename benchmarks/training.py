@@ -1,10 +1,12 @@
 """What the framework costs beside the arithmetic: writing traces, loading batches, Lightning.
 
-    python benchmarks/training.py            # about 2 minutes on one core
+    python benchmarks/training.py            # about 5 minutes on one core
 
-Three ratios, each from one process and CPU seconds, best of `--repeats` interleaved runs:
+Ratios, each from one process and CPU seconds, best of `--repeats` interleaved runs:
 
 - tokens/s of recording teacher-forced text, over bare batched forwards of the same target on the same tokens;
+- tokens/s of recording continuations, over a bare loop of batched passes with transformers' own cache, and
+  over its `generate`, same batch and lengths: a target of the sizes of SmolLM2-135M, in fp32 and in bf16;
 - tokens/s of training from a trace, over the same steps on batches that lie ready in memory;
 - Lightning's time a step, as a share of a step of 100 ms: Trainer.fit minus a bare loop of the same module.
 """
@@ -24,7 +26,14 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from certdraft.data import (
     Corpus,
@@ -94,6 +103,54 @@ def writing(target: PreTrainedModel, repeats: int, rows: int, length: int) -> di
         "bare_tokens_per_cpu_second": round(tokens / bare_s),
         "recorded_tokens_per_cpu_second": round(tokens / ours_s),
         "ratio": round(bare_s / ours_s, 3),
+    }
+
+
+def smollm2_sized(dtype: torch.dtype) -> PreTrainedModel:
+    """SmolLM2-135M in its true sizes, with random weights."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+            num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
+            tie_word_embeddings=True,
+        )
+    ).to(dtype).eval()  # fmt: skip
+
+
+def continuing(dtype: torch.dtype, repeats: int, rows: int, given: int, new: int) -> dict[str, float]:
+    """Greedy continuations, recorded with three hidden states, beside two ways that record nothing."""
+    target, recorded = smollm2_sized(dtype), smollm2_sized(dtype)
+    head = LogitHead(recorded)
+    ids = torch.randint(0, 49_152, (rows, given), generator=torch.Generator().manual_seed(0))
+    prompts = [Prompt(row.numpy().astype(np.int32), given, "x") for row in ids]
+    settings = Generation(max_new_tokens=new, max_length=given + new, loops="keep")
+
+    @torch.inference_mode()
+    def bare() -> None:
+        cache, tokens = DynamicCache(config=target.config), ids
+        for _ in range(new):
+            logits = target(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits
+            tokens = logits[:, -1].argmax(-1, keepdim=True)
+
+    def generate() -> None:
+        target.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=new, max_new_tokens=new,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+
+    def ours() -> None:
+        made = record_prompts(
+            recorded, head, prompts, settings, batch_size=rows, num_kept=32, eos_ids=frozenset(),
+            feature_layers=(1, 14, 26),
+        )  # fmt: skip
+        assert sum(len(row.input_ids) for _, row in made) == rows * (given + new)
+
+    bare_s, generate_s, ours_s = cpu_seconds(bare, generate, ours, repeats=repeats)
+    return {
+        "recorded_tokens_per_cpu_second": round(rows * new / ours_s),
+        "over a bare loop of passes": round(bare_s / ours_s, 3),
+        "over generate": round(generate_s / ours_s, 3),
     }
 
 
@@ -221,6 +278,10 @@ def main() -> None:
         result["trace writing, prefill"] = {
             "embedded target": writing(load_target(), repeats, rows=8, length=512),
             "Qwen3-0.6B sizes, random weights": writing(qwen3_small(), min(repeats, 2), rows=2, length=256),
+        }
+        result["recording continuations of 64 tokens, batch 32, SmolLM2-135M sizes"] = {
+            name: continuing(getattr(torch, name), min(repeats, 2), rows=32, given=64, new=64)
+            for name in ("float32", "bfloat16")
         }
         result["training"] = training(Path(temporary, "trace"), steps, repeats)
     result |= {
