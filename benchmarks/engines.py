@@ -2,7 +2,7 @@
 
     certdraft real
     python tests/interop/environments.py vllm llamacpp openvino    # once: the engines, 5 GB
-    python benchmarks/engines.py --run runs/real                   # about 15 minutes on two idle cores
+    python benchmarks/engines.py --run runs/real                   # about 8 minutes on two idle cores
 
 certdraft's own loop, vLLM (CPU build, eager), llama.cpp and OpenVINO GenAI decode held-out prompts greedily,
 one at a time, in fp32, by chains of `--draft_length` tokens. Every engine decodes every prompt plainly and
@@ -60,6 +60,17 @@ def read_prompts(
         if len(prompts) == count:
             break
     return prompts, texts
+
+
+def target_folder(run: Path, name: str) -> Path:
+    """The target as a folder in bf16, which engines read; made once for its weights."""
+    folder = run / "engines" / target_revision(name, None) / "target"
+    if not folder.is_dir():
+        partial = folder.with_name("target.partial")
+        load_target(name, dtype=torch.bfloat16).save_pretrained(partial)
+        load_tokenizer(name).save_pretrained(partial)
+        partial.rename(folder)
+    return folder
 
 
 def copied(export: Path, work: Path) -> Path:
@@ -130,14 +141,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of vLLM
     name = args.target or target_of(args.run)
-    work = args.run / "engines" / target_revision(name, None)
-    tokenizer, folder = load_tokenizer(name), work / "target"
-    if not folder.is_dir():
-        partial = work / "target.partial"
-        load_target(name, dtype=torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
-    target = load_target(str(folder))
+    folder = target_folder(args.run, name)
+    work, tokenizer, target = folder.parent, load_tokenizer(name), load_target(str(folder))
     prompts, texts = read_prompts(target, tokenizer, args.prompts + 1, args.tokens)
     exports = {
         f: copied(args.run / "exports" / f, work) for f in FAMILIES if (args.run / "exports" / f).is_dir()

@@ -1,7 +1,7 @@
 """How fast is decoding without a drafter? Every plain decoder of this machine, in turns.
 
     certdraft real
-    python benchmarks/plain_decoding.py --run runs/real       # about 5 minutes on two idle cores
+    python benchmarks/plain_decoding.py --run runs/real       # about 9 minutes on two idle cores
 
 A speed-up is only worth something over the fastest of these: our own loop, transformers' `generate`, and
 a loop over a static cache whose passes torch.compile has compiled (Inductor, weights as constants; a C++

@@ -89,6 +89,22 @@ BUILDERS = {
 RATES = {"top-1": (1, False), "coverage@4": (4, False), "low-margin misses@4": (4, True)}
 
 
+def fit_and_export(kind: str, label: str, runs: Path, steps: int, options: list[str], out: Path) -> None:
+    """Train from existing traces with the config of `certdraft real` for this kind; export to `out`.
+
+    Goes on with a run of this label in `runs` that was killed.
+    """
+    typed = [
+        "--config", str(held_out_prompts().parent / f"{kind}.yaml"), "--name", label, "--runs_dir", str(runs),
+        "--data.record", "null", *options,
+        "--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps),
+    ]  # fmt: skip
+    lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+    found = run_folder.find_checkpoint(runs / label, "last")
+    assert found is not None
+    export_run(str(found), str(out), name=f"{kind}-smollm2")
+
+
 class Study:
     """Traces of the run, trained heads under RUN/losses, counts in one JSON file a head."""
 
@@ -158,18 +174,11 @@ class Study:
     def fit(self, kind: str, label: str, seed: int, options: list[str], out: Path) -> None:
         """Train with the config of `certdraft real` for this kind and more options; export to `out`."""
         typed = [
-            "--config", str(held_out_prompts().parent / f"{kind}.yaml"),
-            "--name", label, f"--seed_everything={seed}",
-            "--runs_dir", str(self.run / "losses" / "runs"),
+            f"--seed_everything={seed}", f"--data.seed={seed}",
             "--data.train", str(self.run / "traces" / "train"),
-            "--data.validation", str(self.run / "traces" / "validation"),
-            "--data.record", "null", f"--data.seed={seed}", *options,
-            "--trainer.max_steps", str(self.steps), "--trainer.val_check_interval", str(self.steps),
+            "--data.validation", str(self.run / "traces" / "validation"), *options,
         ]  # fmt: skip
-        lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
-        found = run_folder.find_checkpoint(self.run / "losses" / "runs" / label, "last")
-        assert found is not None
-        export_run(str(found), str(out), name=f"{kind}-smollm2")
+        fit_and_export(kind, label, self.run / "losses" / "runs", self.steps, typed, out)
 
     @torch.inference_mode()
     def count(self, export: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from engines import target_folder
+from real_losses import fit_and_export
 
 from certdraft.data import (
     Corpus,
@@ -31,21 +33,16 @@ from certdraft.data import (
     Recording,
     Server,
     load_target,
-    load_tokenizer,
     open_trace,
     record_trace,
 )
-from certdraft.data.record.recording import target_revision
 from certdraft.data.record.server.serve_command import layers_folder, serve_command
 from certdraft.decoding import Chain, device_name
 from certdraft.drafters import load_drafter
 from certdraft.evaluation import compare_ratios, greedy_documents, pooled_ratio, replay_lengths
 from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
-from certdraft.train.commands import lightning_cli
-from certdraft.train.commands.export_command import export_run
 from certdraft.train.commands.real import held_out_prompts, target_of
-from certdraft.train.runs import run_folder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from interop.environments import ready
@@ -85,19 +82,11 @@ def compared(here: Path, there: Path) -> dict[str, Any]:
 
 
 def trained(out: Path, name: str, layers: list[int], steps: int, options: list[str]) -> Path:
-    """An exported EAGLE-3 head, trained with the config of `certdraft real`."""
+    """An exported EAGLE-3 head, trained where it is missing."""
     export = out / "exports" / name
     if not export.exists():
-        typed = [
-            "--config", str(held_out_prompts().parent / "eagle3.yaml"), "--name", name,
-            "--runs_dir", str(out / "runs"), "--data.record", "null",
-            "--model.drafter.init_args.config.target_layer_ids", str(layers), *options,
-            "--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps),
-        ]  # fmt: skip
-        lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
-        found = run_folder.find_checkpoint(out / "runs" / name, "last")
-        assert found is not None
-        export_run(str(found), str(export), name=f"{name}-smollm2")
+        taps = ["--model.drafter.init_args.config.target_layer_ids", str(layers)]
+        fit_and_export("eagle3", name, out / "runs", steps, [*taps, *options], export)
     return export
 
 
@@ -114,15 +103,11 @@ def main() -> None:
         raise SystemExit("vLLM is not installed: python tests/interop/environments.py vllm")
     os.environ["no_proxy"] = "127.0.0.1"
     name, out = args.target or target_of(args.run), args.run / "served"
-    folder = args.run / "engines" / target_revision(name, None) / "target"
-    if not folder.is_dir():
-        load_target(name, dtype=torch.bfloat16).save_pretrained(folder)
-        load_tokenizer(name).save_pretrained(folder)
+    folder = target_folder(args.run, name)
     layers = list(open_trace(args.run / "traces" / "train").meta.feature_layers)
-    own = {"split": "all"}
     corpora = {
-        "train": Corpus(str(args.run / "prompts.jsonl"), max_rows=args.prompts, **own),
-        "validation": Corpus(str(held_out_prompts()), max_rows=args.held_out, **own),
+        "train": Corpus(str(args.run / "prompts.jsonl"), split="all", max_rows=args.prompts),
+        "validation": Corpus(str(held_out_prompts()), split="all", max_rows=args.held_out),
     }
     settings: dict[str, Any] = {
         "target": str(folder.resolve()), "prompts": Prompts(max_prompt_tokens=160),

@@ -26,6 +26,7 @@ from .model_facts import text_config as text_config
 from .packed_linear import OutputLayer as OutputLayer
 from .packed_linear import PackedLinear as PackedLinear
 from .packed_linear import pack_linears as pack_linears
+from .packed_linear import packed_product as packed_product
 from .path_mask import path_mask as path_mask
 from .pretrained import ModelSource as ModelSource
 from .pretrained import load_generation_config as load_generation_config

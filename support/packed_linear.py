@@ -63,6 +63,11 @@ class PackedLinear(nn.Linear):
         return packed.laid_out if packed is not None and packed.is_of(self.weight) else None
 
 
+def packed_product(layer: nn.Module | None) -> PackedLinear | None:
+    """The layer as the product with its weight alone, where it may have that packed."""
+    return layer if isinstance(layer, PackedLinear) and layer.bias is None else None
+
+
 class OutputLayer:
     """The projections of one output layer; a CPU lays its weight out once when nothing is trained.
 
@@ -90,7 +95,7 @@ class OutputLayer:
             bias: as there.
             layer: whose weight this is; what it has packed in fp32 is used, and nothing kept beside it.
         """
-        product = layer if isinstance(layer, PackedLinear) and layer.bias is None else None
+        product = packed_product(layer)
         own = weight.dtype == torch.float32 and (product is not None or weight.requires_grad)
         exact = torch.float64 in (hidden.dtype, weight.dtype)
         if torch.is_grad_enabled() or own or exact or not _pays(weight, torch.float32):

@@ -23,8 +23,8 @@ from certdraft.drafters.lm.tree_probe import check_decoding
 from certdraft.support import (
     HiddenStates,
     OutputLayer,
-    PackedLinear,
     facts_of,
+    packed_product,
     project_greedy,
     project_top,
     text_body,
@@ -210,9 +210,8 @@ class CachedLM:
             if needed == "all":
                 return self.project(hidden[0])
             head: Any = self.head
-            product = head if isinstance(head, PackedLinear) and head.bias is None else None
             project = project_top if needed == "top" else project_greedy
-            return project(hidden[0], head.weight, head.bias, product)
+            return project(hidden[0], head.weight, head.bias, packed_product(head))
 
     def _waiting(self, cache: TreeCache | ChainCache) -> Int[Tensor, "1 W"] | None:
         """Committed tokens to be read in front of a round that begins; too many are read here, for good."""
