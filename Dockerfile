@@ -3,7 +3,7 @@
 #   docker build -t certdraft .
 #   docker run --rm certdraft doctor
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" -v ~/.cache/huggingface:/cache/huggingface \
-#       certdraft fit --config recipes/qwen3-8b-eagle3 --data.record.corpus.source prompts.jsonl
+#       certdraft fit --config recipes/qwen3-8b/eagle3 --data.record.corpus.source prompts.jsonl
 #
 # PyPI's torch brings CUDA, so the host needs NVIDIA's driver and container toolkit only. Without a GPU:
 #   docker build --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t certdraft:cpu .

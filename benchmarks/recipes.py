@@ -63,8 +63,13 @@ class Recipe:
         return self.family in ("eagle3", "dflash", "dspark")
 
     @property
+    def place(self) -> str:
+        """Its path in the folder, without .yaml."""
+        return f"qwen3-{self.target.lower()}/{self.family}"
+
+    @property
     def path(self) -> Path:
-        return FOLDER / f"{self.name}.yaml"
+        return FOLDER / f"{self.place}.yaml"
 
 
 def recipes() -> list[Recipe]:
@@ -133,12 +138,12 @@ def header(recipe: Recipe, device: str, found: Plan) -> str:
     lines = [
         f"# {lead[0].upper()}{lead[1:]}.",
         f"# Hardware: one {device.upper()}. Time, memory and disk as estimated by",
-        f"#       certdraft plan --run recipes/{recipe.name}{option}",
+        f"#       certdraft plan --run recipes/{recipe.place}{option}",
         f"#   recording {PROMPTS:,} answers of {ANSWER_TOKENS} tokens: {found.record_memory_gb:.0f} GB, "
         f"{found.record_hours:.1f} hours, {found.trace_gb:.0f} GB of trace;",
         f"#   training {STEPS:,} steps of {TOKENS:,} tokens: {memory:.0f} GB{beside}, "
         f"{found.train_hours:.1f} hours, {found.drafter.trained / 1e6:,.0f} M trained parameters.",
-        f"#   certdraft fit --config recipes/{recipe.name} --data.record.corpus.source prompts.jsonl",
+        f"#   certdraft fit --config recipes/{recipe.place} --data.record.corpus.source prompts.jsonl",
         "# Written by benchmarks/recipes.py; nobody has run it to the end.",
     ]
     return "\n".join(lines) + "\n"
@@ -152,7 +157,7 @@ def body(recipe: Recipe) -> str:
         "seed_everything: 0",
         "model:",
         *drafter_lines(recipe),
-        "  loss: ../loss/ce-kl.yaml  # for chains; best-first trees: runner-up-4-sharp-1.5.yaml",
+        "  loss: ../../loss/ce-kl.yaml  # for chains; best-first trees: runner-up-4-sharp-1.5.yaml",
         "  optimizer:",
         f"    lr: {learning_rate(recipe)}",
         "    warmup_steps: 160",
@@ -198,9 +203,9 @@ def learning_rate(recipe: Recipe) -> str:
 def drafter_lines(recipe: Recipe) -> list[str]:
     """The `drafter:` of a config."""
     if recipe.family == "causal-lora":
-        return ["  drafter: ../drafter/qwen3-0.6b-lora.yaml"]
+        return ["  drafter: ../../drafter/qwen3-0.6b-lora.yaml"]
     if recipe.family == "causal" and recipe.target != "0.6B":
-        return ["  drafter: ../drafter/qwen3-0.6b.yaml"]
+        return ["  drafter: ../../drafter/qwen3-0.6b.yaml"]
     if recipe.family == "causal":
         given = {
             key: value for key, value in fresh_config().items() if key not in ("model_type", "vocab_size")
@@ -229,13 +234,13 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
-    FOLDER.mkdir(exist_ok=True)
     stale = []
     for recipe in recipes():
         wanted = text(recipe)
         if check and (not recipe.path.is_file() or recipe.path.read_text(encoding="utf-8") != wanted):
-            stale.append(recipe.path.name)
+            stale.append(recipe.place)
         elif not check:
+            recipe.path.parent.mkdir(parents=True, exist_ok=True)
             recipe.path.write_text(wanted, encoding="utf-8")
     if stale:
         sys.exit(f"not what benchmarks/recipes.py writes: {', '.join(stale)}")

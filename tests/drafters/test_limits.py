@@ -32,12 +32,12 @@ V = 96
 CONFIGS = Path(certdraft.__file__).parent / "configs"
 RECORDING = [
     path
-    for path in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*.yaml")])
+    for path in sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*/*.yaml")])
     if "record" in yaml.safe_load(path.read_text("utf-8")).get("data", {})
 ]
 
 
-@pytest.mark.parametrize("path", RECORDING, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECORDING, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_shipped_configs_can_record(path: Path) -> None:
     """Prompts leave room for an answer, and rows for both."""
     data = yaml.safe_load(path.read_text("utf-8"))["data"]

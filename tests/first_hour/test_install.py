@@ -51,8 +51,8 @@ def test_the_installed_wheel_answers(wheel: Path, tmp_path: Path) -> None:
     assert where.startswith(str(tmp_path / "env"))
     assert here.run("certdraft", "--version").stdout.strip()
     listed = here.run("certdraft", "configs", "recipes/qwen3-8b").stdout
-    assert "recipes/qwen3-8b-eagle3" in listed
+    assert "recipes/qwen3-8b/eagle3" in listed
     assert here.run("lightning", "--help").returncode == 0
-    made = here.run("certdraft", "init", "recipes/qwen3-8b-eagle3")
+    made = here.run("certdraft", "init", "recipes/qwen3-8b/eagle3")
     assert made.returncode == 0, made.stderr
-    assert (here.home / "configs" / "recipes" / "qwen3-8b-eagle3.yaml").is_file()
+    assert (here.home / "configs" / "recipes" / "qwen3-8b" / "eagle3.yaml").is_file()

@@ -50,9 +50,9 @@ def test_looking_around(user: Installed) -> None:
     told = works(user, "certdraft", "doctor")
     assert "hub" in told
     assert "problem" not in told
-    assert "recipes/qwen3-8b-eagle3" in works(user, "certdraft", "configs")
-    assert "H100" in works(user, "certdraft", "plan", "recipes/qwen3-8b-eagle3").upper()
-    works(user, "certdraft", "init", "recipes/qwen3-8b-dflash")
+    assert "recipes/qwen3-8b/eagle3" in works(user, "certdraft", "configs")
+    assert "H100" in works(user, "certdraft", "plan", "recipes/qwen3-8b/eagle3").upper()
+    works(user, "certdraft", "init", "recipes/qwen3-8b/dflash")
     works(user, "certdraft", "--help")
     works(user, "lightning", "--version")
 
@@ -95,7 +95,7 @@ FAILURES = {
     ),
     "an empty config": (["fit", "--config", "empty.yaml"], "empty.yaml: empty"),
     "a recipe without a hub": (
-        ["fit", "--config", "recipes/qwen3-8b-eagle3"],
+        ["fit", "--config", "recipes/qwen3-8b/eagle3"],
         "data.record.target Qwen/Qwen3-8B",
     ),
     "a GPU that is not there": (

@@ -26,7 +26,8 @@ from certdraft.drafters import (
 from certdraft.train.commands.cli import main
 
 ROOT = Path(certdraft.__file__).parent
-RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+FOLDER = ROOT / "configs" / "recipes"
+RECIPES = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in FOLDER.rglob("*.yaml")}
 SHRUNKEN = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128,
@@ -46,7 +47,7 @@ def script() -> ModuleType:
 
 
 def test_there_is_one_for_every_target_and_family(script: ModuleType) -> None:
-    assert {recipe.path.name for recipe in script.recipes()} == {path.name for path in RECIPES}
+    assert {recipe.place for recipe in script.recipes()} == set(RECIPES)
     assert len(RECIPES) == 34
 
 
@@ -58,15 +59,15 @@ def parse(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return yaml.safe_load(told.out)
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.startswith("qwen3-8b")], ids=lambda p: p.stem)
-def test_the_command_line_takes_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse(path, capsys)["name"] == path.stem
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("qwen3-8b/")])
+def test_the_command_line_takes_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(RECIPES[name], capsys)["name"] == name.replace("/", "-")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_the_command_line_takes_every_one(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parse(path, capsys)["name"] == path.stem
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_the_command_line_takes_every_one(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse(RECIPES[name], capsys)["name"] == name.replace("/", "-")
 
 
 @pytest.mark.slow
@@ -81,9 +82,9 @@ def test_headers_are_written_from_the_plan(family: str, script: ModuleType) -> N
     assert script.text(recipe) == recipe.path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["qwen3-8b-eagle3", "qwen3-32b-dflash"])
+@pytest.mark.parametrize("name", ["qwen3-8b/eagle3", "qwen3-32b/dflash"])
 def test_the_command_in_a_header_prints_its_numbers(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "configs" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    text = RECIPES[name].read_text(encoding="utf-8")
     command = re.search(r"^# +certdraft (plan .+)$", text, re.M)
     header = re.search(
         r"recording .*: (\d+) GB, ([\d.]+) hours(?s:.*)training .*: (\d+) GB.*, ([\d.]+) hours", text
@@ -109,7 +110,7 @@ def test_its_drafter_fits_a_shrunken_target(size: str, script: ModuleType) -> No
     ids = torch.randint(64, (1, 24), generator=torch.Generator().manual_seed(0))
     place = torch.arange(24)[None]
     for family in ("eagle3", "dflash", "dspark"):
-        file = ROOT / "configs" / "recipes" / f"qwen3-{size.lower()}-{family}.yaml"
+        file = RECIPES[f"qwen3-{size.lower()}/{family}"]
         init = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["drafter"]["init_args"]
         config = init.pop("config")
         drafter: EagleDrafter | BlockDrafter

@@ -21,10 +21,8 @@ from certdraft.train.commands.cli import captured
 from certdraft.train.plan.model_sizes import read_config
 
 CONFIGS = Path(certdraft.__file__).parent / "configs"
-SHIPPED = sorted(
-    [*CONFIGS.glob("*.yaml"), *(CONFIGS / "recipes").glob("*.yaml"), *(CONFIGS / "real").glob("*.yaml")]
-)
-QUICK = ("recipes/qwen3-8b-causal-lora", "recipes/qwen3-8b-dflash", "real/eagle3")
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*/*.yaml"), *CONFIGS.glob("real/*.yaml")])
+QUICK = ("recipes/qwen3-8b/causal-lora", "recipes/qwen3-8b/dflash", "real/eagle3")
 VOCABULARY = 320  # 300 of the tokenizer, padded as Qwen3's is
 NARROW = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -188,7 +188,7 @@ def test_what_is_missing_is_said_in_one_paragraph(capsys: pytest.CaptureFixture[
 def test_a_target_on_an_unreachable_hub_ends_fit_before_torch_is_imported(tmp_path: Path) -> None:
     code = (
         "import sys; from certdraft.train.commands.cli import main\n"
-        "try: main(['fit', '--config', 'recipes/qwen3-8b-eagle3', *sys.argv[1:]])\n"
+        "try: main(['fit', '--config', 'recipes/qwen3-8b/eagle3', *sys.argv[1:]])\n"
         "finally: print({'torch', 'pytorch_lightning'} & sys.modules.keys())"
     )
     empty = {"HF_HUB_CACHE": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": ""}

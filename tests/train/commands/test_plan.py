@@ -178,7 +178,7 @@ def test_configs_name_files_relative_to_themselves(tmp_path: Path) -> None:
 
 
 CONFIGS = Path(certdraft.__file__).parent / "configs"
-SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*.yaml")])
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*/*.yaml")])
 
 
 def test_lora_trains_little() -> None:
@@ -191,7 +191,7 @@ def test_lora_trains_little() -> None:
     assert sizes.parameters - sizes.trained == sizes_of("Qwen/Qwen3-0.6B").parameters
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_config_has_a_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(run=str(path))
     sizes = found.drafter
@@ -229,7 +229,7 @@ def test_how_often_a_drafter_reads_a_token() -> None:
 
 def test_sizes_of_published_shapes() -> None:
     """An EAGLE-3 head counted by hand: fusion, one layer that reads 2 H, four norms, 32,000 draft tokens."""
-    recipe = load_config(CONFIGS / "recipes" / "qwen3-8b-eagle3.yaml")
+    recipe = load_config(CONFIGS / "recipes" / "qwen3-8b" / "eagle3.yaml")
     found = drafter_sizes(recipe["model"]["drafter"], "Qwen/Qwen3-8B")
     h = 4096
     layer = 2 * h * (32 + 8 + 8) * 128 + 32 * 128 * h + 3 * h * 12288

@@ -20,9 +20,7 @@ from certdraft.train.commands.preflight import preflight
 from certdraft.train.plan.model_sizes import read_config
 
 CONFIGS = Path(certdraft.__file__).parent / "configs"
-SHIPPED = sorted(
-    [*CONFIGS.glob("*.yaml"), *(CONFIGS / "recipes").glob("*.yaml"), *(CONFIGS / "real").glob("*.yaml")]
-)
+SHIPPED = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("recipes/*/*.yaml"), *CONFIGS.glob("real/*.yaml")])
 
 
 def resolved(config: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from certdraft.train.commands.parsing.typed_paths import explicit
 from certdraft.train.plan.plan_command import load_config
 from certdraft.train.runs.config_files import CONFIGS, config_names, find_config, newest_run
 
-RECIPE = "recipes/qwen3-8b-eagle3"
+RECIPE = "recipes/qwen3-8b/eagle3"
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_pipes_inline_settings_and_null_are_no_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("dmeo", "demo"), ("qwen3-32b-eagle3", "recipes/qwen3-32b-eagle3")]
+    ("typed", "meant"), [("dmeo", "demo"), ("qwen3-32b-eagle3", "recipes/qwen3-32b/eagle3")]
 )
 def test_a_wrong_name_gets_the_nearest(typed: str, meant: str) -> None:
     code, _, said = captured(["fit", "--config", typed])
@@ -74,7 +74,7 @@ def test_fit_takes_names_without_a_clone() -> None:
 
 
 def test_a_copy_elsewhere_finds_its_groups_and_prefers_its_own() -> None:
-    copy = Path("mine/deep/recipe.yaml")
+    copy = Path("mine/recipes/deep/recipe.yaml")
     copy.parent.mkdir(parents=True)
     copy.write_bytes((CONFIGS / f"{RECIPE}.yaml").read_bytes())
     loss = settings_of("--config", str(copy))["model"]["init_args"]["loss"]
