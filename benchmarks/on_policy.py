@@ -55,7 +55,7 @@ class Continued(Study):
                 "--model.loss", json.dumps(loss), "--model.on_policy", json.dumps(rounds),
                 "--model.optimizer.lr", "3.0e-4",
             ]  # fmt: skip
-            self.fit("causal", label, seed, options, out)
+            self.fit(label, seed, options, out)
         return out
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     name = args.target or target_of(args.run)
-    study = Continued(args.run, args.results, args.steps, name, args.prompts)
+    study = Continued(args.run, args.results, args.steps, name, args.prompts, "causal")
     for seed in range(args.seeds):
         for variant in VARIANTS:
             study.counted(variant, seed)

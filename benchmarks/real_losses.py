@@ -1,11 +1,12 @@
-"""Losses compared on a real target: EAGLE-3 heads trained from one trace, judged on held-out prompts.
+"""Losses compared on a real target: drafters trained from one trace, judged on held-out prompts.
 
     certdraft real --drafters '[eagle3]'
     python benchmarks/real_losses.py --run runs/real --seeds 3      # hours on one core; goes on where killed
     python benchmarks/real_losses.py --run runs/real --table        # the table of what is stored
 
-Every head starts from the same weights (a seed's), sees the same batches for the same number of steps, and
-is trained by `certdraft fit` with `configs/real/eagle3.yaml`; only the loss and its step weights differ.
+Every drafter starts from the same weights (a seed's), sees the same batches for the same number of steps,
+and is trained by `certdraft fit` with the config of its kind in `configs/real`; only the loss and its step
+weights differ. A causal drafter has no depths: step weights by depth fall away.
 The test text is the target's greedy answers to prompts that nothing was trained on (`configs/real/held-out-
 prompts.jsonl`), recorded once with hidden states. Chains and trees are replayed exactly.
 
@@ -35,49 +36,57 @@ from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
-from certdraft.train.commands.real import held_out_prompts, target_of
+from certdraft.train.commands.real import drafter_options, held_out_prompts, run_sizes, target_of
 from certdraft.train.runs import run_folder
 
-DEPTH = {"class_path": "DepthWeights", "init_args": {"gamma": 4.48}}
-LOW = {"class_path": "LowMarginWeights", "init_args": {"threshold": 0.1, "boost": 2.0}}
-REACH = {"class_path": "ReachWeights", "init_args": {"depth": 4, "candidates": "measured", "beyond": 0.2}}
-LOW_DEPTH = {"class_path": "ProductWeights", "init_args": {"factors": [DEPTH, LOW]}}
+Part = dict[str, Any]
+GAMMA = {"eagle3": 4.48, "dflash": 4.0}
 
 
-def part(name: str, **settings: float | str) -> dict[str, Any]:
+def part(name: str, **settings: float | str) -> Part:
     """One loss as a config names it; "measured" stands for `Study.candidates`."""
     return {"class_path": name, "init_args": settings}
 
 
-def half(*parts: dict[str, Any]) -> dict[str, Any]:
+def half(*parts: Part) -> Part:
     """A mixture of equal shares."""
     shares = [1 / len(parts)] * len(parts)
     return {"class_path": "Mixture", "init_args": {"losses": list(parts), "weights": shares}}
 
 
+def step_weights(kind: str, *names: str) -> Part | None:
+    """The product of the named step weights, of those that a kind has; None where it has none of them."""
+    by_depth = {} if kind == "causal" else {
+        "depth": part("DepthWeights", gamma=GAMMA[kind]),
+        "reach": part("ReachWeights", depth=4, candidates="measured", beyond=0.2),
+    }  # fmt: skip
+    known = by_depth | {"low": part("LowMarginWeights", threshold=0.1, boost=2.0)}
+    factors = [known[name] for name in names if name in known]
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    return {"class_path": "ProductWeights", "init_args": {"factors": factors}}
+
+
 CE, KL = part("HardCE"), part("ForwardKL")
-LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ce+kl": (half(CE, KL), DEPTH),
-    "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), DEPTH),
-    "runner-up-4+adaptive": (half(part("RunnerUpForgivingCE", m=4), part("AdaptiveSharpenedKL")), DEPTH),
-    "adaptive": (part("AdaptiveSharpenedKL"), DEPTH),
-    "by depth+adaptive": (
-        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
-        REACH,
+BY_DEPTH = half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL"))
+LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
+    "ce+kl": (half(CE, KL), ("depth",)),
+    "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), ("depth",)),
+    "runner-up-4+sharp-1.5, low": (
+        half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
+        ("depth", "low"),
     ),
-    "by depth+adaptive, depth": (
-        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
-        DEPTH,
-    ),
-    "by depth+adaptive, low": (
-        half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")),
-        {"class_path": "ProductWeights", "init_args": {"factors": [REACH, LOW]}},
-    ),
-    "ce+kl, reach": (half(CE, KL), REACH),
-    "ce": (CE, DEPTH),
-    "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), LOW_DEPTH),
-    "top-10 ce": (half(CE, part("TopKCE", k=10)), DEPTH),
-    "lk": (part("LK"), DEPTH),
+    "runner-up-4+adaptive": (half(part("RunnerUpForgivingCE", m=4), part("AdaptiveSharpenedKL")), ("depth",)),
+    "adaptive": (part("AdaptiveSharpenedKL"), ("depth",)),
+    "by depth+adaptive": (BY_DEPTH, ("reach",)),
+    "by depth+adaptive, depth": (BY_DEPTH, ("depth",)),
+    "by depth+adaptive, low": (BY_DEPTH, ("reach", "low")),
+    "ce+kl, reach": (half(CE, KL), ("reach",)),
+    "ce": (CE, ("depth",)),
+    "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), ("depth", "low")),
+    "runner-up-8+kl, low": (half(part("RunnerUpForgivingCE", m=8), KL), ("depth", "low")),
+    "top-10 ce": (half(CE, part("TopKCE", k=10)), ("depth",)),
+    "lk": (part("LK"), ("depth",)),
 }
 BASELINES = ("ce", "ce+kl", "top-10 ce", "lk")
 BUILDERS = {
@@ -108,15 +117,18 @@ def fit_and_export(kind: str, label: str, runs: Path, steps: int, options: list[
 class Study:
     """Traces of the run, trained heads under RUN/losses, counts in one JSON file a head."""
 
-    def __init__(self, run: Path, results: Path, steps: int, target: str, prompts: int) -> None:
-        self.run, self.results, self.steps, self.target = run, results, steps, target
+    def __init__(
+        self, run: Path, results: Path, steps: int, target: str, prompts: int, kind: str = "eagle3"
+    ) -> None:
+        self.run, self.results, self.steps, self.target, self.kind = run, results, steps, target, kind
+        self.sizes = run_sizes(run)
         self.test = run / "losses" / "test-trace"
         if not (self.test / "trace.json").exists():
             record_trace(
                 str(self.test), target=target,
                 corpus=Corpus(str(held_out_prompts()), split="all", max_rows=prompts),
                 prompts=Prompts(max_prompt_tokens=160), generation=Generation(128, max_length=512),
-                dtype="bfloat16", feature_layers=self.layers, accelerator="cpu",
+                dtype=self.sizes.dtype, feature_layers=self.layers, accelerator="cpu",
             )  # fmt: skip
 
     @cached_property
@@ -131,8 +143,8 @@ class Study:
 
     @cached_property
     def candidates(self) -> list[int]:
-        """Candidates by depth in the best-first trees of 32 nodes of the CE + KL head, on validation text."""
-        file = self.run / "losses" / f"candidates-{self.steps}.json"
+        """Candidates by depth in the best-first trees of 32 nodes of the CE + KL drafter, validation text."""
+        file = self.run / "losses" / f"candidates-{self.kind}-{self.steps}.json"
         if not file.is_file():
             trace = open_trace(self.run / "traces" / "validation")
             drafter = load_drafter(self.trained("ce+kl", 0), target=self.model, dtype="float32").eval()
@@ -157,28 +169,30 @@ class Study:
 
     def trained(self, name: str, seed: int) -> Path:
         """The exported head."""
-        label = f"{name.replace(' ', '_')}-{self.steps}-{seed}"
+        prefix = "" if self.kind == "eagle3" else f"{self.kind}-"
+        label = f"{prefix}{name.replace(' ', '_')}-{self.steps}-{seed}"
         out = self.run / "losses" / "exports" / label
         if not out.exists():
-            loss, weights = map(json.dumps, LOSSES[name])
-            if '"measured"' in loss + weights:
-                loss, weights = (
-                    p.replace('"measured"', json.dumps(self.candidates)) for p in (loss, weights)
-                )
-            layers = ["--model.drafter.init_args.config.target_layer_ids", str(list(self.layers))]
-            self.fit(
-                "eagle3", label, seed, [*layers, "--model.loss", loss, "--model.step_weights", weights], out
+            loss, names = LOSSES[name]
+            parts = [json.dumps(part) for part in (loss, step_weights(self.kind, *names))]
+            loss_text, weights = (
+                text.replace('"measured"', json.dumps(self.candidates)) if '"measured"' in text else text
+                for text in parts
             )
+            options = drafter_options(self.kind, self.target, self.layers)
+            options += ["--model.loss", loss_text, "--model.step_weights", weights]
+            self.fit(label, seed, options, out)
         return out
 
-    def fit(self, kind: str, label: str, seed: int, options: list[str], out: Path) -> None:
+    def fit(self, label: str, seed: int, options: list[str], out: Path) -> None:
         """Train with the config of `certdraft real` for this kind and more options; export to `out`."""
         typed = [
             f"--seed_everything={seed}", f"--data.seed={seed}",
             "--data.train", str(self.run / "traces" / "train"),
-            "--data.validation", str(self.run / "traces" / "validation"), *options,
+            "--data.validation", str(self.run / "traces" / "validation"),
+            "--trainer.precision", self.sizes.precision, *options,
         ]  # fmt: skip
-        fit_and_export(kind, label, self.run / "losses" / "runs", self.steps, typed, out)
+        fit_and_export(self.kind, label, self.run / "losses" / "runs", self.steps, typed, out)
 
     @torch.inference_mode()
     def count(self, export: Path) -> dict[str, Any]:
@@ -261,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
     parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
+    parser.add_argument("--drafter", choices=["eagle3", "causal", "dflash"], default="eagle3")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
@@ -277,7 +292,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     if not args.table:
         name = args.target or target_of(args.run)
-        study = Study(args.run, args.results, args.steps, name, args.prompts)
+        study = Study(args.run, args.results, args.steps, name, args.prompts, args.drafter)
         for seed in range(args.seeds):
             for loss in args.losses:
                 study.counted(loss, seed)

@@ -1,12 +1,15 @@
 """What the framework costs beside the arithmetic: writing traces, loading batches, Lightning.
 
     python benchmarks/training.py            # about 5 minutes on one core
+    python benchmarks/training.py --answers MODEL --repeats 1    # real answers only, about 10 minutes
 
 Ratios, each from one process and CPU seconds, best of `--repeats` interleaved runs:
 
 - tokens/s of recording teacher-forced text, over bare batched forwards of the same target on the same tokens;
 - tokens/s of recording continuations, over a bare loop of batched passes with transformers' own cache, and
   over its `generate`, same batch and lengths: a target of the sizes of SmolLM2-135M, in fp32 and in bf16;
+- tokens/s of recording the answers of a real model to held-out prompts, each up to its end, over `generate`
+  in batches of the same size (--answers; kept in the results beside the rest);
 - tokens/s of training from a trace, over the same steps on batches that lie ready in memory;
 - Lightning's time a step, as a share of a step of 100 ms: Trainer.fit minus a bare loop of the same module.
 """
@@ -42,12 +45,17 @@ from certdraft.data import (
     Prompt,
     Prompts,
     TraceDataModule,
+    eos_ids_of,
     load_target,
+    load_tokenizer,
     record_prompts,
     record_trace,
 )
 from certdraft.decoding import device_name
 from certdraft.drafters import CausalDrafter
+from certdraft.evaluation import read_questions
+from certdraft.support import write_json
+from certdraft.train.commands.real import held_out_prompts
 from certdraft.train.drafter_module import DrafterModule
 from certdraft.train.optim import OptimizerSettings
 from certdraft.train.runs.run_callbacks import StepRNG
@@ -152,6 +160,62 @@ def continuing(dtype: torch.dtype, repeats: int, rows: int, given: int, new: int
         "over a bare loop of passes": round(bare_s / ours_s, 3),
         "over generate": round(generate_s / ours_s, 3),
     }
+
+
+def answering(name: str, repeats: int, rows: int, count: int, new: int) -> dict[str, Any]:
+    """Greedy answers of unequal lengths, recorded with three hidden states, beside `generate`.
+
+    Args:
+        name: of the target, as `load_target` takes it.
+        repeats: of both, in turns.
+        rows: texts side by side.
+        count: held-out prompts.
+        new: longest answer.
+    """
+    target, recorded, tokenizer = load_target(name), load_target(name), load_tokenizer(name)
+    head, eos = LogitHead(recorded), eos_ids_of(recorded, tokenizer)
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question.turns[0]}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for question in read_questions(str(held_out_prompts()), count)
+    ]
+    prompts = [Prompt(np.array(ids, dtype=np.int32), len(ids), "x") for ids in chats]
+    longest = max(map(len, chats))
+    settings = Generation(max_new_tokens=new, max_length=longest + new, loops="keep")
+    made: dict[str, list[int]] = {}
+
+    def generate() -> None:
+        lengths = []
+        for start in range(0, count, rows):
+            batch = tokenizer.pad(
+                {"input_ids": chats[start : start + rows]}, padding_side="left", return_tensors="pt"
+            )
+            texts = target.generate(**batch, do_sample=False, max_new_tokens=new, eos_token_id=list(eos))
+            for text in texts[:, batch["input_ids"].shape[1] :].tolist():
+                ends = [place + 1 for place, token in enumerate(text) if token in eos]
+                lengths.append(ends[0] if ends else len(text))
+        made["generate"] = lengths
+
+    def ours() -> None:
+        lengths = {}
+        for number, row in record_prompts(
+            recorded, head, prompts, settings, batch_size=rows, num_kept=32, eos_ids=eos,
+            feature_layers=(1, 14, 26),
+        ):  # fmt: skip
+            lengths[number] = len(row.input_ids) - len(chats[number])
+        made["recorded"] = [lengths[number] for number in range(count)]
+
+    generate_s, ours_s = cpu_seconds(generate, ours, repeats=repeats)
+    tokens = {way: sum(lengths) for way, lengths in made.items()}
+    same = sum(a == b for a, b in zip(made["generate"], made["recorded"], strict=True))
+    return {
+        "target": Path(name).name, "prompts": count, "longest answer": new, "batch": rows,
+        "mean answer": round(tokens["recorded"] / count, 1),
+        "answers of the same length": same,
+        "recorded_tokens_per_cpu_second": round(tokens["recorded"] / ours_s, 1),
+        "over generate": round((tokens["recorded"] / ours_s) / (tokens["generate"] / generate_s), 3),
+    }  # fmt: skip
 
 
 class Batches:
@@ -259,16 +323,35 @@ def training(folder: Path, steps: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def write(out: Path, result: dict[str, Any]) -> None:
+    """Store the result and print it."""
+    write_json(out, result)
+    print(json.dumps(result, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--answers", metavar="MODEL", help="only this: record the answers of a real model")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/training.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     steps, repeats = arguments.steps, arguments.repeats
+    known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
+    if arguments.answers:
+        found = {
+            f"batch {rows}": answering(arguments.answers, repeats, rows, count=64, new=256)
+            for rows in (8, 16)
+        }
+        known["recording answers of a real model, fp32"] = {
+            "command": f"python benchmarks/training.py --answers MODEL --repeats {repeats}", **found,
+            "date": date.today().isoformat(), "machine": f"{device_name()}, other work running beside it",
+        }  # fmt: skip
+        write(arguments.out, known)
+        return
     result: dict[str, Any] = {"command": f"python benchmarks/training.py --steps {steps} --repeats {repeats}"}
     with tempfile.TemporaryDirectory() as temporary:
         record_trace(
@@ -290,9 +373,7 @@ def main() -> None:
         "machine": f"{device_name()}, other work running beside it",
         "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "transformers")},
     }  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    write(arguments.out, known | result)
 
 
 if __name__ == "__main__":

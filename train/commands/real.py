@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -318,29 +318,41 @@ def _fit(folder: Path, kind: str, target: str, prompts: Path, sizes: Sizes) -> P
     """Train one drafter through the command line's own path; the trace is recorded by the first."""
     facts = facts_of(target_config(target))
     steps = max(4, round(sizes.steps * _STEP_SHARE[kind]))
-    layers = str([1, facts.num_layers // 2 - 1, facts.num_layers - 4])  # low, middle, high, as EAGLE-3 reads
+    layers = [1, facts.num_layers // 2 - 1, facts.num_layers - 4]  # low, middle, high, as EAGLE-3 reads
     typed = [
         "--config", str(_CONFIGS / f"{kind}.yaml"), "--runs_dir", str(folder / "runs"),
         "--data.train", str(folder / "traces" / "train"),
         "--data.validation", str(folder / "traces" / "validation"),
-        "--data.record.target", target, "--data.record.feature_layers", layers,
+        "--data.record.target", target, "--data.record.feature_layers", str(layers),
         "--data.record.corpus.source", str(prompts),
         "--data.record.generation.max_new_tokens", str(sizes.answer_tokens),
         "--data.record.dtype", sizes.dtype, "--trainer.precision", sizes.precision,
         "--trainer.max_steps", str(steps),
         "--trainer.val_check_interval", str(max(20, steps // 4)),
     ]  # fmt: skip
-    if kind != "causal":
-        typed += ["--model.drafter.init_args.config.target_layer_ids", layers]
-    if kind == "eagle3":
-        size = min(8000, facts.vocab_size)
-        typed += ["--model.drafter.init_args.config.draft_vocab_size", str(size)]
-    if kind == "dflash" and (mask := unused_token(load_tokenizer(target), facts.vocab_size)) is not None:
-        typed += ["--model.drafter.init_args.config.mask_token_id", str(mask)]
+    typed += drafter_options(kind, target, layers)
     lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
     found = run_folder.find_checkpoint(folder / "runs" / kind, "last")
     assert found is not None
     return found
+
+
+def drafter_options(kind: str, target: str, layers: Sequence[int]) -> list[str]:
+    """Options of `fit` that suit a drafter of this kind to the target.
+
+    Args:
+        kind: "eagle3", "causal" or "dflash".
+        target: as `load_target` takes it.
+        layers: whose hidden states the trace holds.
+    """
+    if kind == "causal":
+        return []
+    config, vocab_size = "--model.drafter.init_args.config", facts_of(target_config(target)).vocab_size
+    options = [f"{config}.target_layer_ids", str(list(layers))]
+    if kind == "eagle3":
+        return [*options, f"{config}.draft_vocab_size", str(min(8000, vocab_size))]
+    mask = unused_token(load_tokenizer(target), vocab_size)
+    return options if mask is None else [*options, f"{config}.mask_token_id", str(mask)]
 
 
 def unused_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int | None:
