@@ -40,55 +40,84 @@ from certdraft.train.commands.real import drafter_options, held_out_prompts, run
 from certdraft.train.runs import run_folder
 
 Part = dict[str, Any]
-GAMMA = {"eagle3": 4.48, "dflash": 4.0}
 
 
-def part(name: str, **settings: float | str) -> Part:
-    """One loss as a config names it; "measured" stands for `Study.candidates`."""
+def part(name: str, **settings: Any) -> Part:
+    """One loss or weight as a config names it; "measured" stands for `Study.candidates`."""
     return {"class_path": name, "init_args": settings}
 
 
 def half(*parts: Part) -> Part:
     """A mixture of equal shares."""
-    shares = [1 / len(parts)] * len(parts)
-    return {"class_path": "Mixture", "init_args": {"losses": list(parts), "weights": shares}}
-
-
-def step_weights(kind: str, *names: str) -> Part | None:
-    """The product of the named step weights, of those that a kind has; None where it has none of them."""
-    by_depth = {} if kind == "causal" else {
-        "depth": part("DepthWeights", gamma=GAMMA[kind]),
-        "reach": part("ReachWeights", depth=4, candidates="measured", beyond=0.2),
-    }  # fmt: skip
-    known = by_depth | {"low": part("LowMarginWeights", threshold=0.1, boost=2.0)}
-    factors = [known[name] for name in names if name in known]
-    if len(factors) < 2:
-        return factors[0] if factors else None
-    return {"class_path": "ProductWeights", "init_args": {"factors": factors}}
+    return part("Mixture", losses=list(parts), weights=[1 / len(parts)] * len(parts))
 
 
 CE, KL = part("HardCE"), part("ForwardKL")
 BY_DEPTH = half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL"))
 LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
+    "ce": (CE, ("depth",)),
     "ce+kl": (half(CE, KL), ("depth",)),
+    "top-10 ce": (half(CE, part("TopKCE", k=10)), ("depth",)),  # HASS
+    "lk": (part("LK"), ("depth",)),
+    "spec-auf": (CE, ("to the first failure",)),
+    "d-pard": (part("RenyiHalf"), ("d-pard",)),
+    "l2r": (CE, ("l2r",)),
+    "e2e-tv": (part("LK", form="alpha"), ("e2e-tv",)),
+    "by depth+adaptive": (BY_DEPTH, ("reach",)),
+    "by depth+adaptive, depth": (BY_DEPTH, ("depth",)),
+    "by depth+adaptive, low": (BY_DEPTH, ("reach", "low")),
+    "ce+kl, reach": (half(CE, KL), ("reach",)),
     "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), ("depth",)),
     "runner-up-4+sharp-1.5, low": (
         half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
         ("depth", "low"),
     ),
     "runner-up-4+adaptive": (half(part("RunnerUpForgivingCE", m=4), part("AdaptiveSharpenedKL")), ("depth",)),
-    "adaptive": (part("AdaptiveSharpenedKL"), ("depth",)),
-    "by depth+adaptive": (BY_DEPTH, ("reach",)),
-    "by depth+adaptive, depth": (BY_DEPTH, ("depth",)),
-    "by depth+adaptive, low": (BY_DEPTH, ("reach", "low")),
-    "ce+kl, reach": (half(CE, KL), ("reach",)),
-    "ce": (CE, ("depth",)),
     "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), ("depth", "low")),
     "runner-up-8+kl, low": (half(part("RunnerUpForgivingCE", m=8), KL), ("depth", "low")),
-    "top-10 ce": (half(CE, part("TopKCE", k=10)), ("depth",)),
-    "lk": (part("LK"), ("depth",)),
+    "adaptive": (part("AdaptiveSharpenedKL"), ("depth",)),
+    "adaptive, gaussian": (part("AdaptiveSharpenedKL", noise="gaussian"), ("depth",)),
+    "sharp-1.5": (part("SharpenedKL", a=1.5), ("depth",)),
+    "sharp-1 to 3": (part("SharpenedKL", a=1.0, stop=3.0), ("depth",)),
 }
-BASELINES = ("ce", "ce+kl", "top-10 ce", "lk")
+BASELINES = ("ce", "ce+kl", "top-10 ce", "lk", "spec-auf", "d-pard", "l2r", "e2e-tv")
+WEIGHTS = {
+    "depth": part("DepthWeights", gamma=4.48),
+    "reach": part("ReachWeights", depth=4, candidates="measured", beyond=0.2),
+    "low": part("LowMarginWeights", threshold=0.1, boost=2.0),
+    "to the first failure": part("ReachWeights", depth=4),
+    "d-pard": part("PrefixWeights", depth=4, smoothing=0.5, acceptance="overlap"),
+    "e2e-tv": part("PrefixWeights", depth=4, smoothing=0.0, acceptance="overlap"),
+    "l2r": part(
+        "SumWeights",
+        factors=[
+            part("DepthWeights", gamma=4.48),
+            part("ReachWeights", depth=4, acceptance="greedy", focal=1.0),
+            part("PrefixWeights", depth=4, smoothing=0.0),
+        ],
+        shares=[1.0, 0.5, 0.5],  # not tuned
+    ),
+}
+
+
+def step_weights(kind: str, names: Sequence[str]) -> Part | None:
+    """The product of the named step weights; None for none.
+
+    A causal drafter has one draft a position, so weights by depth alone change nothing and are left out.
+    """
+    factors = [WEIGHTS[name] for name in names if (kind, name) != ("causal", "depth")]
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    return part("ProductWeights", factors=factors)
+
+
+def suits(kind: str, name: str) -> bool:
+    """Whether a drafter kind can be trained with a loss: candidates by depth need draft paths."""
+    return kind != "causal" or "measured" not in json.dumps(
+        [LOSSES[name][0], step_weights(kind, LOSSES[name][1])]
+    )
+
+
 BUILDERS = {
     "chain 4": Chain(4),
     "4-ary": StaticTree((4, 4, 4, 4)),
@@ -158,14 +187,16 @@ class Study:
     def counted(self, name: str, seed: int) -> dict[str, Any]:
         """The counts of one head, trained first where it is missing."""
         file = self.results / f"{name.replace(' ', '_')}-{seed}.json"
-        if file.is_file() and (steps := json.loads(file.read_text(encoding="utf-8"))["steps"]) != self.steps:
-            raise ValueError(f"{file} is of {steps} steps, not {self.steps}; give another --results folder")
+        own = {"drafter": self.kind, "steps": self.steps}
         if not file.is_file():
             counts = self.count(self.trained(name, seed))
-            write_json(file, {"loss": name, "seed": seed, "steps": self.steps, **counts})
+            write_json(file, {"loss": name, "seed": seed, **own, **counts})
             tau = {label: round(sum(t) / sum(p), 3) for label, (t, p) in counts["lengths"].items()}
             print(f"{file}: tau {tau}", file=sys.stderr, flush=True)
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if stored := {key: found[key] for key, wanted in own.items() if found[key] != wanted}:
+            raise ValueError(f"{file} is of {stored}, not {own}; give another --results folder")
+        return found
 
     def trained(self, name: str, seed: int) -> Path:
         """The exported head."""
@@ -174,7 +205,7 @@ class Study:
         out = self.run / "losses" / "exports" / label
         if not out.exists():
             loss, names = LOSSES[name]
-            parts = [json.dumps(part) for part in (loss, step_weights(self.kind, *names))]
+            parts = [json.dumps(part) for part in (loss, step_weights(self.kind, names))]
             loss_text, weights = (
                 text.replace('"measured"', json.dumps(self.candidates)) if '"measured"' in text else text
                 for text in parts
@@ -232,19 +263,20 @@ def arrays(
     return (both[:, 0], both[:, 1]) if len(seeds) > 1 else (both[0, 0], both[0, 1])
 
 
-def value(stored: Stored, name: str, number: tuple[str, str]) -> float:
-    """A number over all prompts and seeds."""
-    above, below = arrays(stored, name, number, sorted(stored[name]))
+def value(stored: Stored, name: str, number: tuple[str, str], seeds: list[int] | None = None) -> float:
+    """A number over all prompts and the given seeds, all of them when not given."""
+    above, below = arrays(stored, name, number, seeds or sorted(stored[name]))
     return float(above.sum() / below.sum())
 
 
 def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
-    """Per cent by which a number differs from that of the best baseline, on the seeds that both have."""
+    """Per cent by which a number differs from that of the best baseline on the seeds of this loss."""
     sign = -1 if "misses" in number[1] else 1
-    best = max(
-        (b for b in BASELINES if b in stored), key=lambda b: sign * value(stored, b, number), default=name
-    )
-    return "" if name in BASELINES else against(stored, name, best, number)
+    rivals = [b for b in BASELINES if set(stored.get(b, {})) >= set(stored[name])]
+    if name in BASELINES or not rivals:
+        return ""
+    best = max(rivals, key=lambda b: sign * value(stored, b, number, sorted(stored[name])))
+    return against(stored, name, best, number)
 
 
 def against(stored: Stored, name: str, other: str, number: tuple[str, str]) -> str:
@@ -265,10 +297,13 @@ def table(stored: Stored, baseline: str | None = None) -> Table:
 
     numbers = [*(("lengths", label) for label in BUILDERS), *(("rates", rate) for rate in RATES)]
     rows = [
-        [name, str(len(stored[name]))] + [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in numbers]
-        for name in stored
+        [name, str(len(stored[name]))]
+        + [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in numbers]
+        + [f"{float(np.mean([one['ece'] for one in stored[name].values()])):.3f}"]
+        for name in [*(n for n in LOSSES if n in stored), *sorted(set(stored) - set(LOSSES))]
     ]
-    return Table("Test prompts", ["loss", "seeds", *(label for _, label in numbers)], rows)
+    columns = ["loss", "seeds", *(label for _, label in numbers), "calibration error"]
+    return Table("Test prompts", columns, rows)
 
 
 def main() -> None:
@@ -295,7 +330,8 @@ def main() -> None:
         study = Study(args.run, args.results, args.steps, name, args.prompts, args.drafter)
         for seed in range(args.seeds):
             for loss in args.losses:
-                study.counted(loss, seed)
+                if suits(args.drafter, loss):
+                    study.counted(loss, seed)
     stored = read_stored([args.results, *args.pool])
     sys.stdout.write(table(stored, args.against).markdown() + "\n")
 

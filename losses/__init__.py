@@ -36,7 +36,7 @@ from certdraft.losses.path_weights import (
     windows,
 )
 from certdraft.losses.reduction import Reduction, depth_decay, low_margin_weight, reduce, step_coefficients
-from certdraft.losses.sharpened import AdaptiveSharpenedKL, SharpenedKL
+from certdraft.losses.sharpened import AdaptiveSharpenedKL, SharpenedKL, argmax_under_noise
 from certdraft.losses.step_weights import (
     BudgetWeights,
     DepthWeights,
@@ -46,6 +46,7 @@ from certdraft.losses.step_weights import (
     ProductWeights,
     ReachWeights,
     StepWeights,
+    SumWeights,
 )
 from certdraft.losses.target import OnlineTarget, TargetBatch
 
@@ -53,9 +54,10 @@ __all__ = [
     "AdaptiveSharpenedKL", "BudgetWeights", "CappedCE", "CertificateHinge", "Chunked", "CoverageMargin",
     "DepthWeights", "DiscountedCE", "Divergence", "ForwardKL", "HardCE", "JensenShannon", "LK", "Loss",
     "LowMarginWeights", "MarginDiscountedCE", "Mixture", "OnPolicyKL", "OnlineTarget", "PathWeights",
-    "PoolDiscountedCE", "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction", "RenyiHalf",
-    "ReverseKL", "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss", "StepWeights", "TargetBatch",
-    "TokenCE", "TopKCE", "TotalVariation", "auto_chunk_tokens", "budget_loss", "budget_weights",
-    "certain_budget_nats", "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens",
-    "path_mask", "prefix_weights", "reduce", "step_coefficients", "windows",
+    "PoolDiscountedCE", "PrefixWeights", "ProductWeights", "Ramp", "ReachWeights", "Reduction",
+    "RenyiHalf", "ReverseKL", "RunnerUpForgivingCE", "SharpenedKL", "SoftTopK", "SparseLoss",
+    "StepWeights", "SumWeights", "TargetBatch", "TokenCE", "TopKCE", "TotalVariation",
+    "argmax_under_noise", "auto_chunk_tokens", "budget_loss", "budget_weights", "certain_budget_nats",
+    "depth_decay", "estimated_budget_nats", "fold", "low_margin_weight", "next_tokens", "path_mask",
+    "prefix_weights", "reduce", "step_coefficients", "windows",
 ]  # fmt: skip

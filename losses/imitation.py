@@ -197,8 +197,8 @@ class LK(Divergence):
 class RenyiHalf(Divergence):
     """Renyi divergence of order 1/2, −2 log Σ √(p q), nats; 0 iff equal, symmetric, finite on any overlap.
 
-    D-PARD trains parallel drafters with it, each step times the detached chance that its prefix is accepted:
-    `ReachWeights(acceptance="overlap")` are those weights.
+    D-PARD trains parallel drafters with it, each step weighted by D-PACE's recurrence over the detached
+    overlap of both distributions: `PrefixWeights(smoothing=0.5, acceptance="overlap")` (SpecForge #827).
     """
 
     def between(self, logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:

@@ -12,6 +12,7 @@ N counted steps · D draft depth.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -102,7 +103,7 @@ class ProductWeights(StepWeights):
     def __init__(self, factors: list[StepWeights]) -> None:
         super().__init__()
         if not factors:
-            raise ValueError("ProductWeights: factors is empty; give at least one step weight.")
+            raise ValueError(f"{type(self).__name__}: factors is empty; give at least one step weight.")
         self.factors = nn.ModuleList(factors)
         reading = [factor for factor in factors if factor.needs_nll]
         if len({(factor.acceptance, str(factor.candidates)) for factor in reading}) > 1:
@@ -111,19 +112,51 @@ class ProductWeights(StepWeights):
                 for factor in reading
             )
             raise ValueError(
-                f"ProductWeights: factors read different acceptances ({kinds}); set the same `acceptance` "
-                "and `candidates` for all of them."
+                f"{type(self).__name__}: factors read different acceptances ({kinds}); set the same "
+                "`acceptance` and `candidates` for all of them."
             )
         self.needs_nll = bool(reading)
         if reading:
             self.acceptance, self.candidates = reading[0].acceptance, reading[0].candidates
 
+    def combine(self, weights: list[Tensor]) -> Float[Tensor, " N"]:
+        """The product."""
+        return functools.reduce(torch.mul, weights)
+
     def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
-        return functools.reduce(torch.mul, [factor(*step, **named) for factor in self.factors])
+        return self.combine([factor(*step, **named) for factor in self.factors])
 
     def on_drafts(self, *drafts: Any, **named: Any) -> Float[Tensor, " N"]:
         parts = [cast(StepWeights, factor) for factor in self.factors]
-        return functools.reduce(torch.mul, [part.on_drafts(*drafts, **named) for part in parts])
+        return self.combine([part.on_drafts(*drafts, **named) for part in parts])
+
+
+class SumWeights(ProductWeights):
+    """Weighted sum of several step weights: a loss with added terms is one loss with a sum of weights.
+
+    CE + λ · (w · CE) is `HardCE` with `SumWeights([DepthWeights(inf), w], [1, λ])`. L2R's objective is such a
+    sum of a plain, a first-error focal and a chain term.
+
+    Args:
+        factors: any step weights, at least one.
+        shares: one number ≥ 0 for each.
+    """
+
+    def __init__(self, factors: list[StepWeights], shares: list[float]) -> None:
+        super().__init__(factors)
+        if len(shares) != len(factors) or not all(0.0 <= share < math.inf for share in shares):
+            raise ValueError(
+                f"SumWeights: shares={shares}; give a finite number >= 0 for each of the factors."
+            )
+        self.shares = [float(share) for share in shares]
+
+    def combine(self, weights: list[Tensor]) -> Float[Tensor, " N"]:
+        """Σ share · weight."""
+        parts = [share * weight for share, weight in zip(self.shares, weights, strict=True)]
+        return functools.reduce(torch.add, parts)
+
+    def extra_repr(self) -> str:
+        return f"shares={self.shares}"
 
 
 class LowMarginWeights(StepWeights):
@@ -201,6 +234,9 @@ class PrefixWeights(PathWeights):
     With smoothing = 0 the weighted `HardCE` follows the gradient of the expected accepted length of a chain
     whose acceptance chance is q(g).
 
+    With acceptance = "overlap" and `RenyiHalf` they are the weights of D-PARD, which takes D-PACE's
+    recurrence over the acceptance of sampling (SpecForge #827, speculators #1078; smoothing = 0.5).
+
     *When to use.* Chains; peers train block drafters with smoothing = 0.5 (arXiv:2605.18810).
 
     Args:
@@ -227,15 +263,14 @@ class ReachWeights(PathWeights):
     """The chance that verification reaches a draft: Π of the acceptances of the drafts before it on its path.
 
     With acceptance = "first" and `HardCE` this is Spec-AUF, cross-entropy up to and with the drafter's first
-    failure; with "overlap" and `RenyiHalf` it is D-PARD. With the `candidates` of a tree it is the chance
-    that the tree still holds the greedy path.
+    failure. With the `candidates` of a tree it is the chance that the tree still holds the greedy path.
 
     Args:
         depth: D, draft tokens of a path.
         acceptance: see `StepWeights`.
         beyond: weight of the drafts that verification does not reach, in [0, 1].
         focal: extra weight of the first rejected draft, ≥ 0. With beyond = 1 it is a first-error focal weight
-            as in L2R, whose chain loss is `PrefixWeights(smoothing=0)` with `HardCE`.
+            as in L2R, whose chain loss is `PrefixWeights(smoothing=0)` with `HardCE`; `SumWeights` adds them.
         candidates: with acceptance = "first", how many first choices are proposed: one number, or a list by
             draft depth.
 

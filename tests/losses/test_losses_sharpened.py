@@ -1,6 +1,7 @@
 """KL from a sharpened target: its definition, its two ends, what a miss costs, and exponents that adapt."""
 
 import math
+from typing import Any
 
 import oracles.mathematics.losses as oracle
 import pytest
@@ -9,6 +10,7 @@ from oracles.mathematics.loss_cases import full_target, head_target, target_prob
 
 from certdraft.certificates import Coverage, Head, radius
 from certdraft.losses import AdaptiveSharpenedKL, Chunked, ForwardKL, HardCE, Mixture, SharpenedKL
+from certdraft.losses.sharpened import Noise
 
 VOCAB, K = 12, 7
 
@@ -183,4 +185,79 @@ def test_tokens_that_cannot_be_proposed_do_not_count_as_errors() -> None:
 @pytest.mark.parametrize("bad", [{"most": 1.0}, {"most": math.inf}, {"decay": 1.0}, {"decay": -0.1}])
 def test_adaptive_settings_are_checked(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=f"AdaptiveSharpenedKL: {next(iter(bad))}="):
+        AdaptiveSharpenedKL(**bad)
+
+
+@pytest.mark.parametrize("noise", ["gumbel", "gaussian"])
+@pytest.mark.parametrize("a", [1.0, 2.5])
+def test_labels_are_how_often_each_token_wins_under_the_noise(noise: Noise, a: float) -> None:
+    p = target_probs(4, K)  # the head is the whole vocabulary
+    loss = AdaptiveSharpenedKL(noise=noise)
+    loss.a = a
+    target = head_target(p, K)
+    spread = math.pi / math.sqrt(3) / a  # of a difference of two noises
+    draws = 200_000
+    generator = torch.Generator().manual_seed(0)
+    if noise == "gumbel":
+        uniform = torch.rand(draws, K, generator=generator, dtype=torch.float64)
+        noisy = -(-uniform.log()).log() * spread * math.sqrt(3) / math.pi
+    else:
+        noisy = torch.randn(draws, K, generator=generator, dtype=torch.float64) * spread / math.sqrt(2)
+    for logp, label in zip(target.top_logp, loss.teacher(target), strict=True):
+        won = torch.bincount((logp + noisy).argmax(-1), minlength=K) / draws
+        torch.testing.assert_close(label.exp().double(), won.double(), atol=5e-3, rtol=0)
+
+
+def test_gaussian_labels_leave_the_tail_its_mass_and_keep_the_order() -> None:
+    target = head_target(target_probs(20, VOCAB), K)
+    loss = AdaptiveSharpenedKL(noise="gaussian")
+    loss.a = 1.7
+    label = loss.teacher(target)
+    torch.testing.assert_close(label.logsumexp(-1), torch.zeros_like(label[:, 0]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(label[:, -1], target.coarse_logp[:, -1].to(label.dtype))
+    assert (label[:, :-1].diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("noise", ["gumbel", "gaussian"])
+def test_labels_harden_to_the_limit_for_a_drafter_that_fits_them(noise: Noise) -> None:
+    """A drafter that has learned its labels exactly has no error, however sharp they are."""
+    target = full_target(target_probs(50, VOCAB), VOCAB)
+    loss = AdaptiveSharpenedKL(most=6.0, decay=0.5, noise=noise)
+    for step in range(60):
+        z = torch.zeros(50, VOCAB, dtype=torch.float64)
+        gap = loss.a * target.head.gap.double()
+        z.scatter_(1, target.top_ids, -gap)
+        loss(z, target)
+        loss.settle()
+        loss.at(step / 60)
+    assert float(loss.a) == 6.0
+
+
+def test_the_exponent_can_be_ramped() -> None:
+    loss = SharpenedKL(1.0, stop=3.0)
+    assert loss.a == 1.0
+    loss.at(0.5)
+    assert loss.a == 2.0
+    with pytest.raises(ValueError, match="SharpenedKL: stop=0.5"):
+        SharpenedKL(stop=0.5)
+
+
+def test_a_miss_on_a_head_may_cost_less_than_the_radius_of_the_full_target() -> None:
+    """A token of the tail overtakes the greedy one at no loss: the coarsening's radius is the bound."""
+    p = torch.tensor([[0.3, 0.17, 0.17, 0.16, 0.1, 0.1]], dtype=torch.float64)
+    target, loss = head_target(p, 3), SharpenedKL(1.2)
+    log_r = loss.teacher(target)
+    z = torch.full((1, 6), -40.0, dtype=torch.float64)
+    z.scatter_(1, target.top_ids, log_r[:, :3])
+    z[0, 3] = log_r[0, 3]  # all of the bucket on one token
+    assert z.argmax() == 3
+    assert float(loss(z, target)) == pytest.approx(0.0, abs=1e-9)
+    r = sharpened(p, 1.2)
+    assert float(radius(Head.from_logits(r.log(), 6), Coverage(1))) > 0.01
+    assert float(loss(z, full_target(p, 3))) > 0.01
+
+
+@pytest.mark.parametrize("bad", [{"noise": "uniform"}, {"noise": "gaussian", "vocabulary": "full"}])
+def test_noises_are_checked(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="AdaptiveSharpenedKL: noise="):
         AdaptiveSharpenedKL(**bad)

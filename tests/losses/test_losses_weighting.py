@@ -180,6 +180,31 @@ def test_step_weights_multiply_on_steps_and_on_the_paths_of_a_drafter():
         L.ProductWeights([])
 
 
+def test_sums_of_step_weights_are_added_terms_of_a_loss():
+    """L2R: cross-entropy, a first-error focal term and a chain term, with shares 1, 0.5 and 2."""
+    z, target, mask = paths_problem()
+    focal = L.ReachWeights(5, "greedy", beyond=0.0, focal=2.0)
+    parts = [L.DepthWeights(float("inf")), focal, L.PrefixWeights(5, 0.0)]
+    both = L.SumWeights(parts, [1.0, 0.5, 2.0])
+    nll = L.HardCE()(z, target)
+    found = both.on_drafts(target, mask, nll)
+    expected = 1.0 + 0.5 * focal.on_drafts(target, mask, nll) + 2.0 * parts[2].on_drafts(target, mask, nll)
+    torch.testing.assert_close(found, expected)
+    assert both.needs_nll
+    with pytest.raises(ValueError, match="SumWeights: shares"):
+        L.SumWeights(parts, [1.0, -1.0, 2.0])
+    with pytest.raises(ValueError, match="SumWeights: shares"):
+        L.SumWeights(parts, [1.0])
+
+
+def test_weights_of_d_pard_are_the_recurrence_of_d_pace_over_overlaps():
+    """By hand for a = 0.8, 0.6, 0.7: s = 0.5 + 0.5 a, W_t = the sum over k >= t of s_1 ... s_k."""
+    nll = -torch.tensor([0.8, 0.6, 0.7], dtype=torch.float64).log()
+    weights = L.PrefixWeights(3, 0.5, "overlap")
+    found = weights.on_drafts(head_target(target_probs(3, 12)), torch.ones(1, 3, dtype=torch.bool), nll)
+    torch.testing.assert_close(found, torch.tensor([2.232, 1.332, 0.612], dtype=torch.float64))
+
+
 def low_margin(target, threshold, boost):
     p = target.head.p
     return torch.where(p[:, 0] - p[:, 1] < threshold, boost, 1.0)
