@@ -157,7 +157,7 @@ def body(recipe: Recipe) -> str:
         "seed_everything: 0",
         "model:",
         *drafter_lines(recipe),
-        "  loss: ../../loss/ce-kl.yaml  # for chains; best-first trees: runner-up-4-sharp-1.5.yaml",
+        "  decoder: chain  # or best-first, m-ary, sampling: it chooses the loss (docs/losses.md)",
         "  optimizer:",
         f"    lr: {learning_rate(recipe)}",
         "    warmup_steps: 160",

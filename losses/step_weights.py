@@ -130,6 +130,9 @@ class ProductWeights(StepWeights):
         parts = [cast(StepWeights, factor) for factor in self.factors]
         return self.combine([part.on_drafts(*drafts, **named) for part in parts])
 
+    def __repr__(self) -> str:
+        return " * ".join(map(repr, self.factors))
+
 
 class SumWeights(ProductWeights):
     """Weighted sum of several step weights: a loss with added terms is one loss with a sum of weights.
@@ -155,8 +158,9 @@ class SumWeights(ProductWeights):
         parts = [share * weight for share, weight in zip(self.shares, weights, strict=True)]
         return functools.reduce(torch.add, parts)
 
-    def extra_repr(self) -> str:
-        return f"shares={self.shares}"
+    def __repr__(self) -> str:
+        shares = zip(self.shares, self.factors, strict=True)
+        return "(" + " + ".join(f"{share:g} {factor!r}" for share, factor in shares) + ")"
 
 
 class LowMarginWeights(StepWeights):

@@ -22,16 +22,14 @@ from certdraft.drafters import Drafter, Paths
 from certdraft.losses import (
     LK,
     Chunked,
-    ForwardKL,
-    HardCE,
     Loss,
-    Mixture,
     OnlineTarget,
     StepWeights,
     TargetBatch,
     reduce,
 )
 from certdraft.train.accumulation import Accumulation
+from certdraft.train.default_loss import Decoder, default_loss
 from certdraft.train.drafter_setup import fit_to_target
 from certdraft.train.on_policy import OnPolicySettings, Rounds, check_on_policy, write_rounds
 from certdraft.train.optim import OptimizerSettings, check_precision, gradient_norm
@@ -52,8 +50,7 @@ class DrafterModule(pl.LightningModule):
 
     Args:
         drafter: the model that is trained.
-        loss: loss per token position; when not given half cross-entropy, half forward KL, which is the best
-            for chains in benchmarks/study.
+        loss: loss per token position; when not given the one for `decoder`.
         optimizer: learning rate, its schedule, weight decay.
         target: a model to run in the training step; a trace is read when not given.
         validation: which metrics are reported.
@@ -62,9 +59,13 @@ class DrafterModule(pl.LightningModule):
         step_weights: weight of each token position; all equal when not given.
         on_policy: let the drafter write ends of documents itself; the running target judges them. None: all
             text is the data's.
+        decoder: what the drafter is trained for: "chain", "best-first" trees of a node budget, "m-ary" trees
+            of a fixed width, or "sampling"; it chooses the loss where none is given (`default_loss`). None:
+            "chain".
 
     Raises:
-        ValueError: `on_policy` with a drafter that reads hidden states, or without a running target.
+        ValueError: another decoder; `on_policy` with a drafter that reads hidden states, or without a
+            running target.
     """
 
     def __init__(
@@ -77,12 +78,15 @@ class DrafterModule(pl.LightningModule):
         chunk_tokens: int | None = None,
         step_weights: StepWeights | None = None,
         on_policy: OnPolicySettings | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__()
         if on_policy is not None:
             check_on_policy(drafter, target)
         self.drafter = drafter
-        self.loss = loss or Mixture([HardCE(), ForwardKL()], [0.5, 0.5])
+        chosen = default_loss(decoder or "chain", drafter)  # refuses another decoder
+        self.loss = loss or chosen
+        self.decoder = None if loss else decoder or "chain"
         self.optimizer_settings, self.validation_settings = optimizer, validation
         whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)

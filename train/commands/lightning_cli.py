@@ -156,7 +156,9 @@ class CertdraftCLI(LightningCLI):
             run_folder.refuse_changed(checkpoint, settings, self._settings().allow_change)
             self.resume_step = run_folder.step_of(checkpoint)
         else:  # other commands load weights only: the drafter must be the same
-            free = ("model.init_args.optimizer.*", "model.init_args.validation.*", "model.init_args.loss*")
+            free = tuple(
+                f"model.init_args.{key}" for key in ("optimizer.*", "validation.*", "loss*", "decoder")
+            )
             run_folder.refuse_changed(checkpoint, {"model": settings.get("model")}, free, only="model.")
 
     def _choose_folder(self, settings: Namespace) -> Path | None:

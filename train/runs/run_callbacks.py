@@ -298,7 +298,10 @@ class RunFolder(Callback):
                 experiment.config.update({"cli": self.settings}, allow_val_change=True)
         print(f"run folder: {self.folder}", file=sys.stderr)
         if stage == "fit" and (loss := getattr(pl_module, "loss", None)) is not None:
-            print(f"loss: {loss}", file=sys.stderr)
+            decoder, weights = getattr(pl_module, "decoder", None), getattr(pl_module, "step_weights", None)
+            for what, text in (("trained for", decoder), ("loss", loss), ("step weights", weights)):
+                if text is not None:
+                    print(f"{what}: {text}", file=sys.stderr)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which checkpoint is best, and what to do with it."""

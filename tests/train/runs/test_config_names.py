@@ -13,7 +13,7 @@ from certdraft.train.commands.parsing.typed_paths import explicit
 from certdraft.train.plan.plan_command import load_config
 from certdraft.train.runs.config_files import CONFIGS, config_names, find_config, newest_run
 
-RECIPE = "recipes/qwen3-8b/eagle3"
+RECIPE, GROUP = "recipes/qwen3-8b/causal-lora", "drafter/qwen3-0.6b-lora.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +77,15 @@ def test_a_copy_elsewhere_finds_its_groups_and_prefers_its_own() -> None:
     copy = Path("mine/recipes/deep/recipe.yaml")
     copy.parent.mkdir(parents=True)
     copy.write_bytes((CONFIGS / f"{RECIPE}.yaml").read_bytes())
-    loss = settings_of("--config", str(copy))["model"]["init_args"]["loss"]
-    assert loss == settings_of("--config", RECIPE)["model"]["init_args"]["loss"]
-    assert load_config(copy)["model"]["loss"]["class_path"] == "Mixture"
-    own = Path("mine/loss/ce-kl.yaml")
+    drafter = settings_of("--config", str(copy))["model"]["init_args"]["drafter"]
+    assert drafter == settings_of("--config", RECIPE)["model"]["init_args"]["drafter"]
+    assert load_config(copy)["model"]["drafter"]["class_path"] == "CausalDrafter"
+    own = Path("mine", GROUP)
     own.parent.mkdir()
-    own.write_text("class_path: HardCE")
-    assert settings_of("--config", str(copy))["model"]["init_args"]["loss"]["class_path"].endswith("HardCE")
-    assert load_config(copy)["model"]["loss"]["class_path"] == "HardCE"
+    own.write_text("class_path: BlockDrafter")
+    found = settings_of("--config", str(copy))["model"]["init_args"]["drafter"]
+    assert found["class_path"].endswith("BlockDrafter")
+    assert load_config(copy)["model"]["drafter"]["class_path"] == "BlockDrafter"
 
 
 def test_a_group_that_exists_nowhere_is_an_error() -> None:
@@ -108,18 +109,18 @@ def test_configs_lists_each_with_its_first_line() -> None:
 def test_init_copies_a_config_with_its_groups() -> None:
     code, out, err = captured(["init", RECIPE, "--out", "mine"])
     assert code == 0, err
-    files = ["mine/loss/ce-kl.yaml", f"mine/{RECIPE}.yaml"]
+    files = [f"mine/{GROUP}", f"mine/{RECIPE}.yaml"]
     assert sorted(out.split()) == files
     for file in files:
         assert Path(file).read_bytes() == (CONFIGS / file.removeprefix("mine/")).read_bytes()
 
 
 def test_init_overwrites_nothing() -> None:
-    Path("configs/loss").mkdir(parents=True)
-    Path("configs/loss/ce-kl.yaml").write_text("mine")
+    Path("configs/drafter").mkdir(parents=True)
+    Path("configs", GROUP).write_text("mine")
     code, _, said = captured(["init", RECIPE])
     assert code == 2
-    assert "configs/loss/ce-kl.yaml" in said
+    assert f"configs/{GROUP}" in said
     assert not Path("configs/recipes").exists()
 
 
