@@ -25,6 +25,7 @@ from .model_facts import text_body as text_body
 from .model_facts import text_config as text_config
 from .packed_linear import OutputLayer as OutputLayer
 from .packed_linear import PackedLinear as PackedLinear
+from .packed_linear import has_bfloat16_products as has_bfloat16_products
 from .packed_linear import pack_linears as pack_linears
 from .packed_linear import packed_product as packed_product
 from .path_mask import path_mask as path_mask

@@ -154,8 +154,13 @@ def _pays(weight: Tensor, dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.float32:
         return weight.dtype != dtype or (weight.numel() >= _LARGE and _can_pack())
+    return dtype == torch.bfloat16 and _can_pack() and has_bfloat16_products(weight.device)
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices itself; a CPU without such instructions emulates them."""
     ops: Any = torch.ops.mkldnn
-    return dtype == torch.bfloat16 and _can_pack() and bool(ops._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or bool(ops._is_mkldnn_bf16_supported())
 
 
 def _can_pack() -> bool:

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from certdraft.support import has_bfloat16_products
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -96,7 +98,7 @@ class OptimizerSettings:
             parts: list[torch.optim.Optimizer] = []
             if inner:
                 parts.append(
-                    torch.optim.Muon(
+                    Muon(
                         inner, lr=self.lr, weight_decay=self.weight_decay, momentum=self.momentum,
                         adjust_lr_fn="match_rms_adamw",
                     )
@@ -110,6 +112,65 @@ class OptimizerSettings:
             )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, whose Newton-Schulz iteration runs in fp32 on a CPU without bfloat16 instructions.
+
+    There it would take several times as long as the rest of a step. The choice depends on the CPU alone, so a
+    resumed run repeats the same bits.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One update of all parameters with a gradient."""
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if all(has_bfloat16_products(p.device) for p in params):
+            return super().step(closure)  # type: ignore[no-untyped-call]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, group)
+        return loss
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        state, momentum = self.state[param], group["momentum"]
+        assert param.grad is not None
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param.grad)
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(param.grad, 1 - momentum)
+        update = param.grad.lerp(buffer, momentum) if group["nesterov"] else buffer
+        update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        assert group["adjust_lr_fn"] == "match_rms_adamw"
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        param.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(param.shape)))
+
+
+def orthogonalised(
+    matrix: Float[Tensor, "m n"], coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Float[Tensor, "m n"]:
+    """Return a matrix with the same singular vectors and singular values near 1, by Newton-Schulz.
+
+    Args:
+        matrix: with at most the rank of its smaller side.
+        coefficients: a, b, c of the step X <- a X + (b G + c G²) X with G = X Xᵀ.
+        steps: of the iteration.
+        eps: least norm that it is divided by.
+
+    Source: https://kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = coefficients
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 class MuonAdamW(torch.optim.Optimizer):

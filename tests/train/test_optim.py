@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from certdraft.drafters import CausalDrafter
-from certdraft.train import OptimizerSettings
+from certdraft.train import OptimizerSettings, optim
 
 SIZES = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": False,
@@ -103,3 +104,34 @@ def test_muon_resumes_bit_by_bit() -> None:
     trained(*resumed, range(3, 6))
     for name, weight in whole[0].state_dict().items():
         assert torch.equal(weight, resumed[0].state_dict()[name]), name
+
+
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)])
+def test_the_iteration_brings_singular_values_near_one_and_keeps_the_vectors(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = optim.orthogonalised(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ found @ v.T
+    assert (inner.diagonal() > 0.5).all()
+    assert (inner.diagonal() < 1.5).all()
+    assert (inner - inner.diagonal().diag()).abs().max() < 1e-4
+
+
+def test_muon_in_fp32_moves_as_torch_does_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = []
+    for fast in (True, False):
+        monkeypatch.setattr(optim, "has_bfloat16_products", lambda device, fast=fast: fast)
+        weight = nn.Parameter(torch.randn(20, 32, generator=torch.Generator().manual_seed(1)))
+        untouched = nn.Parameter(torch.ones(4, 4))
+        muon = optim.Muon(
+            [weight, untouched], lr=0.1, weight_decay=0.01, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+        )
+        for seed in range(3):
+            weight.grad = torch.randn(20, 32, generator=torch.Generator().manual_seed(seed))
+            muon.step()
+        assert torch.equal(untouched, torch.ones(4, 4))
+        assert muon.state[weight].keys() == {"momentum_buffer"}
+        moved.append(weight.detach().clone())
+    start = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
+    difference = (moved[0] - moved[1]).norm() / (moved[0] - start).norm()
+    assert 0 < difference < 0.02
