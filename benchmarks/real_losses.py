@@ -147,10 +147,17 @@ class Study:
     """Traces of the run, trained heads under RUN/losses, counts in one JSON file a head."""
 
     def __init__(
-        self, run: Path, results: Path, steps: int, target: str, prompts: int, kind: str = "eagle3"
+        self,
+        run: Path,
+        results: Path,
+        steps: int,
+        target: str,
+        prompts: int,
+        kind: str = "eagle3",
+        replayed: int | None = None,
     ) -> None:
         self.run, self.results, self.steps, self.target, self.kind = run, results, steps, target, kind
-        self.sizes = run_sizes(run)
+        self.sizes, self.replayed = run_sizes(run), replayed
         self.test = run / "losses" / "test-trace"
         if not (self.test / "trace.json").exists():
             record_trace(
@@ -231,7 +238,7 @@ class Study:
         trace = open_trace(self.test)
         drafter = load_drafter(export, target=self.model, dtype="float32").eval()
         features = features_for({"": drafter}, None, trace=trace)[""]
-        found = replay_lengths(drafter, greedy_documents(trace), BUILDERS, features=features)
+        found = replay_lengths(drafter, greedy_documents(trace, self.replayed), BUILDERS, features=features)
         acceptance = measure_acceptance(drafter, trace, features=features, max_documents=None)
         rates = {}
         for rate, (m, low) in RATES.items():
@@ -315,6 +322,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-losses"))
     parser.add_argument(
         "--pool", type=Path, nargs="*", default=[], help="results of other traces, for --table"
@@ -327,7 +335,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     if not args.table:
         name = args.target or target_of(args.run)
-        study = Study(args.run, args.results, args.steps, name, args.prompts, args.drafter)
+        study = Study(args.run, args.results, args.steps, name, args.prompts, args.drafter, args.replayed)
         for seed in range(args.seeds):
             for loss in args.losses:
                 if suits(args.drafter, loss):
