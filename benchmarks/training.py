@@ -342,12 +342,9 @@ def main() -> None:
     steps, repeats = arguments.steps, arguments.repeats
     known = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
     if arguments.answers:
-        found = {
-            f"batch {rows}": answering(arguments.answers, repeats, rows, count=64, new=256)
-            for rows in (8, 16)
-        }
         known["recording answers of a real model, fp32"] = {
-            "command": f"python benchmarks/training.py --answers MODEL --repeats {repeats}", **found,
+            "command": f"python benchmarks/training.py --answers MODEL --repeats {repeats}",
+            **answering(arguments.answers, repeats, rows=16, count=48, new=256),
             "date": date.today().isoformat(), "machine": f"{device_name()}, other work running beside it",
         }  # fmt: skip
         write(arguments.out, known)

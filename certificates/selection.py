@@ -39,12 +39,12 @@ def largest(x: Float[Tensor, "*step V"], k: int) -> tuple[Float[Tensor, "*step K
     """
     vocab_size = x.shape[-1]
     values, ids = select(x, k if k != 1 else min(2, vocab_size))
-    # argmax is slow on a CPU, and only needed where the maximum is not unique
-    tied = values[..., 0] == values[..., min(1, vocab_size - 1)]
-    if torch.compiler.is_compiling():
-        first = x.argmax(-1, keepdim=True)
-    else:
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # argmax is slow on a CPU, and only needed where the maximum is not unique
+        tied = values[..., 0] == values[..., min(1, vocab_size - 1)]
         first = ids[..., :1].masked_scatter(tied.unsqueeze(-1), x[tied].argmax(-1))
+    else:  # elsewhere the host would wait to learn how many rows are tied
+        first = x.argmax(-1, keepdim=True)
     # whichever of the tied maxima was ranked first changes places with the lowest index
     ids = torch.where(ids == first, ids[..., :1], ids)
     return values[..., :k], torch.cat([first, ids[..., 1:k]], dim=-1)

@@ -9,6 +9,7 @@ from certdraft.drafters.dspark.config import DSparkConfig
 from certdraft.drafters.dspark.model import DSparkDrafter
 from certdraft.drafters.eagle3.config import EagleConfig
 from certdraft.drafters.eagle3.draft_vocab import ABSENT
+from certdraft.drafters.eagle3.draft_vocab import coverage as draft_vocab_coverage
 from certdraft.drafters.eagle3.model import EagleDrafter
 from certdraft.drafters.formats.export_metadata import CardFacts, Engines, ExportRequest, read_facts
 from certdraft.drafters.formats.exporting import ExportError, export, load_drafter
@@ -26,6 +27,6 @@ __all__ = [
     "ABSENT", "BlockConfig", "BlockDrafter", "CachedLM", "CardFacts", "CausalDrafter", "ChainCache",
     "DSparkConfig", "DSparkDrafter", "Drafter", "EagleConfig", "EagleDrafter", "Engines", "ExportError",
     "ExportRequest", "Finding", "Layout", "LoraSettings", "Paths", "TargetLayers", "TargetSource",
-    "TreeCache", "drafter_kinds", "export", "lint_export", "load_causal_lm", "load_drafter", "read_facts",
-    "register_drafter", "split_causal_lm",
+    "TreeCache", "draft_vocab_coverage", "drafter_kinds", "export", "lint_export", "load_causal_lm",
+    "load_drafter", "read_facts", "register_drafter", "split_causal_lm",
 ]  # fmt: skip

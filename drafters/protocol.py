@@ -55,6 +55,8 @@ class TargetSource:
         num_ids: returns the token ids its tokenizer uses: one more than the largest.
         greedy_counts: returns how often the target's greedy token in the trace was each token; None without
             a trace.
+        token_mass: returns the probability that the target gave to each token in the trace, summed over its
+            positions; None without a trace.
         ends: returns the target with at least its embeddings, final norm and lm_head; `load` if not given.
     """
 
@@ -63,6 +65,7 @@ class TargetSource:
     load: Callable[[], PreTrainedModel]
     num_ids: Callable[[], int]
     greedy_counts: Callable[[], Int[Tensor, " V"] | None] = lambda: None
+    token_mass: Callable[[], Float[Tensor, " V"] | None] = lambda: None
     ends: Callable[[], PreTrainedModel] | None = None
 
     def load_ends(self) -> PreTrainedModel:

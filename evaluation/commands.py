@@ -18,6 +18,7 @@ from certdraft.data import (
     Generation,
     Prompts,
     load_target,
+    load_target_ends,
     load_tokenizer,
     open_trace,
     tokenizer_fingerprint,
@@ -205,7 +206,7 @@ def run_certify(
     drafter: str | None = None,
     builders: list[TreeBuilder] | None = None,
     top_m: int = 4,
-    tie_gap: float = 1e-3,
+    tie_gap: float | None = None,
     replay_documents: int | None = 256,
     drafter_dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "auto",
@@ -238,8 +239,8 @@ def run_certify(
         builders: draft trees whose rounds are replayed; a chain of 4 and a best-first tree of 16 nodes when
             not given.
         top_m: drafter ranks that count as "in top-m" among its rejections.
-        tie_gap: lead of the target's greedy token, nats, up to which a rejection is a numerical tie; 0.1
-            suits a bfloat16 target.
+        tie_gap: lead of the target's greedy token, nats, up to which a rejection is a numerical tie; when not
+            given 0.001 for a trace of a float32 target, 0.1 for one in half precision.
         replay_documents: documents replayed through the trees.
         drafter_dtype: of the drafter's weights.
         device: of the drafter: "auto" (CUDA when there is one), "cpu", "cuda:0" and so on.
@@ -260,7 +261,7 @@ def run_certify(
             f"recorded first), and not both; got {'both' if trace else 'neither'}"
         )
     _check_counts(max_documents=max_documents, top_m=top_m, replay_documents=replay_documents)
-    if not 0 <= tie_gap < math.inf:
+    if tie_gap is not None and not 0 <= tie_gap < math.inf:
         raise ValueError(f"tie_gap={tie_gap} is a lead in nats: 0 or more, and finite")
     if drafter is not None and drafter.startswith(("/", "./", "../", "~")) and not Path(drafter).is_dir():
         raise FileNotFoundError(f"drafter {drafter}: no such folder; give one written by `certdraft export`")
@@ -294,7 +295,7 @@ def run_certify(
     if drafter is not None:
         name = Path(drafter).name
         place = pick_device(device)
-        model = _target_of(drafter, opened.meta, drafter_dtype, place)
+        model = _target_of(drafter, opened.meta, drafter_dtype)
         loaded[name] = load_checked(drafter, opened, place, drafter_dtype, model)
         files |= {f"drafter {name}": drafter} if Path(drafter).is_dir() else {}
     made = report_folder(path) if trace is not None else _beside_the_trace(path)
@@ -310,21 +311,27 @@ def run_certify(
                 tie_gap=tie_gap,
                 progress=progress,
             )
-            report.data["drafter"] = {"name": name, "tie_gap": tie_gap, **joined.data["drafters"][name]}
+            report.data["drafter"] = {"name": name, **joined.data["drafters"][name]}
         page = path / write_certify(report, folder, {"trace": str(source), **provenance(files)}, title).name
     print(headline_of_certificates(report).text())
     print(f"report: {page}", file=sys.stderr)
     return page
 
 
-def _target_of(drafter: str, meta: TraceMeta, dtype: str, device: torch.device) -> PreTrainedModel | None:
-    """The trace's target, for an export that shares its embeddings; its hidden states come from the trace."""
+def _target_of(drafter: str, meta: TraceMeta, dtype: str) -> PreTrainedModel | None:
+    """Embeddings, norm and lm_head of the trace's target, for an export that shares them.
+
+    Hidden states come from the trace, so no layer is read.
+    """
     exported = (Path(drafter) / "drafter.json").is_file()
     kind = drafter_kinds().get(read_facts(drafter)["family"]) if exported else None
     if kind is None or not kind.reads_target:
         return None
-    kept = getattr(torch, dtype)
-    return load_target(meta.target, revision=meta.target_revision, dtype=kept, device=device)
+    ends = load_target_ends(meta.target, revision=meta.target_revision)
+    for weight in ends.parameters():
+        if not weight.is_meta:  # nothing but the ends was read; the drafter takes them to its device
+            weight.data = weight.data.to(getattr(torch, dtype))
+    return ends
 
 
 @contextmanager

@@ -25,7 +25,13 @@ from certdraft.evaluation.measure.acceptance import DEFAULT_RULES, Acceptance, m
 from certdraft.evaluation.measure.acceptance_lengths import Lengths, replay_lengths
 from certdraft.evaluation.measure.bench import Benchmark, benchmark
 from certdraft.evaluation.measure.statistics import compare_ratios
-from certdraft.evaluation.measure.trace_reading import Document, TraceLike, features_for, greedy_documents
+from certdraft.evaluation.measure.trace_reading import (
+    Document,
+    TraceLike,
+    features_for,
+    greedy_documents,
+    tie_gap_of,
+)
 from certdraft.evaluation.report.evaluate_tables import headline_table
 
 if TYPE_CHECKING:
@@ -110,7 +116,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     exact_kl: bool = False,
     top_m: int = 4,
-    tie_gap: float = 1e-3,
+    tie_gap: float | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> EvaluationReport:
@@ -129,7 +135,8 @@ def evaluate(
         exact_kl: recompute the target's full distributions along the trace instead of using the recorded
             heads.
         top_m: drafter ranks that count as "in top-m" among rejections.
-        tie_gap: nats below which a rejection counts as a numerical tie.
+        tie_gap: lead of the target's greedy token, nats, up to which a rejection counts as a numerical tie;
+            that of the trace's dtype when not given (`tie_gap_of`).
         seed: of the bootstrap.
         progress: called with stage, steps done and steps in all.
 
@@ -146,6 +153,7 @@ def evaluate(
         raise ValueError(
             "exact_kl recomputes the target's distributions, so it needs the target; give one or drop it"
         )
+    tie_gap = tie_gap_of(trace) if tie_gap is None else tie_gap
     trees = default_builders() if builders is None else labelled(builders)
     texts = greedy_documents(trace, replay_documents, max_new_tokens)
     decoded = [] if target is None else greedy_documents(trace, prompts, max_new_tokens)
@@ -181,7 +189,7 @@ def evaluate(
         bench = benchmark(
             target, drafters, decoded, trees, top_m=top_m, tie_gap=tie_gap, features=features, progress=tick
         )
-    return EvaluationReport(_data(drafters, trace, acceptance, lengths, bench, texts, seed))
+    return EvaluationReport(_data(drafters, trace, acceptance, lengths, bench, texts, seed, tie_gap))
 
 
 def _ticker(stage: str, total: int, progress: Callable[[str, int, int], None]) -> Callable[..., None]:
@@ -205,6 +213,7 @@ def _data(
     bench: Benchmark | None,
     texts: Sequence[Document],
     seed: int,
+    tie_gap: float,
 ) -> dict[str, Any]:
     first = next(iter(drafters))
     meta = getattr(trace, "meta", None)
@@ -221,6 +230,7 @@ def _data(
         "drafters": {
             name: {
                 "parameters": _parameters(drafter),
+                "tie_gap": tie_gap,
                 "acceptance": acceptance[name].summary(seed),
                 "lengths": {label: found.summary(seed) for label, found in lengths[name].items()},
             }

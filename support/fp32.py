@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BLOCK_VALUES = 1 << 19  # weight values widened at once on a CPU: 2 MiB of fp32 stay in its cache
+_DEVICE_BLOCK_VALUES = 1 << 26  # elsewhere, 256 MiB: every block costs launches
 
 
 def project_fp32(
@@ -129,7 +130,8 @@ def _rounded(
 def _by_blocks(hidden: Float[Tensor, "N H"], weight: Float[Tensor, "V H"]) -> Float[Tensor, "N V"]:
     """The product with a weight of another dtype, widened a block of rows at a time."""
     logits = hidden.new_empty(len(hidden), len(weight))
-    rows = max(1, _BLOCK_VALUES // weight.shape[1])
+    values = _BLOCK_VALUES if weight.device.type == "cpu" else _DEVICE_BLOCK_VALUES
+    rows = max(1, values // weight.shape[1])
     for begin in range(0, len(weight), rows):
         block = weight[begin : begin + rows].to(hidden.dtype)
         logits[:, begin : begin + rows] = hidden @ block.t()

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from certdraft.train.sharding import decoder_layers
+
+_MOST_GRAPHS = 64  # of a layer
 
 
 class CompileLayers(Callback):
@@ -37,5 +40,8 @@ class CompileLayers(Callback):
                 f"CompileLayers: {type(drafter).__name__} has no decoder layers to "
                 "compile; leave the callback out"
             )
+        # unroll steps and validation each make graphs; past its limit of 8 torch would run layers uncompiled
+        config: Any = torch.compiler.config
+        config.recompile_limit = max(config.recompile_limit, _MOST_GRAPHS)
         for layer in layers:
             layer.compile(backend=self.backend, dynamic=self.dynamic)

@@ -38,7 +38,7 @@ from certdraft.train.sharding import shard
 from certdraft.train.target_outputs import Online, TargetOutputs, TargetSettings, recorded
 from certdraft.train.validation import ValidationSettings, ValidationSums, first_choice
 
-_ENTRIES_PER_CHUNK = 1 << 23  # of validation logits held at once
+_ENTRIES_PER_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}  # of validation logits held at once
 _AVOIDABLE = 0.1  # nats: a rejection with a KL radius above it counts as avoidable
 
 
@@ -215,7 +215,8 @@ class DrafterModule(pl.LightningModule):
         batch = replace(batch, loss_mask=self.drafter.validation_mask(batch.input_ids, batch.loss_mask))
         paths, outputs = self._paths(batch, depth=self.validation_settings.depth, every=True)
         hits = torch.zeros(paths.mask.shape, dtype=torch.bool, device=self.device)
-        size = max(1, _ENTRIES_PER_CHUNK // self.drafter.vocab_size)
+        entries = _ENTRIES_PER_CHUNK.get(self.device.type, _ENTRIES_PER_CHUNK["cpu"])
+        size = max(1, entries // self.drafter.vocab_size)
         for depth, inside in enumerate(paths.mask.T):
             for index in inside.nonzero().squeeze(-1).split(size):
                 target = outputs.at(paths.steps[index, depth])[:]
@@ -301,7 +302,10 @@ class DrafterModule(pl.LightningModule):
 
     def _mean_count(self, steps: int | Tensor) -> Tensor:
         """Mean count (weight) of token positions over ranks: normalises by the global count."""
-        count = torch.as_tensor(steps, dtype=torch.float32, device=self.device).detach().clone()
+        if isinstance(steps, Tensor):
+            count = steps.detach().float().clone()
+        else:  # filled on the device: a copy from the host would wait for it
+            count = torch.full((), float(steps), device=self.device)
         if self.trainer.world_size > 1:
             # `strategy.reduce` waits at a barrier first, in every micro-batch
             torch.distributed.all_reduce(count)
@@ -328,7 +332,8 @@ class DrafterModule(pl.LightningModule):
         if self.vocabulary is not None and not every:
             # What the drafter cannot propose is always rejected: the round ends there.
             held = torch.zeros_like(paths.mask)
-            held[paths.mask] = self.vocabulary.proposable(outputs.at(paths.steps[paths.mask]))
+            steps = paths.steps[paths.mask]
+            held[paths.mask] = self.vocabulary.proposable(outputs.at(steps), steps)
             paths = paths._replace(mask=held.cumprod(-1).bool())
         return paths, outputs
 
@@ -336,6 +341,7 @@ class DrafterModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Build the drafter for the target; refuse another vocabulary or tokenizer, and half precision."""
+        self._matmul_precision = torch.get_float32_matmul_precision()
         check_precision(str(self.trainer.precision))
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -349,6 +355,10 @@ class DrafterModule(pl.LightningModule):
             self.drafter.train()  # a pretrained network arrives in eval mode, which Lightning would keep
         if self.online is not None:
             self.online.to(self.trainer.strategy.root_device)
+
+    def teardown(self, stage: str) -> None:
+        """Multiply fp32 matrices as before the run: what is recorded or decoded next is not for TF32."""
+        torch.set_float32_matmul_precision(self._matmul_precision)
 
     def configure_model(self) -> None:
         """Shard the drafter under `ModelParallelStrategy` (FSDP2)."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.data import load_target, load_target_ends, load_tokenizer, tokenizer_fingerprint
-from certdraft.drafters import Drafter, TargetSource
+from certdraft.drafters import Drafter, TargetSource, draft_vocab_coverage
 from certdraft.support import facts_of
 from certdraft.train.target_outputs import Online
 
@@ -42,20 +44,24 @@ def fit_to_target(
         vocab_size, name, fingerprint = meta.vocab_size, meta.target, meta.tokenizer_fingerprint
     else:
         return
-    trace = getattr(datamodule, "train_trace", None)
+    found = counted(datamodule, "train")
     source = target_source(
         name,
         vocab_size,
         load=lambda: load_target(name) if online is None else online.model,
         ends=lambda: load_target_ends(name) if online is None else online.model,
-        greedy_counts=lambda: None if trace is None else greedy_counts(trace),
+        greedy_counts=lambda: None if found is None else found().greedy,
+        token_mass=lambda: None if found is None else found().mass,
     )
     known = drafter.notice
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(seed)
         drafter.build_from_target(source)
     if drafter.notice and drafter.notice != known:
         print(drafter.notice, file=sys.stderr)
+        judged, ids = counted(datamodule, "validation"), drafter.draft_ids
+        if judged is not None and ids is not None:
+            print(f"on validation text {draft_vocab_coverage(judged().greedy, ids.cpu())}", file=sys.stderr)
     if (start := drafter.tokenizer_source) and (own := _fingerprint(start)) != fingerprint:
         raise ValueError(
             f"the drafter {start} has tokenizer {own[:12]}…, the target's is {fingerprint[:12]}…: their "
@@ -75,7 +81,12 @@ def fit_to_target(
 
 
 def target_source(
-    name: str, vocab_size: int, load: Any, ends: Any, greedy_counts: Any = lambda: None
+    name: str,
+    vocab_size: int,
+    load: Any,
+    ends: Any,
+    greedy_counts: Any = lambda: None,
+    token_mass: Any = lambda: None,
 ) -> TargetSource:
     """What a drafter may read of a target whose tokenizer can be loaded by its name."""
     return TargetSource(
@@ -84,18 +95,44 @@ def target_source(
         load,
         lambda: max(load_tokenizer(name).get_vocab().values()) + 1,
         greedy_counts,
+        token_mass,
         ends,
     )
 
 
-def greedy_counts(trace: Any) -> Int[Tensor, " V"]:
-    """How often each token is the target's greedy token at a position in the loss mask of a trace."""
-    counts = torch.zeros(trace.meta.vocab_size, dtype=torch.long)
-    for document in range(len(trace)):
-        columns = trace.columns(document)
-        greedy = torch.from_numpy(columns.top_ids[:, 0][columns.loss_mask].astype("int64"))
-        counts += torch.bincount(greedy, minlength=len(counts))
-    return counts
+class TokenCounts(NamedTuple):
+    """What the target chose over positions in a loss mask.
+
+    Attributes:
+        greedy: how often each token was the greedy token.
+        mass: probability of each token, summed over positions; that of the recorded top-k logits.
+    """
+
+    greedy: Int[Tensor, " V"]
+    mass: Float[Tensor, " V"]
+
+
+def counted(datamodule: Any, split: Literal["train", "validation"]) -> Callable[[], TokenCounts] | None:
+    """A function that counts the documents of a split once, when it is first called; None without a trace."""
+    trace = getattr(datamodule, f"{split}_trace", None)
+    if trace is None:
+        return None
+    documents = getattr(datamodule, "documents", {}).get(split, range(len(trace)))
+    return cache(partial(token_counts, trace, documents))
+
+
+def token_counts(trace: Any, documents: Iterable[int]) -> TokenCounts:
+    """Count greedy tokens and sum probabilities over the positions in the loss masks of documents."""
+    size = trace.meta.vocab_size
+    greedy, mass = np.zeros(size, np.int64), np.zeros(size)
+    for document in documents:
+        columns = trace.columns(int(document))
+        ids = columns.top_ids[columns.loss_mask].astype(np.int64)
+        gap = columns.top_gap[columns.loss_mask].astype(np.float64)
+        lead = columns.lse_gap[columns.loss_mask].astype(np.float64)
+        np.add.at(greedy, ids[:, 0], 1)
+        np.add.at(mass, ids, np.exp(-gap - lead[:, None]))
+    return TokenCounts(torch.from_numpy(greedy), torch.from_numpy(mass))
 
 
 def check_features(drafter: Drafter, layers: Sequence[int], target: str) -> None:

@@ -106,8 +106,11 @@ def write_rounds(drafter: Drafter, batch: Batch, depth: int) -> tuple[Batch, Rou
     training = drafter.training
     drafter.eval()  # drafts as it will when it decodes, without dropout
     for place in steps.T:
-        hidden = drafter.hidden(ids, batch.position_ids, batch.document_ids)
-        ids.view(-1)[place + 1] = drafter.head(hidden.flatten(0, 1)[place]).argmax(-1)
+        here = torch.zeros_like(batch.loss_mask)
+        here.view(-1)[place] = True
+        # `paths` is what FSDP2 gathers weights for; the one at a position that starts a round ends there
+        hidden = drafter.paths(ids, batch.position_ids, batch.document_ids, here, depth=1, every=True).hidden
+        ids.view(-1)[place + 1] = drafter.head(hidden[:, 0]).argmax(-1)
     drafter.train(training)
     _, document = batch.document_ids.flatten().unique(return_inverse=True)
     last = torch.full((int(document.max()) + 1,), ids.numel(), device=ids.device)

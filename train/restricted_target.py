@@ -23,7 +23,8 @@ from certdraft.drafters import ABSENT
 from certdraft.losses import OnlineTarget, TargetBatch
 from certdraft.support import project_fp32
 
-_ENTRIES = 1 << 24  # of target logits held at once
+_ENTRIES = 1 << 24  # of target logits held at once on a CPU
+_DEVICE_ENTRIES = 1 << 27  # elsewhere, 512 MiB: 110 rows of 151,936 leave a GPU idle
 _NOTHING = 60.0  # nats below the greedy token: e^-60 is zero to every sum, and 0 · log 0 needs no care
 
 
@@ -45,16 +46,31 @@ class DraftVocabulary:
         return self.places[tokens] >= 0
 
     @torch.no_grad()
-    def proposable(self, target: TargetBatch | OnlineTarget) -> Bool[Tensor, " N"]:
-        """Whether the target's greedy token of each step is in the draft vocabulary."""
+    def proposable(
+        self, target: TargetBatch | OnlineTarget, positions: Int[Tensor, " N"] | None = None
+    ) -> Bool[Tensor, " N"]:
+        """Whether the target's greedy token of each step is in the draft vocabulary.
+
+        Args:
+            target: at the steps.
+            positions: of the steps. Rounds overlap, so that most positions are steps of several; with this,
+                an online target's logits are computed once for each.
+        """
         if isinstance(target, TargetBatch):
             return self.holds(target.greedy)
-        size = max(1, _ENTRIES // target.vocab_size)
-        starts = range(0, len(target), size)
-        greedy = [
-            project_fp32(target.hidden[i : i + size], target.weight, target.bias).argmax(-1) for i in starts
-        ]
-        return self.holds(torch.cat(greedy)) if greedy else self.places.new_zeros(0, dtype=torch.bool)
+        if not len(target):
+            return self.places.new_zeros(0, dtype=torch.bool)
+        hidden = target.hidden
+        if positions is not None:
+            once, place = positions.unique(return_inverse=True)
+            # steps of one position hold the same states: whichever is written last will do
+            row = place.new_empty(len(once)).scatter_(0, place, torch.arange(len(place), device=place.device))
+            hidden = hidden[row]
+        entries = _ENTRIES if hidden.device.type == "cpu" else _DEVICE_ENTRIES
+        size = max(1, entries // target.vocab_size)
+        parts = [project_fp32(part, target.weight, target.bias).argmax(-1) for part in hidden.split(size)]
+        held = self.holds(torch.cat(parts))
+        return held if positions is None else held[place]
 
     def target(self, target: TargetBatch | OnlineTarget) -> TargetBatch | OnlineTarget:
         """The target renormalised over the draft tokens; `next_ids` outside become −1."""

@@ -47,8 +47,14 @@ class Batch:
         return int((self.document_ids >= 0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch on another device, its top-k entries widened there; Lightning calls this."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking), widened)
+        """The same batch on another device, its top-k entries widened there; Lightning calls this.
+
+        Page-locked tensors are copied beside the computation whatever `non_blocking` says: Lightning passes
+        it for plain tensors only.
+        """
+        return self._each(
+            lambda tensor: tensor.to(device, non_blocking=non_blocking or tensor.is_pinned()), widened
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, from which copies to CUDA run beside the computation."""

@@ -114,6 +114,7 @@ class TraceDataModule(pl.LightningDataModule):
             self.validation_trace = open_trace(self.validation_path, self.verify)
             self.validation_trace.check_tokenizer(self.tokenizer_fingerprint, "the training trace's")
             validation_documents = np.arange(len(self.validation_trace))
+        self.documents = {"train": documents, "validation": validation_documents}
         self.train_packing = self._pack(self.train_trace, documents, "train", in_order=False)
         self.validation_packing = self._pack(
             self.validation_trace, validation_documents, "validation", in_order=True

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int
+from jaxtyping import BFloat16, Float, Float32, Int
 from numpy import ndarray
 from torch import Tensor, nn
 
@@ -218,7 +218,12 @@ class _Text:
 
 
 class _Recording:
-    """Texts in a running batch: a pass reads the newest token of each, and what is to follow is recorded."""
+    """Texts in a running batch: a pass reads the newest token of each, and what is to follow is recorded.
+
+    On an accelerator the host waits once in a pass that no text joins or leaves, for what is recorded
+    (`_record`). With `sdpa` attention transformers makes it wait once more, before the pass: it looks whether
+    the padding mask hides anything.
+    """
 
     def __init__(
         self,
@@ -272,7 +277,7 @@ class _Recording:
         """Read and record prompts; returns the tokens that come next."""
         hidden = self.batch.join([text.prompt.ids for text in new]).last_hidden_state
         width = hidden.shape[1]
-        if self.features is not None:
+        if self.features is not None:  # of every token, learned or not: too many to travel with the rest
             bits = bits_of(self.hidden_states.take().bfloat16())
             for text, features in zip(new, bits, strict=True):
                 assert text.hidden is not None
@@ -282,36 +287,58 @@ class _Recording:
         for row, (text, span) in enumerate(zip(new, spans, strict=True)):
             start = width - len(text.ids)  # padding
             recorded[row, start + span.start : start + span.stop] = True
-        greedy = self._record(hidden[torch.from_numpy(recorded).to(hidden.device)], new, spans)
+        places = torch.from_numpy(np.flatnonzero(recorded)).to(hidden.device, non_blocking=True)
+        greedy = self._record(hidden.flatten(0, 1)[places], new, spans)
         last = np.cumsum([len(span) for span in spans]) - 1  # of each text; any where nothing follows
         return greedy[last.clip(0)] if len(greedy) else greedy.new_zeros(len(new))
 
     def _go_on(self, live: list[_Text], tokens: Int[Tensor, " L"]) -> Int[Tensor, " L"]:
         """Read and record the last token of each text; returns the tokens that come next."""
         hidden = self.batch.step(tokens).last_hidden_state[self.batch.rows, 0]
+        features = None
         if self.features is not None:
-            bits = bits_of(self.hidden_states.take()[self.batch.rows, 0].bfloat16())
-            for text, features in zip(live, bits, strict=True):
-                assert text.hidden is not None
-                text.hidden[len(text.ids) - 1] = features
-        return self._record(hidden, live, [range(len(text.ids) - 1, len(text.ids)) for text in live])
+            features = self.hidden_states.take()[self.batch.rows, 0].bfloat16()
+        spans = [range(len(text.ids) - 1, len(text.ids)) for text in live]
+        return self._record(hidden, live, spans, features)
 
     def _record(
-        self, hidden: Float[Tensor, "N H"], texts: list[_Text], spans: list[range]
+        self,
+        hidden: Float[Tensor, "N H"],
+        texts: list[_Text],
+        spans: list[range],
+        features: BFloat16[Tensor, "N L H"] | None = None,
     ) -> Int[Tensor, " N"]:
-        """Keep the top-k logits at these positions of texts; returns the greedy tokens, on the device."""
+        """Keep the top-k logits, and features, at these positions of texts.
+
+        What the host stores and what it checks is one copy, and the only one that it waits for.
+
+        Returns:
+            The greedy tokens, on the device.
+
+        Raises:
+            TargetError: NaN or +inf among the logits.
+        """
         if not len(hidden):
             return torch.zeros(0, dtype=torch.long, device=hidden.device)
         size = max(1, _LOGIT_ENTRIES // self.head.vocab_size)
-        try:
-            heads = [Head.from_logits(self.head(part), self.num_kept) for part in hidden.split(size)]
-        except ValueError as error:
-            raise self._not_finite(hidden, texts, spans) from error
-        packed = torch.cat([_packed(head) for head in heads]).cpu().numpy()  # one copy, one synchronisation
-        ends = np.cumsum([len(span) for span in spans])
-        for text, span, part in zip(texts, spans, np.split(packed, ends[:-1]), strict=True):
-            text.packed[span.start : span.start + len(span)] = part
-        return torch.cat([head.greedy for head in heads])
+        packed = torch.cat([packed_head(self.head(part), self.num_kept) for part in hidden.split(size)])
+        bits = packed.view(torch.int16)  # [N, 2 C]
+        width = bits.shape[1]
+        if features is not None:
+            bits = torch.cat([bits, features.flatten(1).view(torch.int16)], dim=1)
+        on_host = bits.cpu().numpy()
+        heads, kept = on_host[:, :width].view(np.float32), on_host[:, width:].view(np.uint16)
+        if not np.isfinite(heads[:, -2]).all():
+            raise self._not_finite(hidden, texts, spans)
+        end = 0
+        for text, span in zip(texts, spans, strict=True):
+            place, rows = slice(span.start, span.stop), slice(end, end + len(span))
+            end = rows.stop
+            text.packed[place] = heads[rows]
+            if features is not None:
+                assert text.hidden is not None
+                text.hidden[place] = kept[rows].reshape(-1, *features.shape[1:])
+        return packed[:, 0].view(torch.int32).long()
 
     def _not_finite(
         self, hidden: Float[Tensor, "N H"], texts: list[_Text], spans: list[range]
@@ -326,11 +353,12 @@ class _Recording:
         )
 
 
-def _packed(head: Head) -> Float[Tensor, "N C"]:
-    """Ids (their bits), gaps, lse_gap and entropy of every position, side by side."""
+def packed_head(logits: Float32[Tensor, "N V"], num_kept: int) -> Float32[Tensor, "N C"]:
+    """Ids (their bits), gaps, lse_gap and entropy of every position, side by side: one copy to the host."""
+    head = Head.from_logits(logits, num_kept, check=False)
     assert head.entropy is not None
-    ids = head.ids.int().view(torch.float32)
-    return torch.cat([ids, head.gap, head.lse_gap[:, None], head.entropy[:, None]], dim=-1)
+    bits = head.ids.int().view(torch.float32)
+    return torch.cat([bits, head.gap, head.lse_gap[:, None], head.entropy[:, None]], dim=-1)
 
 
 def _first_bad_position(target: PreTrainedModel, head: LogitHead, ids: ndarray, position: int) -> int:

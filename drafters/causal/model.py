@@ -20,7 +20,8 @@ from certdraft.drafters.causal.fresh_config import fresh_config
 from certdraft.drafters.causal.layer_cut import TargetLayers, cut_config, cut_from
 from certdraft.drafters.causal.lint import LAYOUTS
 from certdraft.drafters.causal.lora import LoraSettings, add_adapters
-from certdraft.drafters.features.flex import ATTENTION, document_block_mask, use_block_masks
+from certdraft.drafters.features.flex import ATTENTION, takes_block_masks, use_block_masks
+from certdraft.drafters.features.visible_spans import document_block_mask
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.lm.cached_lm import CachedLM, split_causal_lm
 from certdraft.drafters.lm.chain_cache import ChainCache
@@ -271,7 +272,7 @@ class CausalDrafter(Drafter):
 
     def _mask(self, document_ids: Int[Tensor, "R T"]) -> Tensor | BlockMask:
         """Attention within documents: a block mask on CUDA, additive numbers elsewhere."""
-        if not document_ids.is_cuda or self.attention != "sdpa":
+        if not takes_block_masks(document_ids.device) or self.attention != "sdpa":
             return document_mask(document_ids, self.model.dtype)
         if self.model.config._attn_implementation != ATTENTION:
             use_block_masks(self.model)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.drafters.dflash.windows import View, views
 from certdraft.drafters.features.grouped_attention import grouped_attention
 from certdraft.drafters.features.transformer_layer import DecoderLayer, KeysValues, LayerSizes, known
+from certdraft.drafters.features.visible_spans import VisibleSpans
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ class BlockLayer(DecoderLayer):
         keys: Tensor,
         values: Tensor,
         places: Int[Tensor, "R A*Q"],
-        visible: Bool[Tensor, "R A T"],
-        first: Int[Tensor, "R A Q"] | None,
+        visible: VisibleSpans,
     ) -> Float[Tensor, "R A*Q H"]:
         """One pass over all blocks of a row, for training.
 
@@ -78,13 +78,11 @@ class BlockLayer(DecoderLayer):
             keys: of `context`.
             values: of `context`.
             places: positions in their documents.
-            visible: as in `grouped_attention`.
-            first: as in `grouped_attention`.
+            visible: what the blocks see in this layer; see `View.spans`.
         """
         read, attention = self.input_layernorm(x), self.self_attn
-        groups = (-1, x.shape[1] // visible.shape[1])
+        groups = (-1, x.shape[1] // visible.num_groups)
         own_keys, own_values = (part.unflatten(2, groups) for part in attention.keys_values(read, places))
         queries = attention.queries(read, places).unflatten(2, groups)
-        seen = self.view.own(groups[1], x.device)
-        mixed = grouped_attention(queries, (keys, values), (own_keys, own_values), visible, first, seen)
+        mixed = grouped_attention(queries, (keys, values), (own_keys, own_values), visible, "block")
         return self.finish(x, mixed.flatten(2, 3))

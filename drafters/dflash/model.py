@@ -29,6 +29,7 @@ from certdraft.drafters.features.feature_drafter import FeatureDrafter, complete
 from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import block_layers, check_layers
 from certdraft.drafters.features.transformer_layer import KeysValues, RMSNorm, cached_attention, known
+from certdraft.drafters.features.visible_spans import document_starts
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.formats.lint_files import Layout
 from certdraft.drafters.lm.tree_cache import TreeCache
@@ -262,12 +263,11 @@ class BlockDrafter(FeatureDrafter):
         tokens = torch.full((*anchors.shape, size), mask_id, device=ids.device)
         tokens[..., 0] = ids.gather(1, anchors)
         places = positions.gather(1, anchors)[..., None] + torch.arange(size, device=ids.device)
-        index = torch.arange(ids.shape[1], device=ids.device)
-        own_document = documents.gather(1, anchors)[..., None]
-        visible = (index < anchors[..., None]) & (documents[:, None] == own_document)  # [R, A, T]
+        starts = document_starts(documents).gather(1, anchors)
+        visible = {view: view.spans(starts, anchors, size) for view in self.config.views()}
         x = self.embed(tokens).flatten(1, 2)
         for layer, (keys, values) in zip(self._layers, context, strict=True):
-            run = (x, keys, values, places.flatten(1), visible, layer.view.first(anchors, size))
+            run = (x, keys, values, places.flatten(1), visible[layer.view])
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, *run, use_reentrant=False)
             else:

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from certdraft.drafters.features.visible_spans import VisibleSpans
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -43,11 +45,13 @@ class View:
         seen = back >= 0 if self.causal else torch.ones_like(back, dtype=torch.bool)
         return seen if self.window is None else seen & (back.abs() < self.window)
 
-    def first(self, anchors: Int[Tensor, "R A"], size: int) -> Int[Tensor, "R A Q"] | None:
-        """First context token that each position of the blocks at these anchors sees; None: every one."""
-        if self.window is None:
-            return None
-        return anchors[..., None] + torch.arange(size, device=anchors.device) + 1 - self.window
+    def spans(self, starts: Int[Tensor, "R A"], anchors: Int[Tensor, "R A"], size: int) -> VisibleSpans:
+        """What the positions of blocks at these anchors see, given where the anchors' documents start."""
+        first = starts[..., None]
+        if self.window is not None:
+            place = anchors[..., None] + torch.arange(size, device=anchors.device)
+            first = torch.maximum(first, place + 1 - self.window)
+        return VisibleSpans(first, anchors, self.own(size, anchors.device))
 
     def cached(
         self, length: int, size: int, dtype: torch.dtype, device: torch.device

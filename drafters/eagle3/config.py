@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from certdraft.drafters.features.grouped_attention import grouped_attention
 from certdraft.drafters.features.transformer_layer import DecoderLayer, LayerSizes, RMSNorm, known
+from certdraft.drafters.features.visible_spans import VisibleSpans
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class EagleLayer(DecoderLayer):
         embedded: Float[Tensor, "R T H"],
         state: Float[Tensor, "R T H"],
         positions: Int[Tensor, "R T"],
-        visible: Bool[Tensor, "R T T"],
+        visible: VisibleSpans,
         *seen: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One unroll step of training: its output, keys and values.
@@ -79,7 +80,7 @@ class EagleLayer(DecoderLayer):
             embedded: embeddings of the tokens.
             state: features, or the output of the step before.
             positions: of the rows.
-            visible: which rows of the first step a row sees.
+            visible: which rows of the first step a row, a group of its own, sees.
             seen: keys and values of the steps before, in turn.
         """
         read, residual = self.read(embedded, state)
@@ -89,5 +90,5 @@ class EagleLayer(DecoderLayer):
         own = None
         if seen:
             own = torch.stack([*seen[2::2], keys], 3), torch.stack([*seen[3::2], values], 3)
-        mixed = grouped_attention(queries[:, :, :, None], context, own, visible).squeeze(3)
+        mixed = grouped_attention(queries[:, :, :, None], context, own, visible, "eagle").squeeze(3)
         return self.finish(residual, mixed), keys, values

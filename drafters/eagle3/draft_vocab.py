@@ -1,4 +1,4 @@
-"""The draft vocabulary: the tokens a drafter can propose, the target's most frequent greedy tokens.
+"""The draft vocabulary: the tokens a drafter can propose, those that the target finds most probable.
 
 An lm_head over the 32,000 most frequent of 150,000 tokens costs a fifth, and every greedy token outside them
 is rejected for certain: their share is the *lost coverage*. Stored as engines read it: `d2t[i]` is an offset,
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 ABSENT = -1e4  # logit of a token outside the draft vocabulary: finite, so that no difference is nan
@@ -39,18 +39,20 @@ class DraftVocabCoverage:
         )
 
 
-def choose(counts: Int[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
-    """Return the `size` tokens that the target's greedy token was most often, ascending.
+def choose(weight: Shaped[Tensor, " V"], size: int) -> Int[Tensor, " D"]:
+    """Return the `size` tokens of the largest weight, ascending.
 
-    Ties go to the lower id, which byte-pair merges made first.
+    The weight is the probability mass of a token over a trace, or how often it was the greedy token. Mass
+    loses fewer greedy tokens of other text: runners-up here are greedy tokens elsewhere. Ties go to the lower
+    id, which byte-pair merges made first.
 
     Examples:
         >>> choose(torch.tensor([5, 0, 7, 0, 1]), 3).tolist()
         [0, 2, 4]
     """
-    if not 1 <= size <= len(counts):
-        raise ValueError(f"draft_vocab_size is {size}; the target's vocabulary has {len(counts)} tokens.")
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+    if not 1 <= size <= len(weight):
+        raise ValueError(f"draft_vocab_size is {size}; the target's vocabulary has {len(weight)} tokens.")
+    return weight.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def coverage(counts: Int[Tensor, " V"], ids: Int[Tensor, " D"]) -> DraftVocabCoverage:

@@ -31,6 +31,7 @@ from certdraft.drafters.features.feature_drafter import FeatureDrafter, complete
 from certdraft.drafters.features.layer_files import Weights
 from certdraft.drafters.features.target_layers import check_layers, eagle_layers
 from certdraft.drafters.features.transformer_layer import RMSNorm, cached_attention, known
+from certdraft.drafters.features.visible_spans import VisibleSpans, document_starts
 from certdraft.drafters.formats.export_metadata import Engines
 from certdraft.drafters.protocol import TargetSource
 from certdraft.drafters.registry import register_drafter
@@ -91,15 +92,21 @@ class EagleDrafter(FeatureDrafter):
     # ---- the network
 
     def build(
-        self, vocab_size: int, target: PreTrainedModel | None = None, counts: Int[Tensor, " V"] | None = None
+        self,
+        vocab_size: int,
+        target: PreTrainedModel | None = None,
+        counts: Int[Tensor, " V"] | None = None,
+        mass: Float[Tensor, " V"] | None = None,
     ) -> Self:
         """Make the network for a target; to be called once, before the optimiser is made.
 
         Args:
             vocab_size: entries of the target's vocabulary.
             target: the target.
-            counts: how often the target's greedy token was each token: chooses the draft vocabulary of a
-                fresh head, checks that of a pretrained one. Not needed for a full vocabulary.
+            counts: how often the target's greedy token was each token: checks the draft vocabulary. Not
+                needed for a full vocabulary.
+            mass: summed probability of each token: chooses the draft vocabulary of a fresh head; `counts`
+                when not given.
 
         Raises:
             ValueError: no target, or one that does not fit; a draft vocabulary without counts, or one that
@@ -107,7 +114,7 @@ class EagleDrafter(FeatureDrafter):
         """
         target = self._begin(vocab_size, target)
         if self.pretrained is None:
-            self._build_fresh(target, counts)
+            self._build_fresh(target, counts if mass is None else mass)
         ids = self.draft_ids
         if ids is not None and counts is not None and not ids.is_meta:
             self.lost = coverage(counts, ids.cpu())
@@ -119,18 +126,18 @@ class EagleDrafter(FeatureDrafter):
                 )
         return self
 
-    def _build_fresh(self, target: PreTrainedModel, counts: Tensor | None) -> None:
+    def _build_fresh(self, target: PreTrainedModel, weight: Tensor | None) -> None:
         ends, num, size = self.target_ends, self.num_target_layers, self.config.draft_vocab_size
         layers = self.config.target_layer_ids
         layers = self.default_layers(self.config) if layers is None else check_layers(layers, num)
         ids = None
         if size is not None and size != self.vocab_size:
-            if counts is None:
+            if weight is None:
                 raise ValueError(
-                    f"a draft vocabulary of {size} tokens is chosen by how often each is the target's greedy "
-                    "token: give a trace to count in, or leave draft_vocab_size out for the whole vocabulary."
+                    f"a draft vocabulary of {size} tokens is chosen by how probable each is for the target: "
+                    "give a trace to count in, or leave draft_vocab_size out for the whole vocabulary."
                 )
-            ids = choose(counts, size)
+            ids = choose(weight, size)
         size = self.vocab_size if ids is None else size
         self.config = completed(self.config, target, target_layer_ids=layers, draft_vocab_size=size)
         tables = (
@@ -146,10 +153,11 @@ class EagleDrafter(FeatureDrafter):
                 self.lm_head.weight.copy_(ends.head if chosen is None else ends.head[chosen])
 
     def build_from_target(self, target: TargetSource) -> Self:
-        """See `Drafter.build_from_target`; the trace's greedy tokens choose the draft vocabulary."""
+        """See `Drafter.build_from_target`; the probabilities of the trace choose the draft vocabulary."""
         if self.ends is None:
             partial = self.pretrained is not None or self.config.draft_vocab_size is not None
-            self.build(target.vocab_size, target.load_ends(), target.greedy_counts() if partial else None)
+            counts, mass = (target.greedy_counts(), target.token_mass()) if partial else (None, None)
+            self.build(target.vocab_size, target.load_ends(), counts, mass)
         return self
 
     def restore(self, target: TargetSource, state: Mapping[str, Tensor]) -> Self:
@@ -242,13 +250,15 @@ class EagleDrafter(FeatureDrafter):
         linked = functional.pad((documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0), (1, 0))
         state = functional.pad(fused[:, :-1], (0, 0, 1, 0)) * linked[..., None]
         num = ids.shape[1]
-        visible = (documents[:, :, None] == documents[:, None, :]) & linked[:, None, :]
-        visible = visible.tril() | torch.eye(num, dtype=torch.bool, device=ids.device)
+        place = torch.arange(num, device=ids.device)
+        # Rows that have features see those of their document before them, others only themselves.
+        start = torch.where(linked, document_starts(documents) + 1, place)
+        visible = VisibleSpans(start[..., None], (place + 1).expand_as(start))
         seen: list[Tensor] = []  # keys and values of every step so far
         outputs = []
         for step in range(depth):
             tokens = functional.pad(ids[:, step:], (0, min(step, num)))
-            run = (tokens, state, positions - 1 + step, visible, *seen)
+            run: tuple[Any, ...] = (tokens, state, positions - 1 + step, visible, *seen)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 state, *new = checkpoint(self._step, *run, use_reentrant=False)
             else:
@@ -258,7 +268,7 @@ class EagleDrafter(FeatureDrafter):
             state = outputs[-1] if self.config.norm_output else state
         return outputs, linked
 
-    def _step(self, tokens: Tensor, *more: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, tokens: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The layer on tokens, so that a recomputed step holds their ids and not their embeddings."""
         step: tuple[Tensor, Tensor, Tensor] = self.midlayer(self.embed(tokens), *more)
         return step

@@ -309,7 +309,7 @@ class FeatureDrafter(Drafter):
                 f"[{'…' if num is None else num}, {expected[0]}, {expected[1]}]: the target's layers "
                 f"{self.taps}."
             )
-        return features.to(self._dtype)
+        return features.to(self._device, self._dtype)  # recorded ones arrive on the CPU
 
 
 def completed(config: Config, target: PreTrainedModel, **more: Any) -> Config:

@@ -1,100 +1,64 @@
 """Attention through flex_attention block masks: what CUDA runs in place of masks of T x T numbers.
 
-A block mask lists the 128 x 128 blocks in which any query sees any key; the others cost nothing, and inside a
-block visibility is computed, not read. Each function has a twin that runs anywhere (`grouped_attention`,
-torch's scaled_dot_product_attention), and is tested against it in value and gradient.
+A block mask lists the 128 x 128 blocks in which queries see keys; the others cost nothing, and inside a block
+visibility is computed, not read. Each function has a twin that runs anywhere (`grouped_attention`, torch's
+scaled_dot_product_attention), and is tested against it in value and gradient.
 
-Letters: R rows, T tokens of a row, A groups, Q queries of a group, N key-value heads, D head size.
+Letters: R rows, A groups, Q queries of a group or of a row, S keys, N key-value heads,
+D head size.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from certdraft.drafters.features.visible_spans import VisibleSpans
+
 ATTENTION = "sdpa_or_block_mask"
 
+_BACKENDS = {"cuda": "inductor"}  # of torch.compile, where block masks are used
+_MOST_GRAPHS = 64  # of one caller: gradients or none, one row or more, types, sizes equal by accident
 
-def document_block_mask(document_ids: Int[Tensor, "R T"]) -> BlockMask:
-    """Causal attention within documents of packed rows: block mask of [R, 1, T, T].
 
-    Padding (−1) sees earlier padding and itself, so no softmax is empty.
-    """
-
-    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document_ids[row, query] == document_ids[row, key])
-
-    rows, num = document_ids.shape
-    return create_block_mask(visible, rows, None, num, num, device=document_ids.device)
+def takes_block_masks(device: torch.device) -> bool:
+    """Whether training on this device goes through block masks."""
+    return device.type in _BACKENDS
 
 
 def grouped_flex_attention(
     queries: Float[Tensor, "R heads A Q D"],
     context: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor] | None,
-    visible: Bool[Tensor, "R A T"],
-    first: Int[Tensor, "R A Q"] | None = None,
-    own_visible: Bool[Tensor, "Q M"] | None = None,
+    visible: VisibleSpans,
+    caller: str = "",
 ) -> Float[Tensor, "R heads A Q D"]:
-    """`grouped_attention` with one flex_attention call; same arguments and result.
-
-    Keys are those of the context, then those of the groups, group after group.
-    """
-    num_rows, _, num_groups, num_queries, _ = queries.shape
-    keys, values, sees = joined_keys(context, own, visible, num_queries, first, own_visible)
-    mask = create_block_mask(
-        sees, num_rows, None, num_groups * num_queries, keys.shape[2], device=queries.device
-    )
-    device = queries.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
-    q, k, v = (part.to(dtype) for part in (queries.flatten(2, 3), keys, values))
-    mixed: Tensor = _flex(device)(q, k, v, block_mask=mask, enable_gqa=True)
+    """`grouped_attention` with one flex_attention call; same arguments and result."""
+    num_groups, num_queries = queries.shape[2:4]
+    num_own = 0 if own is None else own[0].shape[3]
+    mask = visible.block_mask(num_queries, context[0].shape[2], num_own)
+    mixed = _flex(caller, queries.flatten(2, 3), *joined(context, own), mask)
     return mixed.unflatten(2, (num_groups, num_queries))
 
 
-def joined_keys(
-    context: tuple[Tensor, Tensor],
-    own: tuple[Tensor, Tensor] | None,
-    visible: Bool[Tensor, "R A T"],
-    num_queries: int,
-    first: Int[Tensor, "R A Q"] | None = None,
-    own_visible: Bool[Tensor, "Q M"] | None = None,
-) -> tuple[Float[Tensor, "R N S D"], Float[Tensor, "R N S D"], Callable[..., Tensor]]:
-    """Keys and values of context and groups on one axis, and which query sees which key of it.
-
-    Returns:
-        Keys, values, and the mask function (row, head, query, key) → bool, where query counts A·Q queries,
-        group after group.
-    """
+def joined(
+    context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor] | None
+) -> tuple[Float[Tensor, "R N S D"], Float[Tensor, "R N S D"]]:
+    """Keys and values on one axis: those of the context, then those of the groups, group after group."""
     keys, values = context
-    num_context = keys.shape[2]
-    num_own = 0 if own is None else own[0].shape[3]
     if own is not None:
         keys = torch.cat([keys, own[0].flatten(2, 3)], 2)
         values = torch.cat([values, own[1].flatten(2, 3)], 2)
-
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        group = query // num_queries
-        shared = visible[row, group, key.clamp(max=num_context - 1)] & (key < num_context)
-        if first is not None:
-            shared = shared & (key >= first[row, group, query % num_queries])
-        if not num_own:
-            return shared
-        mine = (key >= num_context) & ((key - num_context) // num_own == group)
-        if own_visible is not None:
-            mine = mine & own_visible[query % num_queries, (key - num_context) % num_own]
-        return shared | mine
-
-    return keys, values, sees
+    return keys, values
 
 
 def use_block_masks(model: PreTrainedModel) -> None:
@@ -111,13 +75,48 @@ def _attend(
     if not isinstance(attention_mask, BlockMask):
         sdpa: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, **options)
-    mixed: Tensor = _flex(query.device.type)(
-        query, key, value, block_mask=attention_mask, scale=options.get("scaling"), enable_gqa=True
-    )
+    mixed = _flex(type(module).__name__, query, key, value, attention_mask, options.get("scaling"))
     return mixed.transpose(1, 2).contiguous(), None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _flex(
+    caller: str,
+    query: Float[Tensor, "R heads Q D"],
+    key: Float[Tensor, "R N S D"],
+    value: Float[Tensor, "R N S D"],
+    mask: BlockMask,
+    scale: float | None = None,
+) -> Float[Tensor, "R heads Q D"]:
+    """flex_attention in one type: under autocast, norms leave queries and keys wider than values.
+
+    Apart from a layer that is compiled itself, whose fallback to uncompiled code would hold all scores.
+
+    Raises:
+        FailOnRecompileLimitHit: more graphs than `_MOST_GRAPHS`; uncompiled code is no way out.
+    """
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, key, value = (part.to(dtype) for part in (query, key, value))
+    if device not in _BACKENDS:  # uncompiled it is a readable reference
+        return _call(query, key, value, mask, scale)
+    # A scale that is a number of the graph, not an input of it, is what the kernels take.
+    with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS, specialize_float=True):
+        mixed: Tensor = _compiled(caller, _BACKENDS[device])(query, key, value, mask, scale)
+    return mixed
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    mixed: Tensor = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+    return mixed
+
+
 @functools.cache
-def _flex(device: str) -> Any:
-    """flex_attention, compiled where its kernels are; uncompiled it is a readable reference."""
-    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+def _compiled(caller: str, backend: str) -> Any:
+    """`_call` compiled for one caller: graphs are counted by code object, so each caller has a copy of it.
+
+    With fullgraph, torch raises at the limit of graphs where it would go on uncompiled, with all scores held.
+    """
+    code = _call.__code__.replace(co_name=f"flex_attention_{caller}")
+    copy = FunctionType(code, _call.__globals__)
+    return torch.compile(copy, backend=backend, fullgraph=True, dynamic=True)

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from certdraft.drafters.features.flex import grouped_flex_attention
+from certdraft.drafters.features.flex import grouped_flex_attention, takes_block_masks
+from certdraft.drafters.features.visible_spans import VisibleSpans
 
 # Scores held at once: small enough for a CPU's cache, large enough to fill a device.
 _CPU_SCORES = 1 << 19
@@ -33,9 +34,8 @@ def grouped_attention(
     queries: Float[Tensor, "R heads A Q D"],
     context: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor] | None,
-    visible: Bool[Tensor, "R A T"],
-    first: Int[Tensor, "R A Q"] | None = None,
-    own_visible: Bool[Tensor, "Q M"] | None = None,
+    visible: VisibleSpans,
+    caller: str = "",
 ) -> Float[Tensor, "R heads A Q D"]:
     """Each group of queries attends to the context that is visible to it and to keys of its own.
 
@@ -46,17 +46,16 @@ def grouped_attention(
         queries: of A groups.
         context: keys and values [R, N, T, D] that all groups share.
         own: keys and values [R, N, A, M, D] that only one group sees; None: none.
-        visible: which of the context a group sees; at least one, where it has no keys of its own.
-        first: the context before this token is hidden from a query, in order of the queries; only for groups
-            with keys of their own. None: nothing more is hidden.
-        own_visible: which of its group's own keys a query sees, at least one; None: all.
+        visible: which of the keys a query sees; at least one.
+        caller: the kind of network that asks; each compiles its own kernels, where there are any.
     """
-    if queries.is_cuda:
-        return grouped_flex_attention(queries, context, own, visible, first, own_visible)
+    if takes_block_masks(queries.device):
+        return grouped_flex_attention(queries, context, own, visible, caller)
     num_rows, num_heads, num_groups, num_queries, size = queries.shape
     num_kv, num_context = context[0].shape[1:3]
     if own is None:
-        mask = visible[:, None, :, None].expand(-1, -1, -1, num_queries, -1).flatten(2, 3)
+        seen = ~visible.hidden(slice(None), slice(0, num_context))
+        mask = seen.expand(-1, -1, num_queries, -1).flatten(1, 2)[:, None]
         mixed = functional.scaled_dot_product_attention(
             queries.flatten(2, 3), *context, attn_mask=mask, enable_gqa=True
         )
@@ -65,20 +64,21 @@ def grouped_attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
     q, *rest = (part.to(dtype) for part in (queries * size**-0.5, *context, *own))
     folded = q.unflatten(1, (num_kv, -1))
-    if first is not None:  # what no query of a group sees need not be walked
-        visible = visible & (torch.arange(num_context, device=visible.device) >= first[..., :1])
     scores = _CPU_SCORES if device == "cpu" else _DEVICE_SCORES
     step = max(1, scores // (num_rows * num_heads * num_queries * num_context))
     with torch.autocast(device, enabled=False):
-        out: Tensor = _Grouped.apply(folded, *rest, visible, first, own_visible, list(_spans(visible, step)))
+        out: Tensor = _Grouped.apply(folded, *rest, visible, list(_spans(visible, num_context, step)))
     return out.flatten(1, 2)
 
 
-def _spans(visible: Bool[Tensor, "R A T"], step: int) -> Iterator[Span]:
-    seen = visible.any(0)
-    for first in range(0, len(seen), step):
-        places = seen[first : first + step].any(0).nonzero().flatten().tolist() or [0, -1]
-        yield slice(first, min(first + step, len(seen))), slice(places[0], places[-1] + 1)
+def _spans(visible: VisibleSpans, num_context: int, step: int) -> Iterator[Span]:
+    empty = visible.start[..., 0] >= visible.stop  # the first query of a group sees the most of the context
+    starts = visible.start[..., 0].masked_fill(empty, num_context).amin(0).tolist()
+    stops = visible.stop.masked_fill(empty, 0).amax(0).tolist()
+    for first in range(0, len(stops), step):
+        last = min(first + step, len(stops))
+        stop = max(stops[first:last])
+        yield slice(first, last), slice(min(stop, *starts[first:last]), stop)
 
 
 class _Grouped(torch.autograd.Function):
@@ -92,17 +92,15 @@ class _Grouped(torch.autograd.Function):
         values: Float[Tensor, "R N T D"],
         own_keys: Float[Tensor, "R N A M D"],
         own_values: Float[Tensor, "R N A M D"],
-        visible: Bool[Tensor, "R A T"],
-        first: Int[Tensor, "R A Q"] | None,
-        own_visible: Bool[Tensor, "Q M"] | None,
+        visible: VisibleSpans,
         spans: list[Span],
     ) -> Float[Tensor, "R N F A Q D"]:
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = torch.empty_like(q), q.new_empty((*q.shape[:-1], 1), dtype=wide)
         for groups, seen in spans:
             part = q[:, :, :, groups]
-            scores = _scores(part, keys[:, :, seen], visible[:, groups, seen], _from(first, groups, seen))
-            own_scores = _own_scores(part, own_keys[:, :, groups], own_visible)
+            scores = _scores(part, keys[:, :, seen], visible.hidden(groups, seen))
+            own_scores = _own_scores(part, own_keys[:, :, groups], visible.own)
             top = own_scores.amax(-1, keepdim=True)
             if scores.shape[-1]:
                 top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -113,13 +111,14 @@ class _Grouped(torch.autograd.Function):
             mixed += _own(own_scores.to(q.dtype), own_values[:, :, groups])
             out[:, :, :, groups] = mixed / total
             lse[:, :, :, groups] = top + total.log()
-        ctx.save_for_backward(q, keys, values, own_keys, own_values, visible, first, own_visible, out, lse)
-        ctx.spans = spans
+        ctx.save_for_backward(q, keys, values, own_keys, own_values, out, lse)
+        ctx.visible, ctx.spans = visible, spans
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, keys, values, own_keys, own_values, visible, first, own_visible, out, lse = ctx.saved_tensors
+        q, keys, values, own_keys, own_values, out, lse = ctx.saved_tensors
+        visible: VisibleSpans = ctx.visible
         (grad,) = grads
         dq, d_own_keys, d_own_values = (torch.empty_like(x) for x in (q, own_keys, own_values))
         d_keys, d_values = (torch.zeros_like(x, dtype=lse.dtype) for x in (keys, values))
@@ -128,7 +127,7 @@ class _Grouped(torch.autograd.Function):
             part, grad_part = q[:, :, :, groups], grad[:, :, :, groups]
             lse_part, dot_part = lse[:, :, :, groups], dot[:, :, :, groups]
 
-            scores = _scores(part, keys[:, :, seen], visible[:, groups, seen], _from(first, groups, seen))
+            scores = _scores(part, keys[:, :, seen], visible.hidden(groups, seen))
             weights = scores.sub_(lse_part).exp_()
             d_scores = _shared(grad_part, values[:, :, seen].transpose(-1, -2)).to(lse.dtype)
             d_scores = d_scores.sub_(dot_part).mul_(weights).to(q.dtype)
@@ -137,40 +136,20 @@ class _Grouped(torch.autograd.Function):
             d_part = _shared(d_scores, keys[:, :, seen])
 
             k, v = own_keys[:, :, groups], own_values[:, :, groups]
-            weights = _own_scores(part, k, own_visible).sub_(lse_part).exp_()
+            weights = _own_scores(part, k, visible.own).sub_(lse_part).exp_()
             d_scores = _own(grad_part, v.transpose(-1, -2)).to(lse.dtype)
             d_scores = d_scores.sub_(dot_part).mul_(weights).to(q.dtype)
             d_own_values[:, :, groups] = (weights.to(q.dtype).transpose(-1, -2) @ grad_part).sum(2)
             d_own_keys[:, :, groups] = (d_scores.transpose(-1, -2) @ part).sum(2)
             dq[:, :, :, groups] = d_part + _own(d_scores, k)
-        return (
-            dq,
-            d_keys.to(keys.dtype),
-            d_values.to(keys.dtype),
-            d_own_keys,
-            d_own_values,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-def _from(first: Int[Tensor, "R A Q"] | None, groups: slice, seen: slice) -> Int[Tensor, "R a Q"] | None:
-    """`first` of these groups, counted from the start of the context they walk."""
-    return None if first is None else first[:, groups] - seen.start
+        return dq, d_keys.to(keys.dtype), d_values.to(keys.dtype), d_own_keys, d_own_values, None, None
 
 
 def _scores(
-    q: Float[Tensor, "R N F a Q D"], keys: Float[Tensor, "R N t D"], visible: Bool[Tensor, "R a t"],
-    first: Int[Tensor, "R a Q"] | None,
-) -> Float[Tensor, "R N F a Q t"]:  # fmt: skip
+    q: Float[Tensor, "R N F a Q D"], keys: Float[Tensor, "R N t D"], hidden: Bool[Tensor, "R a Q t"]
+) -> Float[Tensor, "R N F a Q t"]:
     scores = _shared(q, keys.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32))
-    scores.masked_fill_(~visible[:, None, None, :, None], -torch.inf)
-    if first is not None:
-        hidden = torch.arange(keys.shape[2], device=q.device) < first[..., None]
-        scores.masked_fill_(hidden[:, None, None], -torch.inf)
-    return scores
+    return scores.masked_fill_(hidden[:, None, None], -torch.inf)
 
 
 def _own_scores(

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from certdraft.drafters.features.flex import ATTENTION
 from certdraft.drafters.lm.chain_cache import ChainCache
 from certdraft.drafters.lm.tree_cache import TreeCache
 from certdraft.drafters.lm.tree_probe import check_decoding
@@ -74,7 +75,8 @@ class CachedLM:
     """A causal LM that decodes token trees with a cache: the machinery under targets and causal drafters.
 
     Args:
-        model: a transformers causal LM with eager or sdpa attention, used where and as it is.
+        model: a transformers causal LM with eager or sdpa attention, used where and as it is; also one that
+            was trained with block masks, whose attention is sdpa for the masks of decoding.
         taps: aux hidden-state layers: 0-based decoder layers whose outputs, before the final norm,
             `TreeCache.features` holds.
 
@@ -98,7 +100,7 @@ class CachedLM:
         self.taps = tuple(taps)
         self.facts = facts_of(model)
         self.num_layers = self.facts.num_layers
-        if model.config._attn_implementation not in ("eager", "sdpa"):
+        if model.config._attn_implementation not in ("eager", "sdpa", ATTENTION):
             raise ValueError(
                 f"attention {model.config._attn_implementation!r} cannot follow a tree; load "
                 f"{type(model).__name__} with attn_implementation='sdpa' or 'eager'."

@@ -51,13 +51,14 @@ class Benchmark:
         plain: the target alone.
         methods: (drafter, builder) → timings.
         device: where the target ran.
-        changed_texts: prompts whose live greedy text is not the recorded one (another dtype or kernel).
+        changed: where a live greedy text first leaves the recorded one (another dtype or kernel), see
+            `difference`.
     """
 
     plain: Timings
     methods: dict[tuple[str, str], Timings]
     device: str
-    changed_texts: int = 0
+    changed: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def lossless(self) -> bool:
@@ -69,7 +70,8 @@ class Benchmark:
         return {
             "device": self.device,
             "prompts": len(self.plain.seconds),
-            "changed_texts": self.changed_texts,
+            "changed_texts": len(self.changed),
+            "changed": self.changed,
             "lossless": self.lossless,
             "plain_tokens_per_s": vars(pooled_ratio(self.plain.tokens, self.plain.seconds, seed=seed)),
             "methods": [
@@ -164,7 +166,9 @@ def benchmark(
         reference, seconds, _ = results[None]
         plain.seconds.append(seconds)
         plain.tokens.append(len(reference))
-        found.changed_texts += reference != document.text
+        if reference != document.text:
+            case = difference(alone, document.prompt, reference, document.text, tie_gap)
+            found.changed.append({"prompt": index, **case})
         for key, timings in methods.items():
             tokens, seconds, result = results[key]
             assert result is not None

@@ -169,6 +169,15 @@ def greedy_documents(
     return found
 
 
+def tie_gap_of(trace: TraceLike) -> float:
+    """Lead of the greedy token, nats, that rounding alone can turn: by the dtype the target was recorded in.
+
+    Logits are projected in fp32, but hidden states in half precision move them by hundredths of a nat.
+    """
+    meta = getattr(trace, "meta", None)
+    return 1e-3 if getattr(meta, "dtype", "float32") == "float32" else 0.1
+
+
 def greedy_tail(row: TraceRowLike) -> tuple[int, int] | None:
     """Return the last stretch [start, stop) of counted steps whose text is the target's own greedy choice.
 

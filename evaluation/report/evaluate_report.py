@@ -169,12 +169,19 @@ def differences(data: Data) -> tuple[str, str]:
 def _warnings(data: Data) -> list[str]:
     found = [text for text in differences(data) if text]
     bench = data["bench"]
-    if bench and bench["changed_texts"]:
+    if bench and (cases := bench.get("changed")):
+        most = max(cases, key=lambda case: case["target_lead"] or 0.0)
+        lead = "" if most["target_lead"] is None else (
+            f" At the first difference the target leads by at most {most['target_lead']:.2g} nats; a "
+            f"numerical tie is {most['tie_width']:.2g} or less."
+        )  # fmt: skip
+        why = (
+            " Other kernels, batch shapes or another dtype than when the trace was recorded explain that."
+            if all(case["tie"] for case in cases)
+            else " More than rounding: another dtype, or not the target that the trace was recorded from."
+        )
         found.append(
-            f"{bench['changed_texts']} of {bench['prompts']} live greedy texts differ from the recorded "
-            "ones. A few: the target runs in another dtype or with other kernels than when the trace was "
-            "made. Most: this is not the target the trace was recorded from, and the trace's numbers are not "
-            "about it."
+            f"{len(cases)} of {bench['prompts']} live greedy texts differ from the recorded ones.{lead}{why}"
         )
     for reason, number_left in data["trace"].get("left_out", {}).items():
         found.append(f"{number_left} prompts were left out: {reason}.")

@@ -194,7 +194,10 @@ class TargetRows:
             return self.target.logp[self._rows].clamp(min=NEVER)
         if not self._fresh:
             hidden = self.target.hidden[self._rows].to(self._weight.dtype)
-            product(hidden, self._weight, out=self._buffer[: len(hidden)])
+            logits = self._buffer[: len(hidden)]
+            product(hidden, self._weight, out=logits)
+            if self.target.bias is not None:
+                logits += self.target.bias
             self._fresh = True
         return self._buffer[: self._rows.stop - self._rows.start]
 

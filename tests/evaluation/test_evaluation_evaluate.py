@@ -1,5 +1,6 @@
 """Real decoding, replay and the report on a random target of 48 tokens: small, but the real loop and page."""
 
+import copy
 import json
 import re
 import sys
@@ -21,7 +22,7 @@ from certdraft.evaluation.measure.acceptance import measure_acceptance
 from certdraft.evaluation.measure.acceptance_lengths import replay_lengths
 from certdraft.evaluation.measure.bench import benchmark, difference, tie_width
 from certdraft.evaluation.measure.trace_reading import TargetFeatures, features_for, greedy_documents
-from certdraft.evaluation.report.evaluate_report import headline_table, write_evaluation
+from certdraft.evaluation.report.evaluate_report import _warnings, headline_table, write_evaluation
 from certdraft.evaluation.report.page import refuse_folder_in_use, write_json
 
 SIZES: dict[str, Any] = {
@@ -313,3 +314,18 @@ def test_results_are_never_overwritten_and_json_is_strict(tmp_path: Path) -> Non
     assert json.loads(text) == {"a": [1.5, "inf", None], "b": [1, 2, -3e-5], "c": "x [1,\t2]"}
     assert "[1, 2, -3e-05]" in text.replace("[ ", "[").replace(" ]", "]")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_changed_live_texts_are_told_with_their_lead(report: EvaluationReport) -> None:
+    data = copy.deepcopy(report.data)
+    bench = data["bench"]
+    assert bench["changed"] == []
+    case = {"token": 3, "expected": 5, "got": 9, "target_lead": 0.02, "tie_width": 0.06, "tie": True}
+    bench["changed"] = [case]
+    (said,) = (text for text in _warnings(data) if "recorded ones" in text)
+    assert said.startswith("1 of 4 live greedy texts differ from the recorded ones. At the first difference ")
+    assert "leads by at most 0.02 nats; a numerical tie is 0.06 or less. Other kernels" in said
+    bench["changed"] = [case, case | {"target_lead": 2.5, "tie": False}]
+    (said,) = (text for text in _warnings(data) if "recorded ones" in text)
+    assert "at most 2.5 nats" in said
+    assert said.endswith("or not the target that the trace was recorded from.")

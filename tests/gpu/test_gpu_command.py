@@ -2,27 +2,96 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
 
 import certdraft
+from certdraft.drafters import drafter_kinds
 
 SCRIPT = Path(certdraft.__file__).parent / "benchmarks" / "gpu" / "run.py"
 
 
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["gpu_run"] = importlib.util.module_from_spec(spec)  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_every_part_runs_at_toy_size(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    parts = ["kernels", "record", "texts", "train"]
+    parts = ["kernels", "texts", "train", "record"]  # record last: what is recorded before must not help it
     command = [sys.executable, str(SCRIPT), "--toy", "true", "--device", "cpu", "--out", str(out)]
     done = subprocess.run([*command, "--parts", *parts], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())
     assert not [part for part in parts if "error" in results[part]]
-    assert results["record"]["tokens_per_s"] > 0
+    record = results["record"]
+    assert 0 < record["tokens_per_s"] < 2 * record["bare_tokens_per_s"], "only passes cost time"
+    assert record["of_generate"] > 0
     assert results["texts"]["texts"] == 12
     assert results["texts"]["largest_lead_nats"] < 0.5
-    assert set(results["train"]) == {"causal", "eagle3", "dflash", "took_s"}
-    assert results["kernels"]["forward-kl"]["of_bare"] > 0
+    kinds = {"causal", "eagle3", "dflash", "dspark"}
+    assert set(results["train"]) == {*kinds, "took_s"}
+    for part in (record, *(results["train"][kind] for kind in kinds)):
+        assert part["plan_gib"] > 0
+        assert part["peak_gib"] is part["of_plan"] is None, "a CPU has no peak"
+    for name in ("hard-ce", "forward-kl", "ce+kl"):
+        assert results["kernels"][name]["of_bare"] > 0
+        assert results["kernels"][name]["readable"]["of_bare"] > 0
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    assert isinstance(results["kernels"]["liger forward-kl"], dict) == installed
     assert "train eagle3 tokens_per_s" in done.stdout
+
+
+def test_every_shipped_kind_is_trained(script: ModuleType) -> None:
+    for size in (script.TOY, script.FULL):
+        made = {name: script.make_drafter(settings) for name, settings in script.drafters(size).items()}
+        shipped = {k for k in drafter_kinds().values() if k.__module__.startswith("certdraft.drafters")}
+        assert {type(drafter) for drafter in made.values()} == shipped
+
+
+def test_synchronisations_count_from_the_fetching_of_the_batch(script: ModuleType) -> None:
+    steps = script.Steps(script.Meter(torch.device("cpu")))
+
+    def wait(times: int) -> None:
+        for _ in range(times):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    steps.on_train_start()
+    for transfer, step in ((1, 2), (4, 8)):
+        wait(transfer)
+        steps.on_train_batch_start()
+        wait(step)
+        steps.on_train_batch_end()
+    wait(1)
+    steps.on_train_end()
+    assert steps.syncs == [3, 12]
+    assert len(steps.seconds) == 2
+
+
+def test_a_peak_is_compared_with_the_plan_of_the_same_run(script: ModuleType, tmp_path: Path) -> None:
+    """More rows a step, a larger batch and a target beside the drafter each raise what is planned."""
+    size: Any = script.TOY
+    script.make_target(tmp_path, size)
+    drafter = script.drafters(size)["dflash"]
+    small = script.expected(size, tmp_path, drafter, beside=False)
+    beside = script.expected(size, tmp_path, drafter, beside=True)
+    large = script.expected(replace(size, rows=20, batch=40), tmp_path, drafter, beside=False)
+    assert 0 < small.train < beside.train
+    assert small.train < large.train < 20 * small.train
+    assert 0 < small.record < large.record
+    assert script.beside_plan(3.0, 2.0) == {"peak_gib": 3.0, "plan_gib": 2.0, "of_plan": 1.5}

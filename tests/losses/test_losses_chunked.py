@@ -258,3 +258,14 @@ def test_a_forward_of_a_subclass_is_what_is_trained(loss, full):
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
     for got, want in zip(grads(value, hidden, weight), grads(expected, hidden, weight), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [L.HardCE(), L.ForwardKL(), L.TotalVariation()], ids=repr)
+def test_the_bias_of_an_online_target_counts(loss):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, mine, own = (torch.randn(n, H, generator=generator) for n in (N, PRIME, N, PRIME))
+    target = L.OnlineTarget(mine, own, K, bias=3 * torch.randn(PRIME, generator=generator))
+    expected = loss(hidden @ weight.t(), target[:])
+    torch.testing.assert_close(
+        L.Chunked(loss, "none", 8)(hidden, weight, target), expected, rtol=1e-5, atol=1e-5
+    )

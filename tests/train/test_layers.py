@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from certdraft.data import Batch
 from certdraft.drafters import (
     BlockConfig,
     BlockDrafter,
@@ -26,6 +27,7 @@ from certdraft.drafters import (
     EagleDrafter,
 )
 from certdraft.train.compiling import CompileLayers
+from certdraft.train.on_policy import write_rounds
 from certdraft.train.sharding import decoder_layers, shard
 
 V, T = 40, 24
@@ -90,6 +92,7 @@ def test_compiled_layers_have_the_values_and_gradients(kind: str, backend: str) 
     torch._dynamo.utils.counters.clear()
     check_equal(trained(plain), trained(compiled))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch._dynamo.config.recompile_limit >= 64
 
 
 @pytest.fixture
@@ -142,6 +145,22 @@ def test_bf16_mixed_gathers_layers_in_bf16_and_adds_gradients_in_fp32(kind: str,
     for name, gradient in exact.items():
         apart, rounded = ((x[name] - gradient).norm() / gradient.norm() for x in (gradients, plain))
         assert float(apart) < 1.5 * float(rounded) + 0.005, name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sharded_drafters_write_rounds_and_train_on_them(group: None) -> None:
+    found = []
+    for drafter in (drafter_of("causal"), sharded("causal", 1, "32-true")):
+        ids = torch.arange(40).view(2, 20) % V
+        places, mask = torch.arange(20).expand(2, -1), torch.ones(2, 20, dtype=torch.bool)
+        for seed in range(2):  # the second round follows a backward pass
+            torch.manual_seed(seed)
+            batch, rounds = write_rounds(drafter, Batch(ids, places, torch.zeros_like(ids), mask), 2)
+            paths = drafter.paths(batch.input_ids, places, batch.document_ids, batch.loss_mask)
+            (paths.hidden.square().sum() + drafter.head_weight.square().sum()).backward()
+            found.append(rounds.tokens)
+    for plain, over_ranks in zip(found[:2], found[2:], strict=True):
+        assert torch.equal(plain, over_ranks)
 
 
 def _rank(rank: int, folder: str, kind: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,3 +64,19 @@ def test_online_targets_stay_fp32_under_autocast() -> None:
     biased = OnlineTarget(hidden, weight, k=4, bias=torch.linspace(-9, 9, 40))[:]
     exact = (hidden.double() @ weight.double().T + torch.linspace(-9, 9, 40).double()).log_softmax(-1)
     assert torch.equal(biased.greedy, exact.argmax(-1))
+
+
+def test_fp32_products_are_as_before_once_a_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA training multiplies in TF32; decoding in the same process must not."""
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8,
+    }  # fmt: skip
+    module = DrafterModule(CausalDrafter(config=sizes, vocab_size=32))
+    trainer = SimpleNamespace(precision="32-true", datamodule=None, strategy=None)
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    before = torch.get_float32_matmul_precision()
+    module.setup("fit")
+    torch.set_float32_matmul_precision("high")
+    module.teardown("fit")
+    assert torch.get_float32_matmul_precision() == before == "highest"

@@ -165,16 +165,22 @@ def _record_test(folder: Path, recording: Recording, rows: int) -> None:
 
 
 def _difference(data: dict[str, Any]) -> str:
-    """The paired comparison of low-margin coverage, if the text has such positions."""
-    rows = [row for row in data["comparisons"] if row["quantity"] == "low_margin_coverage@4"]
-    if not rows:
-        return ""
-    found = rows[0]["difference"]
-    low, middle, high = (f"{100 * found[key]:+.1f}" for key in ("low", "value", "high"))
-    return (
-        f"\n{rows[0]['drafter']} − {rows[0]['baseline']}, coverage@4 where the margin is below 0.1: {middle} "
-        f"points, 95 % interval [{low}, {high}] over {found['prompts']} texts"
-    )
+    """Paired comparisons: low-margin coverage, where the text has such positions, and every τ."""
+    lines = []
+    for row in data["comparisons"]:
+        kind, _, builder = row["quantity"].partition("/")
+        found = row["difference"]
+        if kind == "low_margin_coverage@4":
+            name, scale, unit, digits = "coverage@4 where the margin is below 0.1", 100, " points", 1
+        elif kind == "tau":
+            name, scale, unit, digits = f"τ {builder}", 1, "", 3
+        else:
+            continue
+        low, middle, high = (f"{scale * found[key]:+.{digits}f}" for key in ("low", "value", "high"))
+        lines.append(f"  {name}: {middle}{unit} [{low}, {high}]")
+    first = data["comparisons"][0]
+    title = f"{first['drafter']} − {first['baseline']}, 95 % intervals over the same texts"
+    return "\n".join(["", title, *lines])
 
 
 def _verdict(data: dict[str, Any], same: bool) -> str:

@@ -32,7 +32,7 @@ FREE_KEYS = (
     "trainer.barebones", "trainer.limit_val_batches", "trainer.limit_test_batches",
     "trainer.limit_predict_batches", "trainer.val_check_interval", "trainer.check_val_every_n_epoch",
     "trainer.detect_anomaly", "trainer.fast_dev_run", "trainer.plugins*", "trainer.model_registry",
-    "model.init_args.validation.*", "data.init_args.test", "data.init_args.num_workers",
+    "model.init_args.validation.*", "data.init_args.test", "data.init_args.prefetch",
     "data.init_args.server.*",
 )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Packing: every token once, rows full, documents apart; batches equal the trace they come from."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from certdraft.certificates import StrictGreedy, radius
-from certdraft.data import RecordedRow, Trace, TraceError, assemble, pack
+from certdraft.data import Batch, RecordedRow, Trace, TraceError, assemble, pack
 from certdraft.data.batches.packing import Packing
 
 
@@ -102,3 +103,22 @@ def test_narrow_batches_are_widened_on_the_way(fake_trace: tuple[Trace, list[Rec
         one, other = getattr(arrived, name), getattr(wide.head, name)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+def test_page_locked_tensors_are_copied_beside_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning passes non_blocking for plain tensors only, so a batch asks its own."""
+    asked: list[bool] = []
+    to = torch.Tensor.to
+
+    def watched(self: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        asked.append(named.get("non_blocking", False))
+        return to(self, *args, **named)
+
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    batch = Batch(ids, ids, ids, ids.bool())
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    for pinned in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self, pinned=pinned: pinned)
+        asked.clear()
+        batch.to("cpu")
+        assert asked == [pinned] * 4

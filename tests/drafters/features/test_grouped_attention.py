@@ -6,41 +6,48 @@ from torch import Tensor
 
 from certdraft.drafters.features import grouped_attention as module
 from certdraft.drafters.features.grouped_attention import grouped_attention
+from certdraft.drafters.features.visible_spans import VisibleSpans
 
 R, HEADS, KV, A, Q, T, M, D = 2, 4, 2, 7, 3, 11, 3, 8
-Parts = tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]
+Parts = tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], VisibleSpans]
+CAUSAL = torch.ones(Q, M, dtype=torch.bool).tril()
 
 
-def parts(dtype: torch.dtype = torch.float64) -> Parts:
-    """Groups in the order of the text, as blocks at ascending anchors; the first one sees no context."""
+def parts(dtype: torch.dtype = torch.float64, windows: bool = False) -> Parts:
+    """Groups in the order of the text, as blocks at ascending anchors; the first one sees no context.
+
+    Windows are of four tokens, each query's starting one later, with order inside the group.
+    """
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
 
     anchors = torch.tensor([0, 1, 3, 4, 6, 7, 11])
-    visible = (torch.arange(T) < anchors[:, None]) & (torch.rand(R, A, T, generator=draw) < 0.8)
+    start = (torch.rand(R, A, 1, generator=draw) * (anchors[:, None] + 1)).long()  # sometimes the anchor
+    if windows:
+        start = torch.maximum(start, anchors[:, None] + torch.arange(Q) - 3)
+    visible = VisibleSpans(start, anchors.expand(R, A), CAUSAL if windows else None)
     context = normal(R, KV, T, D), normal(R, KV, T, D)
     return normal(R, HEADS, A, Q, D), context, (normal(R, KV, A, M, D), normal(R, KV, A, M, D)), visible
 
 
 def dense(
-    queries: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor] | None, visible: Tensor,
-    first: Tensor | None = None, own_visible: Tensor | None = None,
+    queries: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor] | None, visible: VisibleSpans
 ) -> Tensor:  # fmt: skip
     """Every query against its own copy of every key."""
     repeats = queries.shape[1] // context[0].shape[1]
     keys, values = (x.repeat_interleave(repeats, 1)[:, :, None].expand(-1, -1, A, -1, -1) for x in context)
-    mask = visible[:, None, :, None].expand(-1, -1, -1, queries.shape[3], -1)
-    if first is not None:
-        mask = mask & (torch.arange(T) >= first[:, None, ..., None])
+    index = torch.arange(T)
+    mask = (index >= visible.start[..., None]) & (index < visible.stop[..., None, None])
+    mask = mask[:, None].expand(-1, -1, -1, queries.shape[3], -1)
     if own is not None:
         keys, values = (
             torch.cat([x, y.repeat_interleave(repeats, 1)], 3)
             for x, y in zip((keys, values), own, strict=True)
         )
         seen = torch.ones(queries.shape[3], own[0].shape[3], dtype=torch.bool)
-        seen = (seen if own_visible is None else own_visible).expand(*mask.shape[:-1], -1)
+        seen = (seen if visible.own is None else visible.own).expand(*mask.shape[:-1], -1)
         mask = torch.cat([mask, seen], -1)
     scores = (queries @ keys.transpose(-1, -2)) * queries.shape[-1] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
@@ -52,16 +59,15 @@ def test_values_and_gradients_are_those_of_dense_attention(
     held: int, with_own: bool, windows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CPU_SCORES", held)
-    queries, context, own, visible = parts()
+    queries, context, own, visible = parts(windows=windows)
     if not with_own:
-        visible = visible | torch.eye(A, T, dtype=torch.bool)
+        visible = VisibleSpans(
+            visible.start.clamp(max=T - 1),
+            torch.maximum(visible.stop, visible.start[..., 0] + 1).clamp(max=T),
+        )
     leaves = [queries, *context, *(own if with_own else ())]
-    hidden = ()
-    if windows:  # of four tokens, each query's starting one later, and order inside the group
-        hidden = (torch.tensor([0, 1, 3, 4, 6, 7, 11])[:, None].expand(R, A, 1) + torch.arange(Q) - 3,
-                  torch.ones(Q, M, dtype=torch.bool).tril())  # fmt: skip
     found, wanted = (
-        f(queries, context, own if with_own else None, visible, *hidden) for f in (grouped_attention, dense)
+        f(queries, context, own if with_own else None, visible) for f in (grouped_attention, dense)
     )
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     weight = torch.randn_like(wanted)
@@ -79,7 +85,10 @@ def test_scores_are_not_kept() -> None:
     own = torch.randn(2, R, KV, long, M, D, requires_grad=True).unbind()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        grouped_attention(queries, context, own, torch.ones(R, long, long, dtype=torch.bool).tril())
+        past = VisibleSpans(
+            torch.zeros(R, long, 1, dtype=torch.long), torch.arange(1, long + 1).expand(R, -1)
+        )
+        grouped_attention(queries, context, own, past)
     floats = sum(x.numel() for x in kept if x.is_floating_point())
     assert floats < 3 * (queries.numel() + 2 * context[0].numel() + 2 * own[0].numel())
     assert floats < R * HEADS * long * Q * long / 4

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from certdraft.drafters import CachedLM, TreeCache, split_causal_lm
+from certdraft.drafters.features.flex import use_block_masks
 
 V = 96
 ATTENTION = ["eager", "sdpa"]
@@ -118,6 +119,19 @@ def test_features_are_the_outputs_of_the_tapped_layers() -> None:
     lm.extend(cache, [8, 9], [-1, -1])
     torch.testing.assert_close(cache.features[0], torch.stack([states[2][0, 3], states[1][0, 3]]))
     assert cache.features.shape == (2, 2, 32)
+
+
+def test_a_model_trained_with_block_masks_decodes_as_with_sdpa() -> None:
+    """On CUDA training leaves its attention in the model, which is then bound anew for decoding."""
+    model, drafts = qwen3(), ([4, 5, 6], [-1, 0, 0])
+    use_block_masks(model)
+    lms = CachedLM(model), CachedLM(MODELS["sdpa"])
+    caches = [lm.prefill([1, 2, 3]) for lm in lms]
+    for _ in range(2):  # a tree, then a tree on what was kept of it
+        mine, wanted = (lm.extend(cache, *drafts) for lm, cache in zip(lms, caches, strict=True))
+        torch.testing.assert_close(mine, wanted)
+        for cache in caches:
+            cache.keep([0, 2])
 
 
 def test_bf16_model_gives_fp32_logits() -> None:

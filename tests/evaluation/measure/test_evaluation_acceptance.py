@@ -1,6 +1,8 @@
 """The joined view: certified steps are accepted, counts are those of a plain loop, rounds by hand."""
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from certdraft.evaluation.measure.acceptance import MARGIN_EDGES, CertificateVio
 from certdraft.evaluation.measure.acceptance_lengths import Lengths
 from certdraft.evaluation.measure.distributions import Calibration
 from certdraft.evaluation.measure.joined_steps import JoinedSteps
-from certdraft.evaluation.measure.trace_reading import greedy_documents, greedy_tail
+from certdraft.evaluation.measure.trace_reading import greedy_documents, greedy_tail, tie_gap_of
 
 SINGLE = (StrictGreedy(), Additive(0.1), Multiplicative(0.5), TopM(3, t=0.2), Typical(0.1, 0.09))
 RULES = (*SINGLE, Coverage(2), Coverage(3))
@@ -287,3 +289,9 @@ def test_depths_and_causes_by_hand() -> None:
     summary = found.summary()
     assert summary["tau"]["value"] == pytest.approx(7 / 4)
     assert summary["nodes_per_pass"] == pytest.approx(10 / 4)
+
+
+def test_a_tie_is_wider_for_a_target_recorded_in_half_precision() -> None:
+    traces: Any = [SimpleNamespace(meta=SimpleNamespace(dtype=d)) for d in ("float32", "bfloat16", "float16")]
+    assert [tie_gap_of(trace) for trace in traces] == [1e-3, 0.1, 0.1]
+    assert tie_gap_of([]) == 1e-3

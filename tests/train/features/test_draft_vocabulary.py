@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from oracles.runs.feature_training import data_of, loss_of, make
@@ -91,3 +92,33 @@ def test_an_online_target_ends_rounds_where_a_trace_does(tiny: Path, trace: Path
     for mask, loss in zip(masks, losses, strict=True):
         assert torch.equal(mask, masks[0])
         assert loss == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_mass_chooses_the_draft_vocabulary_and_validation_text_judges_it(
+    tiny: Path, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = data_of(tiny)
+    drafter = make("eagle", draft_vocab_size=60, max_lost_coverage=1.0)
+    fit_to_target(drafter, None, data)
+    mass, greedy, judged = torch.zeros(304), torch.zeros(304), torch.zeros(304)
+    for document in data.documents["train"].tolist():
+        columns = data.train_trace.columns(document)
+        for place in np.flatnonzero(columns.loss_mask):
+            p = np.exp(-columns.top_gap[place].astype(float) - columns.lse_gap[place])
+            mass[columns.top_ids[place].astype(int)] += torch.from_numpy(p).float()
+            greedy[int(columns.top_ids[place, 0])] += 1
+    for document in data.documents["validation"].tolist():
+        columns = data.validation_trace.columns(document)
+        for place in np.flatnonzero(columns.loss_mask):
+            judged[int(columns.top_ids[place, 0])] += 1
+    chosen = set(mass.topk(60).indices.tolist())
+    assert chosen != set(greedy.topk(60).indices.tolist())
+    assert chosen == set(drafter.draft_ids.tolist())
+    outside = torch.ones(304, dtype=torch.bool)
+    outside[drafter.draft_ids] = False
+    assert drafter.lost.lost == pytest.approx(float(greedy[outside].sum() / greedy.sum()))
+    share = float(judged[outside].sum() / judged.sum())
+    assert (
+        f"on validation text {share:.2%} of {int(judged.sum()):,} greedy tokens lost"
+        in capsys.readouterr().err
+    )
