@@ -126,7 +126,7 @@ class Muon(torch.optim.Muon):
         """One update of all parameters with a gradient."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if all(has_bfloat16_products(p.device) for p in params):
-            return super().step(closure)  # type: ignore[no-untyped-call]
+            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
