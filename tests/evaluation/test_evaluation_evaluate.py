@@ -158,7 +158,7 @@ def test_the_report_keeps_its_schema(report: EvaluationReport) -> None:
     assert list(data) == ["schema", "baseline", "trace", "drafters", "comparisons", "bench"]
     assert (data["schema"], data["baseline"]) == ("certdraft.evaluate/1", "random")
     entry = data["drafters"]["noisy"]
-    assert list(entry) == ["parameters", "acceptance", "lengths"]
+    assert list(entry) == ["parameters", "tie_gap", "acceptance", "lengths"]
     assert list(entry["acceptance"]) == (
         "documents steps greedy_changed violations kl rules coverage calibration rejections".split()
     )

@@ -50,7 +50,7 @@ def test_demo_shows_the_whole_promise(
     for drafter in data["drafters"].values():
         assert list(drafter["lengths"]) == decoders
     for decoder in decoders:
-        assert said.out.count(decoder) == 2, "chain, tree and cost-aware side by side"
+        assert said.out.count(decoder) == 3, "chain, tree and cost-aware side by side, and their difference"
     assert CostModel.load(tmp_path / "demo" / "cost.json").contexts == (32, 96)
     again = _fit(Path(recipe), tmp_path / "demo", "hard-ce", LOSSES["hard-ce"])
     assert again == tmp_path / "demo" / "hard-ce" / again.parts[-3] / "checkpoints" / "last.ckpt"
