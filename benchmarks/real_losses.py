@@ -36,7 +36,8 @@ from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
-from certdraft.train.commands.real import drafter_options, held_out_prompts, run_sizes, target_of
+from certdraft.train.commands.real import drafter_options, held_out_prompts, target_of
+from certdraft.train.commands.real_sizes import run_sizes
 from certdraft.train.runs import run_folder
 
 Part = dict[str, Any]

@@ -3,6 +3,7 @@
 from certdraft.losses.base import Loss
 from certdraft.losses.certificate_losses import CappedCE, CertificateHinge, CoverageMargin, SparseLoss
 from certdraft.losses.chunks.chunked import Chunked, auto_chunk_tokens
+from certdraft.losses.combined_weights import ProductWeights, SumWeights
 from certdraft.losses.discounted import (
     DiscountedCE,
     MarginDiscountedCE,
@@ -43,10 +44,8 @@ from certdraft.losses.step_weights import (
     LowMarginWeights,
     PathWeights,
     PrefixWeights,
-    ProductWeights,
     ReachWeights,
     StepWeights,
-    SumWeights,
 )
 from certdraft.losses.target import OnlineTarget, TargetBatch
 

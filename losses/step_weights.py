@@ -11,10 +11,8 @@ N counted steps · D draft depth.
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -91,76 +89,6 @@ class StepWeights(nn.Module):
             nll: values of `nll_loss` at the counted drafts, nats.
         """
         return self(target, mask, torch.zeros_like(mask, dtype=torch.long), nll)
-
-
-class ProductWeights(StepWeights):
-    """Product of several step weights, e.g. low-margin weights times the depth weights of an EAGLE-3 unroll.
-
-    Args:
-        factors: any step weights, at least one.
-    """
-
-    def __init__(self, factors: list[StepWeights]) -> None:
-        super().__init__()
-        if not factors:
-            raise ValueError(f"{type(self).__name__}: factors is empty; give at least one step weight.")
-        self.factors = nn.ModuleList(factors)
-        reading = [factor for factor in factors if factor.needs_nll]
-        if len({(factor.acceptance, str(factor.candidates)) for factor in reading}) > 1:
-            kinds = ", ".join(
-                f"first of {factor.candidates}" if factor.acceptance == "first" else factor.acceptance
-                for factor in reading
-            )
-            raise ValueError(
-                f"{type(self).__name__}: factors read different acceptances ({kinds}); set the same "
-                "`acceptance` and `candidates` for all of them."
-            )
-        self.needs_nll = bool(reading)
-        if reading:
-            self.acceptance, self.candidates = reading[0].acceptance, reading[0].candidates
-
-    def combine(self, weights: list[Tensor]) -> Float[Tensor, " N"]:
-        """The product."""
-        return functools.reduce(torch.mul, weights)
-
-    def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
-        return self.combine([factor(*step, **named) for factor in self.factors])
-
-    def on_drafts(self, *drafts: Any, **named: Any) -> Float[Tensor, " N"]:
-        parts = [cast(StepWeights, factor) for factor in self.factors]
-        return self.combine([part.on_drafts(*drafts, **named) for part in parts])
-
-    def __repr__(self) -> str:
-        return " * ".join(map(repr, self.factors))
-
-
-class SumWeights(ProductWeights):
-    """Weighted sum of several step weights: a loss with added terms is one loss with a sum of weights.
-
-    CE + λ · (w · CE) is `HardCE` with `SumWeights([DepthWeights(inf), w], [1, λ])`. L2R's objective is such a
-    sum of a plain, a first-error focal and a chain term.
-
-    Args:
-        factors: any step weights, at least one.
-        shares: one number ≥ 0 for each.
-    """
-
-    def __init__(self, factors: list[StepWeights], shares: list[float]) -> None:
-        super().__init__(factors)
-        if len(shares) != len(factors) or not all(0.0 <= share < math.inf for share in shares):
-            raise ValueError(
-                f"SumWeights: shares={shares}; give a finite number >= 0 for each of the factors."
-            )
-        self.shares = [float(share) for share in shares]
-
-    def combine(self, weights: list[Tensor]) -> Float[Tensor, " N"]:
-        """Σ share · weight."""
-        parts = [share * weight for share, weight in zip(self.shares, weights, strict=True)]
-        return functools.reduce(torch.add, parts)
-
-    def __repr__(self) -> str:
-        shares = zip(self.shares, self.factors, strict=True)
-        return "(" + " + ".join(f"{share:g} {factor!r}" for share, factor in shares) + ")"
 
 
 class LowMarginWeights(StepWeights):

