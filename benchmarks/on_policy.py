@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from real_losses import CE, KL, Study, against, half, part, read_stored, value
+from real_loss_tables import read_stored, table
+from real_losses import CE, KL, Study, half, part
 
-from certdraft.evaluation import Table
 from certdraft.train.commands.real import target_of
 
 ROUNDS = {"depth": 4, "share": 0.5}
@@ -31,12 +31,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float] | None]] = {
     "draft-opd": (part("OnPolicyKL", decay=0.8), ROUNDS),
     "avoidable": (part("OnPolicyKL", decay=0.8, avoidable=0.1), ROUNDS),
 }
-NUMBERS = [
-    ("lengths", "chain 4"),
-    ("lengths", "best-first 8"),
-    ("lengths", "best-first 32"),
-    ("rates", "top-1"),
-]
 
 
 class Continued(Study):
@@ -74,14 +68,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for variant in VARIANTS:
             study.counted(variant, seed)
-    stored = read_stored([args.results])
-    rows = [
-        [name, str(len(stored[name]))]
-        + [f"{value(stored, name, n):.3f}{against(stored, name, 'text', n)}" for n in NUMBERS]
-        for name in VARIANTS
-    ]
-    table = Table("Test prompts, against text", ["trained on", "seeds", *(n for _, n in NUMBERS)], rows)
-    sys.stdout.write(table.markdown() + "\n")
+    sys.stdout.write(table(read_stored([args.results]), "text", {name: name for name in VARIANTS}) + "\n")
 
 
 if __name__ == "__main__":

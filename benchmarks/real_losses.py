@@ -1,8 +1,8 @@
 """Losses compared on a real target: drafters trained from one trace, judged on held-out prompts.
 
     certdraft real --drafters '[eagle3]'
-    python benchmarks/real_losses.py --run runs/real --seeds 3      # hours on one core; goes on where killed
-    python benchmarks/real_losses.py --run runs/real --table        # the table of what is stored
+    python benchmarks/real_losses.py --run runs/real --seeds 0 1 2  # hours on one core; goes on where killed
+    python benchmarks/real_loss_tables.py                           # every table of what is stored
 
 Every drafter starts from the same weights (a seed's), sees the same batches for the same number of steps,
 and is trained by `certdraft fit` with the config of its kind in `configs/real`; only the loss and its step
@@ -10,9 +10,8 @@ weights differ. A causal drafter has no depths: step weights by depth fall away.
 The test text is the target's greedy answers to prompts that nothing was trained on (`configs/real/held-out-
 prompts.jsonl`), recorded once with hidden states. Chains and trees are replayed exactly.
 
-Counts are stored a prompt, so intervals are paired: 95 % bootstrap, prompts and seeds resampled
-independently of each other. "Against" is the baseline that is best at that number among hard CE, CE + KL,
-top-k CE (HASS) and LK.
+Counts are stored a prompt, so that intervals can be paired. The table at the end holds every loss against the
+baseline that is best at that number.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from real_loss_tables import BASELINES, read_stored, table
 
 from certdraft.data import Corpus, Generation, Prompts, load_target, open_trace, record_trace
 from certdraft.decoding import BestFirst, Chain, StaticTree
 from certdraft.drafters import load_drafter
-from certdraft.evaluation import Table, compare_ratios, greedy_documents, measure_acceptance, replay_lengths
+from certdraft.evaluation import greedy_documents, measure_acceptance, replay_lengths
 from certdraft.evaluation.measure.trace_reading import features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli
@@ -81,7 +80,6 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "sharp-1.5": (part("SharpenedKL", a=1.5), ("depth",)),
     "sharp-1 to 3": (part("SharpenedKL", a=1.0, stop=3.0), ("depth",)),
 }
-BASELINES = ("ce", "ce+kl", "top-10 ce", "lk", "spec-auf", "d-pard", "l2r", "e2e-tv")
 WEIGHTS = {
     "depth": part("DepthWeights", gamma=4.48),
     "reach": part("ReachWeights", depth=4, candidates="measured", beyond=0.2),
@@ -156,7 +154,9 @@ class Study:
         prompts: int,
         kind: str = "eagle3",
         replayed: int | None = None,
+        first_seed: int = 0,
     ) -> None:
+        self.first_seed = first_seed
         self.run, self.results, self.steps, self.target, self.kind = run, results, steps, target, kind
         self.sizes, self.replayed = run_sizes(run), replayed
         self.test = run / "losses" / "test-trace"
@@ -180,11 +180,16 @@ class Study:
 
     @cached_property
     def candidates(self) -> list[int]:
-        """Candidates by depth in the best-first trees of 32 nodes of the CE + KL drafter, validation text."""
+        """Candidates by depth in the best-first trees of 32 nodes of a CE + KL drafter, validation text.
+
+        Measured once, with the first seed, for the drafters of every seed.
+        """
         file = self.run / "losses" / f"candidates-{self.kind}-{self.steps}.json"
         if not file.is_file():
             trace = open_trace(self.run / "traces" / "validation")
-            drafter = load_drafter(self.trained("ce+kl", 0), target=self.model, dtype="float32").eval()
+            drafter = load_drafter(
+                self.trained("ce+kl", self.first_seed), target=self.model, dtype="float32"
+            ).eval()
             features = features_for({"": drafter}, None, trace=trace)[""]
             trees = {"": BestFirst(32, max_depth=7)}
             found = replay_lengths(drafter, greedy_documents(trace)[:24], trees, features=features)[""]
@@ -249,100 +254,31 @@ class Study:
         return {"lengths": lengths, "rates": rates, "ece": acceptance.summary()["calibration"]["ece"]}
 
 
-Stored = Mapping[str, Mapping[int, dict[str, Any]]]
-
-
-def read_stored(folders: Sequence[Path]) -> Stored:
-    """Counts of every head by loss and seed; seeds of a second folder, of another trace, are other seeds."""
-    stored: dict[str, dict[int, dict[str, Any]]] = {}
-    for number, folder in enumerate(folders):
-        for file in sorted(folder.glob("*.json")):
-            data = json.loads(file.read_text(encoding="utf-8"))
-            stored.setdefault(data["loss"], {})[100 * number + data["seed"]] = data
-    return stored
-
-
-def arrays(
-    stored: Stored, name: str, number: tuple[str, str], seeds: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Numerator and denominator of a number, a prompt each; a row a seed where there are several."""
-    kind, label = number
-    both = np.array([stored[name][seed][kind][label] for seed in seeds], dtype=float)
-    return (both[:, 0], both[:, 1]) if len(seeds) > 1 else (both[0, 0], both[0, 1])
-
-
-def value(stored: Stored, name: str, number: tuple[str, str], seeds: list[int] | None = None) -> float:
-    """A number over all prompts and the given seeds, all of them when not given."""
-    above, below = arrays(stored, name, number, seeds or sorted(stored[name]))
-    return float(above.sum() / below.sum())
-
-
-def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
-    """Per cent by which a number differs from that of the best baseline on the seeds of this loss."""
-    sign = -1 if "misses" in number[1] else 1
-    rivals = [b for b in BASELINES if set(stored.get(b, {})) >= set(stored[name])]
-    if name in BASELINES or not rivals:
-        return ""
-    best = max(rivals, key=lambda b: sign * value(stored, b, number, sorted(stored[name])))
-    return against(stored, name, best, number)
-
-
-def against(stored: Stored, name: str, other: str, number: tuple[str, str]) -> str:
-    """Per cent by which a number differs from that of another loss, on the seeds that both have."""
-    seeds = sorted(set(stored[name]) & set(stored[other]))
-    if name == other or not seeds:
-        return ""
-    ratio = compare_ratios(arrays(stored, name, number, seeds), arrays(stored, other, number, seeds), "ratio")
-    shown = [f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high)]
-    return f" ({shown[0]} % [{shown[1]}, {shown[2]}])"
-
-
-def table(stored: Stored, baseline: str | None = None) -> Table:
-    """Every number of every loss, and its ratio to a baseline, the best one when none is given."""
-
-    def ratio(name: str, number: tuple[str, str]) -> str:
-        return against(stored, name, baseline, number) if baseline else against_best(stored, name, number)
-
-    numbers = [*(("lengths", label) for label in BUILDERS), *(("rates", rate) for rate in RATES)]
-    rows = [
-        [name, str(len(stored[name]))]
-        + [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in numbers]
-        + [f"{float(np.mean([one['ece'] for one in stored[name].values()])):.3f}"]
-        for name in [*(n for n in LOSSES if n in stored), *sorted(set(stored) - set(LOSSES))]
-    ]
-    columns = ["loss", "seeds", *(label for _, label in numbers), "calibration error"]
-    return Table("Test prompts", columns, rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
     parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
     parser.add_argument("--drafter", choices=["eagle3", "causal", "dflash"], default="eagle3")
     parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=80)
     parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-losses"))
     parser.add_argument(
-        "--pool", type=Path, nargs="*", default=[], help="results of other traces, for --table"
-    )
-    parser.add_argument(
         "--against", choices=BASELINES, help="baseline; the best at each number when not given"
     )
-    parser.add_argument("--table", action="store_true", help="only print what is stored")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    if not args.table:
-        name = args.target or target_of(args.run)
-        study = Study(args.run, args.results, args.steps, name, args.prompts, args.drafter, args.replayed)
-        for seed in range(args.seeds):
-            for loss in args.losses:
-                if suits(args.drafter, loss):
-                    study.counted(loss, seed)
-    stored = read_stored([args.results, *args.pool])
-    sys.stdout.write(table(stored, args.against).markdown() + "\n")
+    name = args.target or target_of(args.run)
+    study = Study(
+        args.run, args.results, args.steps, name, args.prompts, args.drafter, args.replayed, args.seeds[0]
+    )
+    for seed in args.seeds:
+        for loss in args.losses:
+            if suits(args.drafter, loss):
+                study.counted(loss, seed)
+    sys.stdout.write(table(read_stored([args.results]), args.against) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""Every table of the loss studies on a real target, from stored results.
+
+    python benchmarks/real_loss_tables.py          # the tables of docs/losses.md, between the same comments
+
+`real_losses.py` stores the counts of a head, a prompt each, in one file; nothing is trained or replayed here.
+Intervals are paired: 95 % bootstrap, prompts and seeds resampled independently of each other. Heads of
+another trace count as other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from certdraft.evaluation import compare_ratios
+
+RESULTS = Path(__file__).parent / "results"
+BASELINES = ("ce", "ce+kl", "top-10 ce", "lk", "spec-auf", "d-pard", "l2r", "e2e-tv")
+SHOWN = {
+    "ce": "hard CE",
+    "ce+kl": "CE + KL",
+    "top-10 ce": "CE + top-10 CE (HASS)",
+    "lk": "LK",
+    "spec-auf": "Spec-AUF",
+    "d-pard": "D-PARD",
+    "l2r": "L2R",
+    "e2e-tv": "end-to-end TV",
+    "ce+kl, reach": "CE + KL, reach",
+    "adaptive": "adaptive sharpened KL",
+    "adaptive, gaussian": "adaptive sharpened KL, Gaussian",
+    "sharp-1.5": "sharpened KL 1.5",
+    "sharp-1 to 3": "sharpened KL 1 to 3",
+    "runner-up-4+adaptive": "runner-up 4 + adaptive",
+    "runner-up-4+sharp-1.5": "runner-up 4 + sharpened 1.5",
+    "runner-up-8+kl, low": "runner-up 8 + KL, low margins",
+    "by depth+adaptive": "by depth + adaptive, reach",
+    "by depth+adaptive, depth": "by depth + adaptive, depth",
+    "by depth+adaptive, low": "by depth + adaptive, reach × low margins",
+}
+"""Names of losses and their step weights, in the order of the tables."""
+NUMBERS = [
+    *(("lengths", label) for label in ("chain 4", "4-ary", "best-first 8", "best-first 32")),
+    *(("rates", rate) for rate in ("coverage@4", "low-margin misses@4")),
+]
+
+Stored = Mapping[str, Mapping[int, dict[str, Any]]]
+
+
+def read_stored(folders: Sequence[Path]) -> Stored:
+    """Counts of every head by loss and seed; seeds of a second folder, of another trace, are other seeds."""
+    stored: dict[str, dict[int, dict[str, Any]]] = {}
+    for number, folder in enumerate(folders):
+        for file in sorted(folder.glob("*.json")):
+            data = json.loads(file.read_text(encoding="utf-8"))
+            stored.setdefault(data["loss"], {})[100 * number + data["seed"]] = data
+    return stored
+
+
+def value(stored: Stored, name: str, number: tuple[str, str], seeds: list[int] | None = None) -> float:
+    """A number over all prompts and the given seeds, all of them when not given."""
+    above, below = _arrays(stored, name, number, seeds or sorted(stored[name]))
+    return float(above.sum() / below.sum())
+
+
+def against(stored: Stored, name: str, other: str, number: tuple[str, str]) -> str:
+    """Per cent by which a number differs from that of another loss, on the seeds that both have."""
+    seeds = sorted(set(stored[name]) & set(stored.get(other, {})))
+    if name == other or not seeds:
+        return ""
+    ratio = compare_ratios(
+        _arrays(stored, name, number, seeds), _arrays(stored, other, number, seeds), "ratio"
+    )
+    value, low, high = (f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high))
+    return f" ({value} [{low}, {high}])".replace("-", "−")
+
+
+def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
+    """Per cent by which a number differs from that of the best baseline on the seeds of this loss."""
+    sign = -1 if "misses" in number[1] else 1
+    rivals = [b for b in BASELINES if set(stored.get(b, {})) >= set(stored[name])]
+    if name in BASELINES or not rivals:
+        return ""
+    best = max(rivals, key=lambda b: sign * value(stored, b, number, sorted(stored[name])))
+    return against(stored, name, best, number)
+
+
+def table(stored: Stored, baseline: str | None = None, names: Mapping[str, str] = SHOWN) -> str:
+    """Every number of every loss, and its ratio to a baseline, the best one when none is given, as Markdown.
+
+    Args:
+        stored: as `read_stored` gives it.
+        baseline: whose numbers the others are held against.
+        names: of losses and how they are shown, in order; others follow under their own.
+    """
+
+    def ratio(name: str, number: tuple[str, str]) -> str:
+        return against(stored, name, baseline, number) if baseline else against_best(stored, name, number)
+
+    columns = ["loss", "seeds", *(label for _, label in NUMBERS), "calibration error"]
+    lines = [columns, ["---"] * len(columns)]
+    for name in [*(n for n in names if n in stored), *sorted(set(stored) - set(names))]:
+        errors = [one["ece"] for one in stored[name].values()]
+        cells = [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in NUMBERS]
+        lines.append(
+            [names.get(name, name), str(len(errors)), *cells, f"{float(np.mean(errors)):.3f}".lstrip("0")]
+        )
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A table of the docs.
+
+    Attributes:
+        name: in the comments around it.
+        folders: under `results`; several are of several traces.
+        baseline: whose numbers the others are held against; the best at each number when None.
+        losses: shown ones; all when empty.
+        seeds: counted ones of each folder; all when empty.
+    """
+
+    name: str
+    folders: tuple[str, ...]
+    baseline: str | None = None
+    losses: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    def table(self, results: Path) -> str:
+        """The table as Markdown."""
+        stored = {
+            loss: {seed: data for seed, data in heads.items() if not self.seeds or seed % 100 in self.seeds}
+            for loss, heads in read_stored([results / folder for folder in self.folders]).items()
+            if not self.losses or loss in self.losses
+        }
+        return table({loss: heads for loss, heads in stored.items() if heads}, self.baseline)
+
+
+TABLES = (
+    Spec("first trace", ("real-losses",)),
+    Spec("by depth", ("real-losses-by-depth",), "ce+kl"),
+    Spec("three baselines", ("real-losses-baselines",), seeds=(0,)),
+    Spec("baselines of others", ("real-losses-peers",)),
+    Spec(
+        "pairs",
+        ("real-losses-by-depth", "real-losses-baselines", "real-losses-third", "real-losses-peers"),
+        "ce+kl",
+        losses=("ce+kl", "by depth+adaptive"),
+    ),
+    Spec("DFlash", ("real-losses-dflash",), "ce+kl"),
+    Spec("causal", ("real-losses-causal",), "ce+kl"),
+)
+
+
+def _arrays(
+    stored: Stored, name: str, number: tuple[str, str], seeds: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numerator and denominator of a number, a prompt each; a row a seed where there are several."""
+    kind, label = number
+    both = np.array([stored[name][seed][kind][label] for seed in seeds], dtype=float)
+    return (both[:, 0], both[:, 1]) if len(seeds) > 1 else (both[0, 0], both[0, 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    for spec in TABLES:
+        sys.stdout.write(f"<!-- {spec.name} -->\n{spec.table(args.results)}\n<!-- end {spec.name} -->\n\n")
+
+
+if __name__ == "__main__":
+    main()
