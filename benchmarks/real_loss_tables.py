@@ -1,6 +1,6 @@
 """Every table of the loss studies on a real target, from stored results.
 
-    python benchmarks/real_loss_tables.py          # the tables of docs/losses.md, between the same comments
+    python benchmarks/real_loss_tables.py     # those of docs/losses-real-target.md, between the same comments
 
 `real_losses.py` stores the counts of a head, a prompt each, in one file; nothing is trained or replayed here.
 Intervals are paired: 95 % bootstrap, prompts and seeds resampled independently of each other. Heads of
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from certdraft.evaluation import compare_ratios
+from certdraft.evaluation import Table, compare_ratios
 
 RESULTS = Path(__file__).parent / "results"
 BASELINES = ("ce", "ce+kl", "top-10 ce", "lk", "spec-auf", "d-pard", "l2r", "e2e-tv")
@@ -47,7 +47,7 @@ SHOWN = {
 """Names of losses and their step weights, in the order of the tables."""
 NUMBERS = [
     *(("lengths", label) for label in ("chain 4", "4-ary", "best-first 8", "best-first 32")),
-    *(("rates", rate) for rate in ("coverage@4", "low-margin misses@4")),
+    *(("rates", rate) for rate in ("top-1", "coverage@4", "low-margin misses@4")),
 ]
 
 Stored = Mapping[str, Mapping[int, dict[str, Any]]]
@@ -77,8 +77,8 @@ def against(stored: Stored, name: str, other: str, number: tuple[str, str]) -> s
     ratio = compare_ratios(
         _arrays(stored, name, number, seeds), _arrays(stored, other, number, seeds), "ratio"
     )
-    value, low, high = (f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high))
-    return f" ({value} [{low}, {high}])".replace("-", "−")
+    middle, low, high = (f"{100 * (part - 1):+.1f}" for part in (ratio.value, ratio.low, ratio.high))
+    return f" ({middle} [{low}, {high}])".replace("-", "−")
 
 
 def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
@@ -91,8 +91,8 @@ def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
     return against(stored, name, best, number)
 
 
-def table(stored: Stored, baseline: str | None = None, names: Mapping[str, str] = SHOWN) -> str:
-    """Every number of every loss, and its ratio to a baseline, the best one when none is given, as Markdown.
+def table(stored: Stored, baseline: str | None = None, names: Mapping[str, str] = SHOWN) -> Table:
+    """Every number of every loss, and its ratio to a baseline, the best one when none is given.
 
     Args:
         stored: as `read_stored` gives it.
@@ -103,15 +103,14 @@ def table(stored: Stored, baseline: str | None = None, names: Mapping[str, str] 
     def ratio(name: str, number: tuple[str, str]) -> str:
         return against(stored, name, baseline, number) if baseline else against_best(stored, name, number)
 
-    columns = ["loss", "seeds", *(label for _, label in NUMBERS), "calibration error"]
-    lines = [columns, ["---"] * len(columns)]
+    rows = []
     for name in [*(n for n in names if n in stored), *sorted(set(stored) - set(names))]:
         errors = [one["ece"] for one in stored[name].values()]
         cells = [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in NUMBERS]
-        lines.append(
-            [names.get(name, name), str(len(errors)), *cells, f"{float(np.mean(errors)):.3f}".lstrip("0")]
-        )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        rows.append([names.get(name, name), str(len(errors)), *cells, f"{float(np.mean(errors)):.3f}"])
+    held_against = names.get(baseline, baseline) if baseline else "the best baseline"
+    columns = ["loss", "seeds", *(label for _, label in NUMBERS), "calibration error"]
+    return Table(f"Test prompts; in brackets, per cent against {held_against}", columns, rows)
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,8 @@ class Spec:
     losses: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
 
-    def table(self, results: Path) -> str:
-        """The table as Markdown."""
+    def table(self, results: Path) -> Table:
+        """The table of what is stored under `results`."""
         stored = {
             loss: {seed: data for seed, data in heads.items() if not self.seeds or seed % 100 in self.seeds}
             for loss, heads in read_stored([results / folder for folder in self.folders]).items()
@@ -172,7 +171,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     for spec in TABLES:
-        sys.stdout.write(f"<!-- {spec.name} -->\n{spec.table(args.results)}\n<!-- end {spec.name} -->\n\n")
+        shown = spec.table(args.results).markdown()
+        sys.stdout.write(f"<!-- {spec.name} -->\n{shown}<!-- end {spec.name} -->\n\n")
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def main() -> None:
         for loss in args.losses:
             if suits(args.drafter, loss):
                 study.counted(loss, seed)
-    sys.stdout.write(table(read_stored([args.results]), args.against) + "\n")
+    sys.stdout.write(table(read_stored([args.results]), args.against).markdown())
 
 
 if __name__ == "__main__":
