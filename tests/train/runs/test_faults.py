@@ -109,6 +109,14 @@ def test_ctrl_c_twice_ends_with_130(settings: dict[str, Any], write: Write) -> N
     assert stop.value.code == 130
 
 
+def test_a_fit_leaves_the_signal_handlers_as_they_were(settings: dict[str, Any], write: Write) -> None:
+    """`certdraft real` goes on after a fit: what it does then must end at SIGTERM."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    fit(settings, write)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 @pytest.mark.parametrize("how", ["max_time", "exception", "stop"])
 def test_every_end_leaves_a_last_checkpoint(
     how: str, settings: dict[str, Any], write: Write, straight: Path
