@@ -111,6 +111,9 @@ class LowMarginWeights(StepWeights):
             )
         return low_margin_weight(target, self.threshold, self.boost)
 
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, boost={self.boost}"
+
 
 class PathWeights(StepWeights):
     """Base of weights that follow a step through all draft paths it lies on.

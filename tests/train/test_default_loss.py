@@ -87,4 +87,4 @@ def test_fit_names_decoder_and_loss_first(tmp_path: Path) -> None:
     said = out + err
     assert "trained for: m-ary\n" in said
     assert f"loss: {preset('runner-up-8-kl')!r}\n" in said
-    assert "step weights: LowMarginWeights()\n" in said
+    assert "step weights: LowMarginWeights(threshold=0.1, boost=2.0)\n" in said
