@@ -57,16 +57,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
     parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/on-policy"))
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
     name = args.target or target_of(args.run)
-    study = Continued(args.run, args.results, args.steps, name, args.prompts, "causal")
+    study = Continued(args.run, args.results, args.steps, name, args.prompts, "causal", args.replayed)
     for seed in args.seeds:
-        for variant in VARIANTS:
+        for variant in args.variants:
             study.counted(variant, seed)
     names = {name: name for name in VARIANTS}
     sys.stdout.write(table(read_stored([args.results]), "text", names).markdown())

@@ -32,7 +32,11 @@ SHOWN = {
     "d-pard": "D-PARD",
     "l2r": "L2R",
     "e2e-tv": "end-to-end TV",
+    "l2r x4": "L2R, shares of *reached*",
     "ce+kl, reach": "CE + KL, reach",
+    "ce+kl, l2r": "CE + KL, L2R weights",
+    "ce+3 kl, l2r x4": "CE + 3 KL, reached",
+    "adaptive, l2r": "adaptive, L2R weights",
     "adaptive": "adaptive sharpened KL",
     "adaptive, gaussian": "adaptive sharpened KL, Gaussian",
     "sharp-1.5": "sharpened KL 1.5",
@@ -43,12 +47,20 @@ SHOWN = {
     "by depth+adaptive": "by depth + adaptive, reach",
     "by depth+adaptive, depth": "by depth + adaptive, depth",
     "by depth+adaptive, low": "by depth + adaptive, reach × low margins",
+    "by depth+adaptive, reach 0, low 4": "by depth + adaptive, reach (beyond 0) × low margins (boost 4)",
+    "by depth+adaptive, l2r": "by depth + adaptive, L2R weights",
+    "by depth+adaptive, l2r x4": "by depth + adaptive, reached",
+    "by depth+3 adaptive, l2r": "by depth + 3 adaptive, L2R weights",
+    "by depth+3 adaptive, l2r x4": "by depth + 3 adaptive, reached",
 }
 """Names of losses and their step weights, in the order of the tables."""
 NUMBERS = [
     *(("lengths", label) for label in ("chain 4", "4-ary", "best-first 8", "best-first 32")),
     *(("rates", rate) for rate in ("top-1", "coverage@4", "low-margin misses@4")),
 ]
+
+WIDTHS = (1, 4, 8, 16, 64, 512, 8000)
+"""Of `real_miss_ranks.py`: low-margin positions are counted whose greedy token is among so many choices."""
 
 Stored = Mapping[str, Mapping[int, dict[str, Any]]]
 
@@ -113,6 +125,33 @@ def table(stored: Stored, baseline: str | None = None, names: Mapping[str, str] 
     return Table(f"Test prompts; in brackets, per cent against {held_against}", columns, rows)
 
 
+def validation_table(file: Path) -> Table:
+    """What `fit` found on validation text, of `real_losses.py --validation`."""
+    columns = ("tau_expected", "coverage@1", "coverage@4", "low_margin_coverage@4")
+    stored = json.loads(file.read_text(encoding="utf-8"))["heads"]
+    rows = [
+        [SHOWN.get(head["loss"], head["loss"]), str(head["seed"]), *(f"{head[name]:.3f}" for name in columns)]
+        for head in stored
+    ]
+    return Table("Validation text", ["loss", "seed", *columns], rows)
+
+
+def ranks_table(file: Path) -> Table:
+    """Shares of the low-margin misses@4 by the rank of the greedy token, of `real_miss_ranks.py`."""
+    rows, stored = [], json.loads(file.read_text(encoding="utf-8"))
+    for head in stored["heads"]:
+        misses = head["positions"] - head["4"]
+        beyond = [*(head["positions"] - head[str(m)] for m in WIDTHS[1:]), 0]
+        shares = [f"{(more - less) / misses:.0%}" for more, less in zip(beyond, beyond[1:], strict=False)]
+        rows.append(
+            [SHOWN.get(head["loss"], head["loss"]), str(misses), f"{misses / head['positions']:.3f}", *shares]
+        )
+    bounds = [f"rank {low + 1}–{high}" for low, high in zip(WIDTHS[1:], WIDTHS[2:], strict=False)]
+    columns = ["loss", "misses", "share of positions", *bounds, "not in the draft vocabulary"]
+    median = f"median KL radius of coverage(4) there {stored['median_radius_nats']:.2f} nats"
+    return Table(f"Low-margin misses@4 by the drafter's rank of the greedy token; {median}", columns, rows)
+
+
 @dataclass(frozen=True)
 class Spec:
     """A table of the docs.
@@ -145,12 +184,14 @@ TABLES = (
     Spec("first trace", ("real-losses",)),
     Spec("by depth", ("real-losses-by-depth",), "ce+kl"),
     Spec("three baselines", ("real-losses-baselines",), seeds=(0,)),
-    Spec("baselines of others", ("real-losses-peers",)),
+    Spec("baselines of others", ("real-losses-peers",), seeds=(1,)),
+    Spec("three seeds", ("real-losses-peers",), losses=("ce+kl", "l2r", "by depth+3 adaptive, l2r x4")),
     Spec(
         "pairs",
-        ("real-losses-by-depth", "real-losses-baselines", "real-losses-third", "real-losses-peers"),
+        ("real-losses-by-depth", "real-losses-baselines", "real-losses-peers"),
         "ce+kl",
         losses=("ce+kl", "by depth+adaptive"),
+        seeds=(0, 1),
     ),
     Spec("DFlash", ("real-losses-dflash",), "ce+kl"),
     Spec("causal", ("real-losses-causal",), "ce+kl"),
@@ -173,6 +214,13 @@ def main() -> None:
     for spec in TABLES:
         shown = spec.table(args.results).markdown()
         sys.stdout.write(f"<!-- {spec.name} -->\n{shown}<!-- end {spec.name} -->\n\n")
+    for pattern, of in (
+        ("real-losses-validation*.json", validation_table),
+        ("real-miss-ranks*.json", ranks_table),
+    ):
+        for file in sorted(args.results.glob(pattern)):
+            shown = of(file).markdown()
+            sys.stdout.write(f"<!-- {file.stem} -->\n{shown}<!-- end {file.stem} -->\n\n")
 
 
 if __name__ == "__main__":

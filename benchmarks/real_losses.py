@@ -17,6 +17,7 @@ baseline that is best at that number.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_loss_tables import BASELINES, read_stored, table
+from real_loss_tables import BASELINES, read_stored, table, validation_table
 
 from certdraft.data import Corpus, Generation, Prompts, load_target, open_trace, record_trace
 from certdraft.decoding import BestFirst, Chain, StaticTree
@@ -54,6 +55,7 @@ def half(*parts: Part) -> Part:
 
 CE, KL = part("HardCE"), part("ForwardKL")
 BY_DEPTH = half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL"))
+MOSTLY_KL = part("Mixture", losses=BY_DEPTH["init_args"]["losses"], weights=[0.25, 0.75])
 LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "ce": (CE, ("depth",)),
     "ce+kl": (half(CE, KL), ("depth",)),
@@ -66,6 +68,15 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "by depth+adaptive": (BY_DEPTH, ("reach",)),
     "by depth+adaptive, depth": (BY_DEPTH, ("depth",)),
     "by depth+adaptive, low": (BY_DEPTH, ("reach", "low")),
+    "by depth+adaptive, reach 0, low 4": (BY_DEPTH, ("reach 0", "low 4")),
+    "by depth+adaptive, l2r": (BY_DEPTH, ("l2r",)),
+    "adaptive, l2r": (part("AdaptiveSharpenedKL"), ("l2r",)),
+    "by depth+3 adaptive, l2r": (MOSTLY_KL, ("l2r",)),
+    "by depth+adaptive, l2r x4": (BY_DEPTH, ("l2r x4",)),
+    "by depth+3 adaptive, l2r x4": (MOSTLY_KL, ("l2r x4",)),
+    "l2r x4": (CE, ("l2r x4",)),
+    "ce+3 kl, l2r x4": (part("Mixture", losses=[CE, KL], weights=[0.25, 0.75]), ("l2r x4",)),
+    "ce+kl, l2r": (half(CE, KL), ("l2r",)),
     "ce+kl, reach": (half(CE, KL), ("reach",)),
     "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), ("depth",)),
     "runner-up-4+sharp-1.5, low": (
@@ -80,22 +91,29 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "sharp-1.5": (part("SharpenedKL", a=1.5), ("depth",)),
     "sharp-1 to 3": (part("SharpenedKL", a=1.0, stop=3.0), ("depth",)),
 }
+
+
+def l2r(depth: float, verified: float) -> Part:
+    """L2R's weights: decay by depth, and the first-error focal and chain terms of drafts that are reached."""
+    factors = [
+        part("DepthWeights", gamma=4.48),
+        part("ReachWeights", depth=4, acceptance="greedy", focal=1.0),
+        part("PrefixWeights", depth=4, smoothing=0.0),
+    ]
+    return part("SumWeights", factors=factors, shares=[depth, verified, verified])
+
+
 WEIGHTS = {
     "depth": part("DepthWeights", gamma=4.48),
     "reach": part("ReachWeights", depth=4, candidates="measured", beyond=0.2),
+    "reach 0": part("ReachWeights", depth=4, candidates="measured", beyond=0.0),
     "low": part("LowMarginWeights", threshold=0.1, boost=2.0),
+    "low 4": part("LowMarginWeights", threshold=0.1, boost=4.0),
     "to the first failure": part("ReachWeights", depth=4),
     "d-pard": part("PrefixWeights", depth=4, smoothing=0.5, acceptance="overlap"),
     "e2e-tv": part("PrefixWeights", depth=4, smoothing=0.0, acceptance="overlap"),
-    "l2r": part(
-        "SumWeights",
-        factors=[
-            part("DepthWeights", gamma=4.48),
-            part("ReachWeights", depth=4, acceptance="greedy", focal=1.0),
-            part("PrefixWeights", depth=4, smoothing=0.0),
-        ],
-        shares=[1.0, 0.5, 0.5],  # not tuned
-    ),
+    "l2r": l2r(1.0, 0.5),  # not tuned
+    "l2r x4": l2r(0.5, 1.0),  # configs/step_weights/reached.yaml
 }
 
 
@@ -211,10 +229,25 @@ class Study:
             raise ValueError(f"{file} is of {stored}, not {own}; give another --results folder")
         return found
 
+    def validated(self, name: str, seed: int) -> dict[str, float]:
+        """What `fit` found on validation text at the last step of one head, trained first where missing."""
+        self.trained(name, seed)
+        found = run_folder.find_checkpoint(self.run / "losses" / "runs" / self.label(name, seed))
+        metrics = None if found is None else run_folder.run_folder(found)
+        assert metrics is not None
+        row = list(csv.DictReader((metrics / "metrics.csv").read_text(encoding="utf-8").splitlines()))[-1]
+        return {
+            key.removeprefix("val/"): float(value) for key, value in row.items() if key.startswith("val/")
+        }
+
+    def label(self, name: str, seed: int) -> str:
+        """Name of a head's run and export."""
+        prefix = "" if self.kind == "eagle3" else f"{self.kind}-"
+        return f"{prefix}{name.replace(' ', '_')}-{self.steps}-{seed}"
+
     def trained(self, name: str, seed: int) -> Path:
         """The exported head."""
-        prefix = "" if self.kind == "eagle3" else f"{self.kind}-"
-        label = f"{prefix}{name.replace(' ', '_')}-{self.steps}-{seed}"
+        label = self.label(name, seed)
         out = self.run / "losses" / "exports" / label
         if not out.exists():
             loss, names = LOSSES[name]
@@ -264,6 +297,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=80)
     parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
+    parser.add_argument(
+        "--validation",
+        type=Path,
+        help="judge by validation text, stored in this file, and not by the test text",
+    )
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-losses"))
     parser.add_argument(
         "--against", choices=BASELINES, help="baseline; the best at each number when not given"
@@ -274,10 +312,14 @@ def main() -> None:
     study = Study(
         args.run, args.results, args.steps, name, args.prompts, args.drafter, args.replayed, args.seeds[0]
     )
-    for seed in args.seeds:
-        for loss in args.losses:
-            if suits(args.drafter, loss):
-                study.counted(loss, seed)
+    heads = [(loss, seed) for seed in args.seeds for loss in args.losses if suits(args.drafter, loss)]
+    if args.validation:
+        found = [{"loss": loss, "seed": seed, **study.validated(loss, seed)} for loss, seed in heads]
+        write_json(args.validation, {"drafter": args.drafter, "steps": args.steps, "heads": found})
+        sys.stdout.write(validation_table(args.validation).markdown())
+        return
+    for loss, seed in heads:
+        study.counted(loss, seed)
     sys.stdout.write(table(read_stored([args.results]), args.against).markdown())
 
 

@@ -15,6 +15,7 @@ CONFIGS = Path(certdraft.__file__).parent / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "target").glob("*.yaml")])
 LOSSES = sorted((CONFIGS / "loss").glob("*.yaml"))
 DRAFTERS = sorted((CONFIGS / "drafter").glob("*.yaml"))
+WEIGHTS = sorted((CONFIGS / "step_weights").glob("*.yaml"))
 
 
 def resolved(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
@@ -32,7 +33,7 @@ def test_run_configs_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert config["seed_everything"] is not None
 
 
-@pytest.mark.parametrize("path", [*LOSSES, *DRAFTERS], ids=lambda p: str(p.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", [*LOSSES, *DRAFTERS, *WEIGHTS], ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_group_files_compose(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = path.parent.name
     config = resolved(capsys, "--config", str(CONFIGS / "demo.yaml"), f"--model.{key}", str(path))
