@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from real_loss_tables import read_stored, table
-from real_losses import CE, KL, Study, half, part
+from real_losses import CE, KL, Study, mixed, part
 
 from certdraft.train.commands.real import target_of
 
 ROUNDS = {"depth": 4, "share": 0.5}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float] | None]] = {
-    "text": (half(CE, KL), None),
-    "rounds": (half(CE, KL), ROUNDS),
+    "text": (mixed(CE, KL), None),
+    "rounds": (mixed(CE, KL), ROUNDS),
     "draft-opd": (part("OnPolicyKL", decay=0.8), ROUNDS),
     "avoidable": (part("OnPolicyKL", decay=0.8, avoidable=0.1), ROUNDS),
 }

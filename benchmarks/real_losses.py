@@ -17,7 +17,6 @@ baseline that is best at that number.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -28,17 +27,18 @@ from typing import Any
 import torch
 from real_loss_tables import BASELINES, read_stored, table, validation_table
 
-from certdraft.data import Corpus, Generation, Prompts, load_target, open_trace, record_trace
+from certdraft.data import Corpus, Generation, Prompts, Trace, load_target, open_trace, record_trace
 from certdraft.decoding import BestFirst, Chain, StaticTree
 from certdraft.drafters import load_drafter
 from certdraft.evaluation import greedy_documents, measure_acceptance, replay_lengths
-from certdraft.evaluation.measure.trace_reading import features_for
+from certdraft.evaluation.measure.trace_reading import DrafterFeatures, features_for
 from certdraft.support import write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.commands.real import drafter_options, held_out_prompts, target_of
 from certdraft.train.commands.real_sizes import run_sizes
 from certdraft.train.runs import run_folder
+from certdraft.train.runs.metrics_csv import whole_rows
 
 Part = dict[str, Any]
 
@@ -48,18 +48,18 @@ def part(name: str, **settings: Any) -> Part:
     return {"class_path": name, "init_args": settings}
 
 
-def half(*parts: Part) -> Part:
-    """A mixture of equal shares."""
-    return part("Mixture", losses=list(parts), weights=[1 / len(parts)] * len(parts))
+def mixed(first: Part, second: Part, share: float = 0.5) -> Part:
+    """A mixture of a share of the first loss, half when not given, and the rest of the second."""
+    return part("Mixture", losses=[first, second], weights=[share, 1 - share])
 
 
 CE, KL = part("HardCE"), part("ForwardKL")
-BY_DEPTH = half(part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL"))
-MOSTLY_KL = part("Mixture", losses=BY_DEPTH["init_args"]["losses"], weights=[0.25, 0.75])
+FORGIVING, ADAPTIVE = part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")
+BY_DEPTH, MOSTLY_KL = mixed(FORGIVING, ADAPTIVE), mixed(FORGIVING, ADAPTIVE, 0.25)
 LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "ce": (CE, ("depth",)),
-    "ce+kl": (half(CE, KL), ("depth",)),
-    "top-10 ce": (half(CE, part("TopKCE", k=10)), ("depth",)),  # HASS
+    "ce+kl": (mixed(CE, KL), ("depth",)),
+    "top-10 ce": (mixed(CE, part("TopKCE", k=10)), ("depth",)),  # HASS
     "lk": (part("LK"), ("depth",)),
     "spec-auf": (CE, ("to the first failure",)),
     "d-pard": (part("RenyiHalf"), ("d-pard",)),
@@ -70,23 +70,26 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "by depth+adaptive, low": (BY_DEPTH, ("reach", "low")),
     "by depth+adaptive, reach 0, low 4": (BY_DEPTH, ("reach 0", "low 4")),
     "by depth+adaptive, l2r": (BY_DEPTH, ("l2r",)),
-    "adaptive, l2r": (part("AdaptiveSharpenedKL"), ("l2r",)),
+    "adaptive, l2r": (ADAPTIVE, ("l2r",)),
     "by depth+3 adaptive, l2r": (MOSTLY_KL, ("l2r",)),
     "by depth+adaptive, l2r x4": (BY_DEPTH, ("l2r x4",)),
     "by depth+3 adaptive, l2r x4": (MOSTLY_KL, ("l2r x4",)),
     "l2r x4": (CE, ("l2r x4",)),
-    "ce+3 kl, l2r x4": (part("Mixture", losses=[CE, KL], weights=[0.25, 0.75]), ("l2r x4",)),
-    "ce+kl, l2r": (half(CE, KL), ("l2r",)),
-    "ce+kl, reach": (half(CE, KL), ("reach",)),
-    "runner-up-4+sharp-1.5": (half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)), ("depth",)),
+    "ce+3 kl, l2r x4": (mixed(CE, KL, 0.25), ("l2r x4",)),
+    "ce+kl, l2r": (mixed(CE, KL), ("l2r",)),
+    "ce+kl, reach": (mixed(CE, KL), ("reach",)),
+    "runner-up-4+sharp-1.5": (
+        mixed(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
+        ("depth",),
+    ),
     "runner-up-4+sharp-1.5, low": (
-        half(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
+        mixed(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
         ("depth", "low"),
     ),
-    "runner-up-4+adaptive": (half(part("RunnerUpForgivingCE", m=4), part("AdaptiveSharpenedKL")), ("depth",)),
-    "runner-up-4+kl, low": (half(part("RunnerUpForgivingCE", m=4), KL), ("depth", "low")),
-    "runner-up-8+kl, low": (half(part("RunnerUpForgivingCE", m=8), KL), ("depth", "low")),
-    "adaptive": (part("AdaptiveSharpenedKL"), ("depth",)),
+    "runner-up-4+adaptive": (mixed(part("RunnerUpForgivingCE", m=4), ADAPTIVE), ("depth",)),
+    "runner-up-4+kl, low": (mixed(part("RunnerUpForgivingCE", m=4), KL), ("depth", "low")),
+    "runner-up-8+kl, low": (mixed(part("RunnerUpForgivingCE", m=8), KL), ("depth", "low")),
+    "adaptive": (ADAPTIVE, ("depth",)),
     "adaptive, gaussian": (part("AdaptiveSharpenedKL", noise="gaussian"), ("depth",)),
     "sharp-1.5": (part("SharpenedKL", a=1.5), ("depth",)),
     "sharp-1 to 3": (part("SharpenedKL", a=1.0, stop=3.0), ("depth",)),
@@ -205,10 +208,7 @@ class Study:
         file = self.run / "losses" / f"candidates-{self.kind}-{self.steps}.json"
         if not file.is_file():
             trace = open_trace(self.run / "traces" / "validation")
-            drafter = load_drafter(
-                self.trained("ce+kl", self.first_seed), target=self.model, dtype="float32"
-            ).eval()
-            features = features_for({"": drafter}, None, trace=trace)[""]
+            drafter, features = self.loaded(self.trained("ce+kl", self.first_seed), trace)
             trees = {"": BestFirst(32, max_depth=7)}
             found = replay_lengths(drafter, greedy_documents(trace)[:24], trees, features=features)[""]
             means = [c / max(r, 1) for c, r in zip(found.candidates, found.reached, strict=True)][:4]
@@ -235,7 +235,7 @@ class Study:
         found = run_folder.find_checkpoint(self.run / "losses" / "runs" / self.label(name, seed))
         metrics = None if found is None else run_folder.run_folder(found)
         assert metrics is not None
-        row = list(csv.DictReader((metrics / "metrics.csv").read_text(encoding="utf-8").splitlines()))[-1]
+        row = whole_rows(metrics / "metrics.csv")[-1]
         return {
             key.removeprefix("val/"): float(value) for key, value in row.items() if key.startswith("val/")
         }
@@ -271,12 +271,16 @@ class Study:
         ]  # fmt: skip
         fit_and_export(self.kind, label, self.run / "losses" / "runs", self.steps, typed, out)
 
+    def loaded(self, export: Path, trace: Trace) -> tuple[Any, DrafterFeatures | None]:
+        """An exported drafter in fp32 and what it reads of the target along a trace."""
+        drafter = load_drafter(export, target=self.model, dtype="float32").eval()
+        return drafter, features_for({"": drafter}, None, trace=trace)[""]
+
     @torch.inference_mode()
     def count(self, export: Path) -> dict[str, Any]:
         """Tokens and target passes of every tree, hits and steps of every rate, a prompt each."""
         trace = open_trace(self.test)
-        drafter = load_drafter(export, target=self.model, dtype="float32").eval()
-        features = features_for({"": drafter}, None, trace=trace)[""]
+        drafter, features = self.loaded(export, trace)
         found = replay_lengths(drafter, greedy_documents(trace, self.replayed), BUILDERS, features=features)
         acceptance = measure_acceptance(drafter, trace, features=features, max_documents=None)
         rates = {}

@@ -1,4 +1,4 @@
-"""Where low-margin misses lie: the drafter's rank of the target's greedy token, heads of `real_losses.py`.
+"""Where low-margin misses lie: the rank of the target's greedy token in EAGLE-3 heads of `real_losses.py`.
 
     python benchmarks/real_miss_ranks.py --run runs/real --seeds 1 --steps 200 --prompts 64     # minutes
 
@@ -19,10 +19,9 @@ from real_losses import LOSSES, Study
 
 from certdraft.certificates import Coverage, margin, radius
 from certdraft.data import open_trace
-from certdraft.drafters import load_drafter
 from certdraft.evaluation import measure_acceptance
 from certdraft.evaluation.measure.acceptance import LOW_MARGIN
-from certdraft.evaluation.measure.trace_reading import concatenate, features_for
+from certdraft.evaluation.measure.trace_reading import concatenate
 from certdraft.support import write_json
 from certdraft.train.commands.real import target_of
 
@@ -31,8 +30,7 @@ from certdraft.train.commands.real import target_of
 def covered_at_low_margins(study: Study, export: Path) -> dict[str, int]:
     """Low-margin positions, and those whose greedy token is among the drafter's first m choices."""
     trace = open_trace(study.test)
-    drafter = load_drafter(export, target=study.model, dtype="float32").eval()
-    features = features_for({"": drafter}, None, trace=trace)[""]
+    drafter, features = study.loaded(export, trace)
     found = measure_acceptance(drafter, trace, features=features, widths=WIDTHS)
     counts = {m: found.coverage_counts(m, low_margin=True) for m in WIDTHS}
     positions = int(counts[WIDTHS[0]][1].sum())
@@ -52,20 +50,19 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", default=["ce+kl", "l2r"], choices=list(LOSSES))
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
     parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
-    parser.add_argument("--drafter", choices=["eagle3", "causal", "dflash"], default="eagle3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--prompts", type=int, default=80)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-miss-ranks.json"))
     args = parser.parse_args()
     name = args.target or target_of(args.run)
-    study = Study(args.run, args.results.parent, args.steps, name, args.prompts, args.drafter)
+    study = Study(args.run, args.results.parent, args.steps, name, args.prompts)
     heads = [
         {"loss": loss, "seed": seed, **covered_at_low_margins(study, study.trained(loss, seed))}
         for loss in args.losses
         for seed in args.seeds
     ]
-    facts = {"drafter": args.drafter, "steps": args.steps, "median_radius_nats": median_radius(study)}
+    facts = {"drafter": study.kind, "steps": args.steps, "median_radius_nats": median_radius(study)}
     write_json(args.results, {**facts, "heads": heads})
     sys.stdout.write(ranks_table(args.results).markdown())
 
