@@ -13,16 +13,13 @@ over prompts, against *text*.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from real_loss_tables import read_stored, table
-from real_losses import CE, KL, Study, mixed, part
-
-from certdraft.train.commands.real import target_of
+from real_losses import CE, KL, Study, mixed, part, study_parser
 
 ROUNDS = {"depth": 4, "share": 0.5}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float] | None]] = {
@@ -54,19 +51,11 @@ class Continued(Study):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
-    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
+    parser = study_parser(str(__doc__), "on-policy", steps=100, prompts=64)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/on-policy"))
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    name = args.target or target_of(args.run)
-    study = Continued(args.run, args.results, args.steps, name, args.prompts, "causal", args.replayed)
+    study = Continued.of(args, "causal", args.replayed)
     for seed in args.seeds:
         for variant in args.variants:
             study.counted(variant, seed)

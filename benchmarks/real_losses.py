@@ -22,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from real_loss_tables import BASELINES, read_stored, table, validation_table
@@ -189,6 +189,12 @@ class Study:
                 dtype=self.sizes.dtype, feature_layers=self.layers, accelerator="cpu",
             )  # fmt: skip
 
+    @classmethod
+    def of(cls, args: argparse.Namespace, kind: str = "eagle3", replayed: int | None = None) -> Self:
+        """The study that options of `study_parser` ask for."""
+        name = args.target or target_of(args.run)
+        return cls(args.run, args.results, args.steps, name, args.prompts, kind, replayed, args.seeds[0])
+
     @cached_property
     def model(self) -> Any:
         """The target, whose embeddings the heads share."""
@@ -221,6 +227,7 @@ class Study:
         own = {"drafter": self.kind, "steps": self.steps}
         if not file.is_file():
             counts = self.count(self.trained(name, seed))
+            self.results.mkdir(parents=True, exist_ok=True)
             write_json(file, {"loss": name, "seed": seed, **own, **counts})
             tau = {label: round(sum(t) / sum(p), 3) for label, (t, p) in counts["lengths"].items()}
             print(f"{file}: tau {tau}", file=sys.stderr, flush=True)
@@ -291,31 +298,33 @@ class Study:
         return {"lengths": lengths, "rates": rates, "ece": acceptance.summary()["calibration"]["ece"]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def study_parser(doc: str, results: str, steps: int, prompts: int) -> argparse.ArgumentParser:
+    """The options that every study of losses on a real target has, with its own defaults."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
     parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
-    parser.add_argument("--drafter", choices=["eagle3", "causal", "dflash"], default="eagle3")
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--prompts", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--prompts", type=int, default=prompts)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results", results))
+    return parser
+
+
+def main() -> None:
+    parser = study_parser(str(__doc__), "real-losses", steps=400, prompts=80)
+    parser.add_argument("--drafter", choices=["eagle3", "causal", "dflash"], default="eagle3")
+    parser.add_argument("--losses", nargs="+", default=list(LOSSES), choices=list(LOSSES), metavar="LOSS")
     parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
     parser.add_argument(
         "--validation",
         type=Path,
         help="judge by validation text, stored in this file, and not by the test text",
     )
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-losses"))
     parser.add_argument(
         "--against", choices=BASELINES, help="baseline; the best at each number when not given"
     )
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    name = args.target or target_of(args.run)
-    study = Study(
-        args.run, args.results, args.steps, name, args.prompts, args.drafter, args.replayed, args.seeds[0]
-    )
+    study = Study.of(args, args.drafter, args.replayed)
     heads = [(loss, seed) for seed in args.seeds for loss in args.losses if suits(args.drafter, loss)]
     if args.validation:
         found = [{"loss": loss, "seed": seed, **study.validated(loss, seed)} for loss, seed in heads]

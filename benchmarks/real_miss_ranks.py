@@ -9,13 +9,12 @@ on the test text, and the median KL radius of coverage(4) of the target there.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 from real_loss_tables import WIDTHS, ranks_table
-from real_losses import LOSSES, Study
+from real_losses import LOSSES, Study, study_parser
 
 from certdraft.certificates import Coverage, margin, radius
 from certdraft.data import open_trace
@@ -23,7 +22,6 @@ from certdraft.evaluation import measure_acceptance
 from certdraft.evaluation.measure.acceptance import LOW_MARGIN
 from certdraft.evaluation.measure.trace_reading import concatenate
 from certdraft.support import write_json
-from certdraft.train.commands.real import target_of
 
 
 @torch.inference_mode()
@@ -46,17 +44,10 @@ def median_radius(study: Study) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--losses", nargs="+", default=["ce+kl", "l2r"], choices=list(LOSSES))
-    parser.add_argument("--run", type=Path, default=Path("runs/real"), help="folder of `certdraft real`")
-    parser.add_argument("--target", help="where it has moved; else the target of the run's trace")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--prompts", type=int, default=80)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/real-miss-ranks.json"))
+    parser = study_parser(str(__doc__), "real-miss-ranks.json", steps=400, prompts=80)
+    parser.add_argument("--losses", nargs="+", default=["ce+kl", "l2r"], choices=list(LOSSES), metavar="LOSS")
     args = parser.parse_args()
-    name = args.target or target_of(args.run)
-    study = Study(args.run, args.results.parent, args.steps, name, args.prompts)
+    study = Study.of(args)
     heads = [
         {"loss": loss, "seed": seed, **covered_at_low_margins(study, study.trained(loss, seed))}
         for loss in args.losses
