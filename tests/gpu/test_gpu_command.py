@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,24 +22,22 @@ from certdraft.drafters import drafter_kinds
 SCRIPT = Path(certdraft.__file__).parent / "benchmarks" / "gpu" / "run.py"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_run", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["gpu_run"] = importlib.util.module_from_spec(spec)  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The modules beside the script, as it imports them."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    names = ("work", "planned", "training_steps")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
 def test_every_part_runs_at_toy_size(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
-    parts = ["kernels", "texts", "train", "record"]  # record last: what is recorded before must not help it
+    chosen = ["kernels", "texts", "train", "record"]  # record last: what is recorded before must not help it
     command = [sys.executable, str(SCRIPT), "--toy", "true", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run([*command, "--parts", *parts], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--parts", *chosen], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(out.read_text())
-    assert not [part for part in parts if "error" in results[part]]
+    assert not [part for part in chosen if "error" in results[part]]
     record = results["record"]
     assert 0 < record["tokens_per_s"] < 2 * record["bare_tokens_per_s"], "only passes cost time"
     assert record["of_generate"] > 0
@@ -57,15 +56,18 @@ def test_every_part_runs_at_toy_size(tmp_path: Path) -> None:
     assert "train eagle3 tokens_per_s" in done.stdout
 
 
-def test_every_shipped_kind_is_trained(script: ModuleType) -> None:
-    for size in (script.TOY, script.FULL):
-        made = {name: script.make_drafter(settings) for name, settings in script.drafters(size).items()}
+def test_every_shipped_kind_is_trained(parts: SimpleNamespace) -> None:
+    for size in (parts.work.TOY, parts.work.FULL):
+        made = {
+            name: parts.training_steps.make_drafter(settings)
+            for name, settings in parts.work.drafters(size).items()
+        }
         shipped = {k for k in drafter_kinds().values() if k.__module__.startswith("certdraft.drafters")}
         assert {type(drafter) for drafter in made.values()} == shipped
 
 
-def test_synchronisations_count_from_the_fetching_of_the_batch(script: ModuleType) -> None:
-    steps = script.Steps(script.Meter(torch.device("cpu")))
+def test_synchronisations_count_from_the_fetching_of_the_batch(parts: SimpleNamespace) -> None:
+    steps = parts.training_steps.Steps(parts.work.Meter(torch.device("cpu")))
 
     def wait(times: int) -> None:
         for _ in range(times):
@@ -83,15 +85,15 @@ def test_synchronisations_count_from_the_fetching_of_the_batch(script: ModuleTyp
     assert len(steps.seconds) == 2
 
 
-def test_a_peak_is_compared_with_the_plan_of_the_same_run(script: ModuleType, tmp_path: Path) -> None:
+def test_a_peak_is_compared_with_the_plan_of_the_same_run(parts: SimpleNamespace, tmp_path: Path) -> None:
     """More rows a step, a larger batch and a target beside the drafter each raise what is planned."""
-    size: Any = script.TOY
-    script.make_target(tmp_path, size)
-    drafter = script.drafters(size)["dflash"]
-    small = script.expected(size, tmp_path, drafter, beside=False)
-    beside = script.expected(size, tmp_path, drafter, beside=True)
-    large = script.expected(replace(size, rows=20, batch=40), tmp_path, drafter, beside=False)
+    size: Any = parts.work.TOY
+    parts.work.make_target(tmp_path, size)
+    drafter = parts.work.drafters(size)["dflash"]
+    small = parts.planned.expected(size, tmp_path, drafter, beside=False)
+    beside = parts.planned.expected(size, tmp_path, drafter, beside=True)
+    large = parts.planned.expected(replace(size, rows=20, batch=40), tmp_path, drafter, beside=False)
     assert 0 < small.train < beside.train
     assert small.train < large.train < 20 * small.train
     assert 0 < small.record < large.record
-    assert script.beside_plan(3.0, 2.0) == {"peak_gib": 3.0, "plan_gib": 2.0, "of_plan": 1.5}
+    assert parts.planned.beside_plan(3.0, 2.0) == {"peak_gib": 3.0, "plan_gib": 2.0, "of_plan": 1.5}
