@@ -194,14 +194,20 @@ class CausalDrafter(Drafter):
     ) -> Self:
         """See `Drafter.on_meta`; of `pretrained` and of a target to cut from only the config is read."""
         lora, pretrained = arguments.pop("lora", None), arguments.pop("pretrained", None)
-        if pretrained is not None:
-            arguments["config"] = text_config(read_config(pretrained)).to_dict()
-        if (layers := arguments.get("from_target")) is not None:
+        layers, network = arguments.get("from_target"), None
+        if layers is not None:
+            network = cut_config(read_config(target.name), layers)
+        elif pretrained is not None:
+            network = text_config(read_config(pretrained))
+            arguments["from_target"] = TargetLayers(1)  # stands for a network that no config describes
+        if network is None:
+            drafter = super().on_meta(target, read_config, **arguments)
+        else:
             with torch.device("meta"):
                 drafter = cls(**arguments)
-                drafter._adopt(AutoModelForCausalLM.from_config(cut_config(read_config(target.name), layers)))
-        else:
-            drafter = super().on_meta(target, read_config, **arguments)
+                drafter._adopt(drafter._random(network))
+            drafter.pretrained, drafter.from_target = pretrained, layers
+            drafter.build(target.vocab_size)
         if lora is not None:
             drafter.network = add_adapters(drafter.model, lora)
             drafter.lora = lora
@@ -299,10 +305,12 @@ class CausalDrafter(Drafter):
 
     def _fresh(self, vocab_size: int) -> PreTrainedModel:
         assert self.config is not None
+        return self._random(fresh_config(self.config, vocab_size))
+
+    def _random(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A network of this config with random weights."""
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            fresh_config(self.config, vocab_size),
-            attn_implementation=self.attention,
-            dtype=self.dtype or torch.float32,
+            config, attn_implementation=self.attention, dtype=self.dtype or torch.float32
         )
         return model
 

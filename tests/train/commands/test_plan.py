@@ -14,7 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import certdraft
 from certdraft.data import bytes_per_token, load_target
-from certdraft.drafters import Drafter
+from certdraft.drafters import CausalDrafter, Drafter, TargetLayers
+from certdraft.drafters.causal.layer_cut import cut_from
 from certdraft.train import Online, TargetSettings, fit_to_target
 from certdraft.train.plan.formulas import DEVICES, activation_bytes, decode_step_s, state_bytes, step_flop
 from certdraft.train.plan.model_sizes import drafter_sizes, sizes_of
@@ -189,6 +190,25 @@ def test_lora_trains_little() -> None:
     sizes = drafter_sizes(lora, "Qwen/Qwen3-8B")
     assert sizes.trained == pytest.approx(20.2e6, rel=0.01)  # all linear layers
     assert sizes.parameters - sizes.trained == sizes_of("Qwen/Qwen3-0.6B").parameters
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_drafter_that_goes_on_from_a_checkpoint_is_counted_as_it_is_built(
+    tmp_path: Path, frozen: bool
+) -> None:
+    """Configs of checkpoints hold keys that transformers does not know, those of GGUF files for one."""
+    target = load_target("embedded")
+    model = cut_from(target, TargetLayers(1))
+    model.config._model_name_or_path = "a name of its own"
+    model.save_pretrained(tmp_path)
+    assert "_model_name_or_path" in (tmp_path / "config.json").read_text()
+    init = {"pretrained": str(tmp_path), "freeze_embeddings": frozen}
+    found = drafter_sizes({"class_path": "CausalDrafter", "init_args": init}, "embedded")
+    built = CausalDrafter(**init).build(target.config.vocab_size)
+    assert found.parameters == sum(p.numel() for p in built.parameters())
+    assert found.trained == sum(p.numel() for p in built.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=f"the drafter {tmp_path} has a vocabulary of "):
+        drafter_sizes({"class_path": "CausalDrafter", "init_args": init}, "Qwen/Qwen3-8B")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
