@@ -39,7 +39,8 @@ class Continued(Study):
         out = self.run / "losses" / "exports" / label
         if not out.exists():
             loss, rounds = VARIANTS[name]
-            pretrained = {"pretrained": str(self.run / "exports" / "causal")}
+            # The config of this kind cuts its drafter from the target instead.
+            pretrained = {"pretrained": str(self.run / "exports" / "causal"), "from_target": None}
             options = [
                 "--model.drafter", json.dumps({"class_path": "CausalDrafter", "init_args": pretrained}),
                 "--model.target", json.dumps({"name": self.target, "full": False}),
