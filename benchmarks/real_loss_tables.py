@@ -36,6 +36,7 @@ SHOWN = {
     "ce+kl, reach": "CE + KL, reach",
     "ce+kl, l2r": "CE + KL, L2R weights",
     "ce+3 kl, l2r x4": "CE + 3 KL, reached",
+    "ce+9 kl, verified": "CE + 9 KL, reached, depth 0.05",
     "adaptive, l2r": "adaptive, L2R weights",
     "adaptive": "adaptive sharpened KL",
     "adaptive, gaussian": "adaptive sharpened KL, Gaussian",
@@ -52,8 +53,16 @@ SHOWN = {
     "by depth+adaptive, l2r x4": "by depth + adaptive, reached",
     "by depth+3 adaptive, l2r": "by depth + 3 adaptive, L2R weights",
     "by depth+3 adaptive, l2r x4": "by depth + 3 adaptive, reached",
+    "by depth+9 adaptive, l2r x4": "by depth + 9 adaptive, reached",
+    "by depth+3 adaptive, focal": "by depth + 3 adaptive, shares 0.5, 2, 0.5",
+    "by depth+3 adaptive, verified": "by depth + 3 adaptive, reached, depth 0.05",
+    "by depth+9 adaptive, verified": "by depth + 9 adaptive, reached, depth 0.05",
+    "text": "the target's text, CE + KL",
+    "rounds": "own rounds, CE + KL",
+    "draft-opd": "own rounds, Draft-OPD",
+    "avoidable": "own rounds, Draft-OPD by KL radius",
 }
-"""Names of losses and their step weights, in the order of the tables."""
+"""Names of losses and their step weights, in the order of the tables; the last are of `on_policy.py`."""
 NUMBERS = [
     *(("lengths", label) for label in ("chain 4", "4-ary", "best-first 8", "best-first 32")),
     *(("rates", rate) for rate in ("top-1", "coverage@4", "low-margin misses@4")),
@@ -103,24 +112,23 @@ def against_best(stored: Stored, name: str, number: tuple[str, str]) -> str:
     return against(stored, name, best, number)
 
 
-def table(stored: Stored, baseline: str | None = None, names: Mapping[str, str] = SHOWN) -> Table:
+def table(stored: Stored, baseline: str | None = None) -> Table:
     """Every number of every loss, and its ratio to a baseline, the best one when none is given.
 
     Args:
         stored: as `read_stored` gives it.
         baseline: whose numbers the others are held against.
-        names: of losses and how they are shown, in order; others follow under their own.
     """
 
     def ratio(name: str, number: tuple[str, str]) -> str:
         return against(stored, name, baseline, number) if baseline else against_best(stored, name, number)
 
     rows = []
-    for name in [*(n for n in names if n in stored), *sorted(set(stored) - set(names))]:
+    for name in [*(n for n in SHOWN if n in stored), *sorted(set(stored) - set(SHOWN))]:
         errors = [one["ece"] for one in stored[name].values()]
         cells = [f"{value(stored, name, n):.3f}{ratio(name, n)}" for n in NUMBERS]
-        rows.append([names.get(name, name), str(len(errors)), *cells, f"{float(np.mean(errors)):.3f}"])
-    held_against = names.get(baseline, baseline) if baseline else "the best baseline"
+        rows.append([SHOWN.get(name, name), str(len(errors)), *cells, f"{float(np.mean(errors)):.3f}"])
+    held_against = SHOWN.get(baseline, baseline) if baseline else "the best baseline"
     columns = ["loss", "seeds", *(label for _, label in NUMBERS), "calibration error"]
     return Table(f"Test prompts; in brackets, per cent against {held_against}", columns, rows)
 
@@ -187,6 +195,18 @@ TABLES = (
     Spec("baselines of others", ("real-losses-peers",), seeds=(1,)),
     Spec("three seeds", ("real-losses-peers",), losses=("ce+kl", "l2r", "by depth+3 adaptive, l2r x4")),
     Spec(
+        "shares",
+        ("real-losses-peers",),
+        losses=(
+            "ce+kl",
+            "l2r",
+            "by depth+3 adaptive, l2r x4",
+            "by depth+9 adaptive, l2r x4",
+            "by depth+3 adaptive, verified",
+            "by depth+9 adaptive, verified",
+        ),
+    ),
+    Spec(
         "pairs",
         ("real-losses-by-depth", "real-losses-baselines", "real-losses-peers"),
         "ce+kl",
@@ -195,6 +215,7 @@ TABLES = (
     ),
     Spec("DFlash", ("real-losses-dflash",), "ce+kl"),
     Spec("causal", ("real-losses-causal",), "ce+kl"),
+    Spec("on-policy", ("on-policy",), "text"),
 )
 
 

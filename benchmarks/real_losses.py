@@ -55,7 +55,7 @@ def mixed(first: Part, second: Part, share: float = 0.5) -> Part:
 
 CE, KL = part("HardCE"), part("ForwardKL")
 FORGIVING, ADAPTIVE = part("RunnerUpForgivingCE", m="measured"), part("AdaptiveSharpenedKL")
-BY_DEPTH, MOSTLY_KL = mixed(FORGIVING, ADAPTIVE), mixed(FORGIVING, ADAPTIVE, 0.25)
+BY_DEPTH, MOSTLY_KL, TENTH = (mixed(FORGIVING, ADAPTIVE, share) for share in (0.5, 0.25, 0.1))
 LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "ce": (CE, ("depth",)),
     "ce+kl": (mixed(CE, KL), ("depth",)),
@@ -74,6 +74,11 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "by depth+3 adaptive, l2r": (MOSTLY_KL, ("l2r",)),
     "by depth+adaptive, l2r x4": (BY_DEPTH, ("l2r x4",)),
     "by depth+3 adaptive, l2r x4": (MOSTLY_KL, ("l2r x4",)),
+    "by depth+9 adaptive, l2r x4": (TENTH, ("l2r x4",)),
+    "by depth+3 adaptive, focal": (MOSTLY_KL, ("focal",)),
+    "by depth+3 adaptive, verified": (MOSTLY_KL, ("verified",)),
+    "by depth+9 adaptive, verified": (TENTH, ("verified",)),
+    "ce+9 kl, verified": (mixed(CE, KL, 0.1), ("verified",)),
     "l2r x4": (CE, ("l2r x4",)),
     "ce+3 kl, l2r x4": (mixed(CE, KL, 0.25), ("l2r x4",)),
     "ce+kl, l2r": (mixed(CE, KL), ("l2r",)),
@@ -96,14 +101,14 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
 }
 
 
-def l2r(depth: float, verified: float) -> Part:
+def l2r(depth: float, reach: float, chain: float) -> Part:
     """L2R's weights: decay by depth, and the first-error focal and chain terms of drafts that are reached."""
     factors = [
         part("DepthWeights", gamma=4.48),
         part("ReachWeights", depth=4, acceptance="greedy", focal=1.0),
         part("PrefixWeights", depth=4, smoothing=0.0),
     ]
-    return part("SumWeights", factors=factors, shares=[depth, verified, verified])
+    return part("SumWeights", factors=factors, shares=[depth, reach, chain])
 
 
 WEIGHTS = {
@@ -115,8 +120,10 @@ WEIGHTS = {
     "to the first failure": part("ReachWeights", depth=4),
     "d-pard": part("PrefixWeights", depth=4, smoothing=0.5, acceptance="overlap"),
     "e2e-tv": part("PrefixWeights", depth=4, smoothing=0.0, acceptance="overlap"),
-    "l2r": l2r(1.0, 0.5),  # not tuned
-    "l2r x4": l2r(0.5, 1.0),  # configs/step_weights/reached.yaml
+    "l2r": l2r(1.0, 0.5, 0.5),  # not tuned
+    "l2r x4": l2r(0.5, 1.0, 1.0),  # configs/step_weights/reached.yaml
+    "focal": l2r(0.5, 2.0, 0.5),
+    "verified": l2r(0.05, 1.0, 1.0),
 }
 
 

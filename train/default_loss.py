@@ -35,7 +35,7 @@ def default_loss(decoder: Decoder, drafter: Drafter) -> Loss:
     if decoder == "chain":
         return _half(HardCE(), ForwardKL())
     if decoder == "best-first" and drafter.reads_target:
-        return Mixture([RunnerUpForgivingCE(_CANDIDATES), AdaptiveSharpenedKL()], [0.25, 0.75])
+        return Mixture([RunnerUpForgivingCE(_CANDIDATES), AdaptiveSharpenedKL()], [0.1, 0.9])
     if decoder == "best-first":
         return _half(RunnerUpForgivingCE(4), SharpenedKL(1.5))
     if decoder == "m-ary":
