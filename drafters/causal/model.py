@@ -97,26 +97,7 @@ class CausalDrafter(Drafter):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if [config, pretrained, from_target].count(None) != 2:
-            raise ValueError(
-                "a causal drafter needs either config (fresh weights), pretrained (a folder or hub id) or "
-                "from_target (layers of the target)."
-            )
-        if config is None and init_from_target:
-            raise ValueError(
-                "init_from_target overwrites embeddings; it is for a fresh config, not for pretrained or "
-                "from_target."
-            )
-        if pretrained is None and lora is not None:
-            raise ValueError(
-                "lora freezes the network it adapts; it is for pretrained, not for a fresh config or "
-                "from_target."
-            )
-        if freeze_embeddings and (config is not None or lora is not None):
-            raise ValueError(
-                "freeze_embeddings is for pretrained or from_target: a fresh config's are random, and lora "
-                "freezes them anyway."
-            )
+        _check_start(config, pretrained, lora, from_target, freeze_embeddings, init_from_target)
         self.config, self.pretrained, self.lora = config, pretrained, lora
         self.freeze_embeddings = freeze_embeddings
         self.from_target = TargetLayers(**from_target) if isinstance(from_target, dict) else from_target
@@ -193,6 +174,7 @@ class CausalDrafter(Drafter):
         cls, target: TargetSource, read_config: Callable[[str], PreTrainedConfig], **arguments: Any
     ) -> Self:
         """See `Drafter.on_meta`; of `pretrained` and of a target to cut from only the config is read."""
+        _check_start(**arguments)
         lora, pretrained = arguments.pop("lora", None), arguments.pop("pretrained", None)
         layers, network = arguments.get("from_target"), None
         if layers is not None:
@@ -381,3 +363,34 @@ def document_mask(document_ids: Int[Tensor, "R T"], dtype: torch.dtype) -> Float
     visible &= torch.ones(num, num, dtype=torch.bool, device=document_ids.device).tril()
     mask = torch.zeros(visible.shape, dtype=dtype, device=document_ids.device)
     return mask.masked_fill_(visible.logical_not_(), torch.finfo(dtype).min)[:, None]
+
+
+def _check_start(
+    config: dict[str, Any] | None = None,
+    pretrained: str | None = None,
+    lora: LoraSettings | None = None,
+    from_target: TargetLayers | None = None,
+    freeze_embeddings: bool = False,
+    init_from_target: bool = False,
+    **_: Any,
+) -> None:
+    """Refuse arguments of `CausalDrafter` that do not name one network to start from, or do not fit it."""
+    if [config, pretrained, from_target].count(None) != 2:
+        raise ValueError(
+            "a causal drafter needs either config (fresh weights), pretrained (a folder or hub id) or "
+            "from_target (layers of the target)."
+        )
+    if config is None and init_from_target:
+        raise ValueError(
+            "init_from_target overwrites embeddings; it is for a fresh config, not for pretrained or "
+            "from_target."
+        )
+    if pretrained is None and lora is not None:
+        raise ValueError(
+            "lora freezes the network it adapts; it is for pretrained, not for a fresh config or from_target."
+        )
+    if freeze_embeddings and (config is not None or lora is not None):
+        raise ValueError(
+            "freeze_embeddings is for pretrained or from_target: a fresh config's are random, and lora "
+            "freezes them anyway."
+        )

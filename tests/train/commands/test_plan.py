@@ -211,6 +211,20 @@ def test_a_drafter_that_goes_on_from_a_checkpoint_is_counted_as_it_is_built(
         drafter_sizes({"class_path": "CausalDrafter", "init_args": init}, "Qwen/Qwen3-8B")
 
 
+@pytest.mark.parametrize(
+    ("init", "said"),
+    [
+        ({"from_target": {"layers": 1}}, "a causal drafter needs either config"),
+        ({"lora": {"rank": 4}, "freeze_embeddings": True}, "and lora freezes them anyway"),
+        ({"init_from_target": True}, "init_from_target overwrites embeddings"),
+    ],
+)
+def test_what_fit_refuses_is_not_counted(init: dict[str, object], said: str) -> None:
+    settings = {"class_path": "CausalDrafter", "init_args": {"pretrained": "Qwen/Qwen3-0.6B"} | init}
+    with pytest.raises(ValueError, match=said):
+        drafter_sizes(settings, "Qwen/Qwen3-8B")
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_config_has_a_plan(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(run=str(path))
