@@ -75,6 +75,19 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
     "by depth+adaptive, l2r x4": (BY_DEPTH, ("l2r x4",)),
     "by depth+3 adaptive, l2r x4": (MOSTLY_KL, ("l2r x4",)),
     "by depth+9 adaptive, l2r x4": (TENTH, ("l2r x4",)),
+    "by depth+9 gaussian, l2r x4": (
+        mixed(FORGIVING, part("AdaptiveSharpenedKL", noise="gaussian"), 0.1),
+        ("l2r x4",),
+    ),
+    "by depth+9 sharp-1.5, l2r x4": (mixed(FORGIVING, part("SharpenedKL", a=1.5), 0.1), ("l2r x4",)),
+    "by depth+9 sharp-1 to 3, l2r x4": (
+        mixed(FORGIVING, part("SharpenedKL", a=1.0, stop=3.0), 0.1),
+        ("l2r x4",),
+    ),
+    "pool by depth+9 adaptive, l2r x4": (
+        mixed(part("PoolDiscountedCE", m="measured"), ADAPTIVE, 0.1),
+        ("l2r x4",),
+    ),
     "by depth+3 adaptive, focal": (MOSTLY_KL, ("focal",)),
     "by depth+3 adaptive, verified": (MOSTLY_KL, ("verified",)),
     "by depth+9 adaptive, verified": (TENTH, ("verified",)),
@@ -87,17 +100,8 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
         mixed(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
         ("depth",),
     ),
-    "runner-up-4+sharp-1.5, low": (
-        mixed(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
-        ("depth", "low"),
-    ),
-    "runner-up-4+adaptive": (mixed(part("RunnerUpForgivingCE", m=4), ADAPTIVE), ("depth",)),
-    "runner-up-4+kl, low": (mixed(part("RunnerUpForgivingCE", m=4), KL), ("depth", "low")),
     "runner-up-8+kl, low": (mixed(part("RunnerUpForgivingCE", m=8), KL), ("depth", "low")),
     "adaptive": (ADAPTIVE, ("depth",)),
-    "adaptive, gaussian": (part("AdaptiveSharpenedKL", noise="gaussian"), ("depth",)),
-    "sharp-1.5": (part("SharpenedKL", a=1.5), ("depth",)),
-    "sharp-1 to 3": (part("SharpenedKL", a=1.0, stop=3.0), ("depth",)),
 }
 
 
