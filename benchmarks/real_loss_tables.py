@@ -161,6 +161,20 @@ def ranks_table(file: Path) -> Table:
     return Table(f"Low-margin misses@4 by the drafter's rank of the greedy token; {median}", columns, rows)
 
 
+def seconds_table(file: Path) -> Table:
+    """CPU seconds of a training step, of `loss_seconds.py`; ratios are to the first loss of each turn."""
+    turns = json.loads(file.read_text(encoding="utf-8"))["seconds"]
+    first = next(iter(turns[0]))
+    rows = []
+    for name in turns[0]:
+        ratios = sorted(turn[name] / turn[first] for turn in turns)
+        shown = f"{float(np.median(ratios)):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+        seconds = float(np.median([turn[name] for turn in turns]))
+        rows.append([SHOWN.get(name, name), f"{seconds:.2f}", "1" if name == first else shown])
+    columns = ["loss", "CPU seconds a step", f"ratio to {SHOWN.get(first, first)}, its range"]
+    return Table(f"A training step of 1,000 tokens, median of {len(turns)} turns", columns, rows)
+
+
 @dataclass(frozen=True)
 class Spec:
     """A table of the docs.
@@ -193,20 +207,7 @@ TABLES = (
     Spec("first trace", ("real-losses",)),
     Spec("by depth", ("real-losses-by-depth",), "ce+kl"),
     Spec("three baselines", ("real-losses-baselines",), seeds=(0,)),
-    Spec("baselines of others", ("real-losses-peers",), seeds=(1,)),
-    Spec("three seeds", ("real-losses-peers",), losses=("ce+kl", "l2r", "by depth+3 adaptive, l2r x4")),
-    Spec(
-        "shares",
-        ("real-losses-peers",),
-        losses=(
-            "ce+kl",
-            "l2r",
-            "by depth+3 adaptive, l2r x4",
-            "by depth+9 adaptive, l2r x4",
-            "by depth+3 adaptive, verified",
-            "by depth+9 adaptive, verified",
-        ),
-    ),
+    Spec("baselines of others", ("real-losses-peers",)),
     Spec(
         "pairs",
         ("real-losses-by-depth", "real-losses-baselines", "real-losses-peers"),
@@ -239,6 +240,7 @@ def main() -> None:
     for pattern, of in (
         ("real-losses-validation*.json", validation_table),
         ("real-miss-ranks*.json", ranks_table),
+        ("real-losses-seconds*.json", seconds_table),
     ):
         for file in sorted(args.results.glob(pattern)):
             shown = of(file).markdown()
