@@ -25,16 +25,16 @@ class Candidates:
             number is that of all deeper ones.
 
     Raises:
-        ValueError: no number, or one below 1.
+        ValueError: no number, or one that is not whole or below 1.
     """
 
     def __init__(self, owner: str, m: int | Sequence[int]) -> None:
         self.owner = owner
-        self.sizes = (m,) if isinstance(m, int) else tuple(m)
-        if not self.sizes or min(self.sizes) < 1:
+        self.sizes = tuple(m) if isinstance(m, Sequence) else (m,)
+        if not self.sizes or not all(type(size) is int and size >= 1 for size in self.sizes):
             raise ValueError(
-                f"{owner}: m={m}; it is the number of draft tokens proposed per token position, at least 1, "
-                "or a list of them by draft depth."
+                f"{owner}: m={m}; it is the number of draft tokens proposed per token position, a whole "
+                "number of at least 1, or a list of them by draft depth."
             )
 
     @property

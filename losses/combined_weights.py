@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from certdraft.losses.candidates import Candidates
 from certdraft.losses.step_weights import StepWeights
 
 
@@ -26,7 +27,7 @@ class CombinedWeights(StepWeights):
             raise ValueError(f"{type(self).__name__}: factors is empty; give at least one step weight.")
         self.factors = nn.ModuleList(factors)
         reading = [factor for factor in factors if factor.needs_nll]
-        if len({(factor.acceptance, str(factor.candidates)) for factor in reading}) > 1:
+        if len({_read(factor) for factor in reading}) > 1:
             kinds = ", ".join(
                 f"first of {factor.candidates}" if factor.acceptance == "first" else factor.acceptance
                 for factor in reading
@@ -74,15 +75,20 @@ class SumWeights(CombinedWeights):
 
     Args:
         factors: any step weights, at least one.
-        shares: one number ≥ 0 for each.
+        shares: one number ≥ 0 for each, not all 0.
+
+    Raises:
+        ValueError: no factor, another number of shares, a share that is not finite or below 0, or only zeros.
     """
 
     def __init__(self, factors: list[StepWeights], shares: list[float]) -> None:
         super().__init__(factors)
-        if len(shares) != len(factors) or not all(0.0 <= share < math.inf for share in shares):
+        if len(shares) != len(factors):
             raise ValueError(
-                f"SumWeights: shares={shares}; give a finite number >= 0 for each of the factors."
+                f"SumWeights: {len(shares)} shares for {len(factors)} factors; give one for each."
             )
+        if not all(0.0 <= share < math.inf for share in shares) or not any(shares):
+            raise ValueError(f"SumWeights: shares={shares}; give finite numbers >= 0, one of them above 0.")
         self.shares = [float(share) for share in shares]
 
     def combine(self, weights: list[Tensor]) -> Float[Tensor, " N"]:
@@ -93,3 +99,9 @@ class SumWeights(CombinedWeights):
     def __repr__(self) -> str:
         shares = zip(self.shares, self.factors, strict=True)
         return "(" + " + ".join(f"{share:g} {factor!r}" for share, factor in shares) + ")"
+
+
+def _read(factor: StepWeights) -> tuple[str, tuple[int, ...]]:
+    """What a step weight reads of the drafter: the acceptance, and of "first" the candidates."""
+    first = factor.acceptance == "first"
+    return factor.acceptance, Candidates(type(factor).__name__, factor.candidates).sizes if first else ()

@@ -179,6 +179,8 @@ class LK(Divergence):
         super().__init__(vocabulary)
         if form not in ("alpha", "hybrid"):
             raise ValueError(f"LK: form={form!r}; choose alpha or hybrid.")
+        if not 0.0 <= eta < math.inf:
+            raise ValueError(f"LK: eta={eta} must be finite and at least 0.")
         self.form, self.eta = form, eta
 
     def between(self, logp: Float[Tensor, "N C"], logq: Float[Tensor, "N C"]) -> Float[Tensor, " N"]:

@@ -11,6 +11,7 @@ N counted steps · D draft depth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -58,8 +59,9 @@ class StepWeights(nn.Module):
     @property
     def nll_loss(self) -> Loss:
         """The per-step loss whose values the weights read as `nll`."""
-        covered = _Covered(self.candidates)
-        return {"greedy": HardCE(), "overlap": LK("alpha"), "first": covered}[self.acceptance]
+        if self.acceptance == "first":
+            return _Covered(self.candidates, type(self).__name__)
+        return HardCE() if self.acceptance == "greedy" else LK("alpha")
 
     def forward(
         self,
@@ -101,6 +103,11 @@ class LowMarginWeights(StepWeights):
 
     def __init__(self, threshold: float = 0.1, boost: float = 2.0) -> None:
         super().__init__()
+        if not 0.0 <= threshold <= 1.0 or not 0.0 <= boost < math.inf:
+            raise ValueError(
+                f"LowMarginWeights: threshold={threshold}, boost={boost}; need threshold in [0, 1] and a "
+                "finite boost >= 0."
+            )
         self.threshold, self.boost = threshold, boost
 
     def forward(self, target: TargetBatch | OnlineTarget, *_: Any, **__: Any) -> Float[Tensor, " N"]:
@@ -119,10 +126,11 @@ class PathWeights(StepWeights):
     """Base of weights that follow a step through all draft paths it lies on.
 
     Every counted step starts a path of up to D steps, as a round of speculative decoding may. A subclass
-    weighs the steps of a path; a step's weight is the sum over the paths that contain it.
+    weighs the steps of a path; a step's weight is the sum over the paths that contain it. A drafter whose
+    training has draft paths (EAGLE-3, DFlash, DSpark) brings its own, of its own depth (`on_drafts`).
 
     Args:
-        depth: D, draft tokens of a path.
+        depth: D, draft tokens of a path that starts at a counted step; not read with draft paths.
     """
 
     needs_nll = True
@@ -204,8 +212,8 @@ class ReachWeights(PathWeights):
         depth: D, draft tokens of a path.
         acceptance: see `StepWeights`.
         beyond: weight of the drafts that verification does not reach, in [0, 1].
-        focal: extra weight of the first rejected draft, ≥ 0. With beyond = 1 it is a first-error focal weight
-            as in L2R, whose chain loss is `PrefixWeights(smoothing=0)` with `HardCE`; `SumWeights` adds them.
+        focal: extra weight of the first rejected draft, finite and ≥ 0. `SumWeights` joins it to others as in
+            L2R (docs/losses-schedules.md, "Objectives of others").
         candidates: with acceptance = "first", how many first choices are proposed: one number, or a list by
             draft depth.
 
@@ -221,11 +229,17 @@ class ReachWeights(PathWeights):
         candidates: int | Sequence[int] = 1,
     ) -> None:
         super().__init__(depth, acceptance)
-        Candidates("ReachWeights", candidates)  # the same checks
-        self.candidates = candidates
-        if not 0.0 <= beyond <= 1.0 or not focal >= 0.0:
+        sizes = Candidates("ReachWeights", candidates).sizes  # the same checks
+        if acceptance != "first" and sizes != (1,):
             raise ValueError(
-                f"ReachWeights: beyond={beyond}, focal={focal}; need beyond in [0, 1] and focal >= 0."
+                f"ReachWeights: candidates={candidates} is read with acceptance='first' only; leave it out, "
+                f"or change acceptance={acceptance!r}."
+            )
+        self.candidates = candidates
+        if not 0.0 <= beyond <= 1.0 or not 0.0 <= focal < math.inf:
+            raise ValueError(
+                f"ReachWeights: beyond={beyond}, focal={focal}; need beyond in [0, 1] and a finite "
+                "focal >= 0."
             )
         self.beyond, self.focal = beyond, focal
 
@@ -243,7 +257,16 @@ class ReachWeights(PathWeights):
 
 
 class _Covered(CoverageMargin):
-    """0 where the greedy token is among the drafter's m first choices, else so much that exp(−value) is 0."""
+    """0 where the greedy token is among the drafter's m first choices, else so much that exp(−value) is 0.
+
+    Args:
+        m: candidates, as `CoverageMargin` takes them.
+        owner: the step weights that read the values, for error messages.
+    """
+
+    def __init__(self, m: int | Sequence[int], owner: str) -> None:
+        super().__init__(m)
+        self.m.owner = owner
 
     def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
         return torch.where(picked[:, 1] >= picked[:, 0], -ABSENT, 0.0)
@@ -272,7 +295,7 @@ class BudgetWeights(PathWeights):
         budget_nats: b, nats; estimated from B on every batch when not given.
         temperature: width of the threshold, nats, > 0.
         form: "sigmoid" (bounded) or "softplus" (for a weak drafter).
-        base: weight every step gets on top, ≥ 0, so that no step is forgotten entirely.
+        base: weight every step gets on top, finite and ≥ 0, so that no step is forgotten entirely.
     """
 
     def __init__(
@@ -285,10 +308,12 @@ class BudgetWeights(PathWeights):
         base: float = 0.1,
     ) -> None:
         super().__init__(depth)
-        if node_budget < 1 or not temperature > 0.0 or base < 0.0 or form not in ("sigmoid", "softplus"):
+        in_range = node_budget >= 1 and 0.0 < temperature < math.inf and 0.0 <= base < math.inf
+        if not in_range or form not in ("sigmoid", "softplus"):
             raise ValueError(
                 f"BudgetWeights: node_budget={node_budget}, temperature={temperature}, base={base}, "
-                f"form={form!r}; need node_budget >= 1, temperature > 0 nats, base >= 0, sigmoid or softplus."
+                f"form={form!r}; need node_budget >= 1, temperature > 0 nats, base >= 0, both finite, and "
+                "sigmoid or softplus."
             )
         self.node_budget, self.budget_nats, self.base = node_budget, budget_nats, base
         self.temperature, self.form = temperature, form
@@ -297,9 +322,15 @@ class BudgetWeights(PathWeights):
         budget: float | Tensor | None = self.budget_nats
         if budget is None:
             budget = estimated_budget_nats(nll[inside[..., 0]], inside[inside[..., 0]], self.node_budget)
-        weights = budget_weights(nll, budget, inside, self.temperature, self.form)
-        weights[..., 0] += self.base * inside[..., 0]
-        return weights
+        return budget_weights(nll, budget, inside, self.temperature, self.form)
+
+    def forward(self, *step: Any, **named: Any) -> Float[Tensor, " N"]:
+        """See `StepWeights.forward`."""
+        return super().forward(*step, **named) + self.base
+
+    def on_drafts(self, *drafts: Any, **named: Any) -> Float[Tensor, " N"]:
+        """See `StepWeights.on_drafts`."""
+        return super().on_drafts(*drafts, **named) + self.base
 
     def extra_repr(self) -> str:
         budget = "estimated" if self.budget_nats is None else self.budget_nats

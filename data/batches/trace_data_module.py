@@ -100,6 +100,14 @@ class TraceDataModule(pl.LightningDataModule):
             corpus = self.record.corpus.held_out("test", self.validation_rows)
             _record_if_missing(self.test_path, replace(self.record, corpus=corpus))
 
+    @property
+    def recorded_num_kept(self) -> int | None:
+        """K of the training trace as it is, or as it will be recorded; None where neither is known."""
+        file = Path(self.train_path).expanduser() / TRACE_FILE
+        settings = TraceMeta.read(file) if file.exists() else self.record
+        kept = [] if settings is None else [settings.num_kept]
+        return min([*kept, self.num_kept or kept[0]]) if kept else None
+
     def setup(self, stage: str | None = None) -> None:
         """Open and pack the traces, and print how many tokens there are."""
         if self._opened:

@@ -6,7 +6,8 @@ For a mean or a sum the coefficient of every step is known beforehand, so each c
 its logits exist and backward only scales: the three GEMMs are done once. For reduction="none" the
 coefficients arrive with backward, which therefore walks the chunks a second time. Logits are fp32 and the
 weight gradient is accumulated in fp32 whatever the inputs are; bf16 inputs are rounded once more, in dz, for
-the two gradient GEMMs on CUDA.
+the two gradient GEMMs on CUDA. fp16 has no room for dz, a step's share of a mean over thousands (and
+loss scaling comes later, in backward), so fp16 inputs are multiplied in fp32.
 
 One [C, V] buffer serves all chunks; what happens to it between the products is in `chunk_backward`. A loss of
 a few logits (`SparseLoss`) needs only the first product.
@@ -77,7 +78,9 @@ def _walk(
         size = min(plan.chunk_tokens, len(hidden))
         buffer = torch.empty(size, plan.target.vocab_size, dtype=dtype, device=hidden.device)
         per_step = torch.zeros(len(hidden), dtype=dtype, device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if coefficient is not None and needs[0] else None
+        d_hidden = None
+        if coefficient is not None and needs[0]:
+            d_hidden = torch.zeros_like(hidden, dtype=dtype if hidden.dtype == torch.float16 else None)
         d_weight = torch.zeros_like(w, dtype=dtype) if coefficient is not None and needs[1] else None
         target = TargetRows(plan.target, size)
         sparse = isinstance(plan.loss, SparseLoss) and not plan.loss.overrides_forward
@@ -134,7 +137,7 @@ class _Reduced(torch.autograd.Function):
         given = coefficient if with_grad and any(needs) else None
         per_step, d_hidden, d_weight = _walk(plan, hidden, weight, given, needs)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return (per_step * coefficient).sum()
 
     @staticmethod
@@ -142,9 +145,9 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
-            d_hidden = _scaled(d_hidden, grad)
+            d_hidden = _scaled(d_hidden, grad).to(ctx.dtypes[0])
         if d_weight is not None:
-            d_weight = _scaled(d_weight, grad).to(ctx.weight_dtype)
+            d_weight = _scaled(d_weight, grad).to(ctx.dtypes[1])
         return d_hidden, d_weight, None, None, None
 
 
@@ -170,7 +173,11 @@ class _PerStep(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         _, d_hidden, d_weight = _walk(ctx.plan, hidden, weight, grad, needs)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None
+        return (
+            None if d_hidden is None else d_hidden.to(hidden.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None,
+        )
 
 
 class Chunked(nn.Module):
@@ -239,7 +246,7 @@ class Chunked(nn.Module):
         if mask is not None:
             hidden, target = hidden[mask], target.select(mask)
             step_weight = None if step_weight is None else step_weight[mask]
-        dtype = product_dtype(hidden, weight, autocast=True)
+        dtype = product_dtype(hidden, weight, gradients=True)
         kernels = choose_kernels(self.backend, hidden.device, work_dtype(dtype))
         plan = _Plan(self.loss, target, self._chunk(weight), dtype, kernels)
         like = hidden.new_empty(len(hidden), dtype=work_dtype(dtype))

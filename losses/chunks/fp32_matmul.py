@@ -16,12 +16,21 @@ from certdraft.losses.coarse_logits import work_dtype
 _log = logging.getLogger(__name__)
 
 
-def product_dtype(a: Tensor, b: Tensor, autocast: bool = False) -> torch.dtype:
-    """What the products read: the wider of the two types (the autocast type if one is on); fp32 on a CPU."""
+def product_dtype(a: Tensor, b: Tensor, gradients: bool = False) -> torch.dtype:
+    """What the products read: the wider of the two types; fp32 on a CPU.
+
+    Args:
+        a: left factor.
+        b: right factor.
+        gradients: those of a model in training, whose gradients are products too: the autocast type if one is
+            on, but never fp16, whose range loses them.
+    """
     device = a.device.type
     promoted = torch.promote_types(a.dtype, b.dtype)
-    if autocast and torch.is_autocast_enabled(device):
+    if gradients and torch.is_autocast_enabled(device):
         promoted = torch.get_autocast_dtype(device)
+    if gradients and promoted == torch.float16:
+        return torch.float32
     return promoted if device == "cuda" else work_dtype(promoted)
 
 

@@ -1,5 +1,7 @@
 """Chunked evaluation: the numbers and gradients of the plain path, without its memory."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracles.mathematics.loss_cases import HEAD_LOSSES, K
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from certdraft import losses as L
+from certdraft.losses.chunks.fp32_matmul import product_dtype
 
 N, H = 37, 5
 PRIME = 211
@@ -189,6 +192,24 @@ def test_low_precision_inputs_are_multiplied_and_scored_in_fp32():
     assert all(g.dtype == torch.bfloat16 for g in got)
     assert max(error(got)) < 3e-3  # one rounding of the result
     assert all(ours <= theirs + 1e-4 for ours, theirs in zip(error(got), error(naive), strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fp16_inputs_keep_the_gradient_of_a_step_among_thousands(reduction):
+    """Loss scaling reaches a gradient in backward only; before it, 1/16384 is too small for fp16."""
+    hidden, weight, target = problem(dtype=torch.float16, steps=64)
+    truth = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    scale, total = 2.0**16, 2.0**14
+    exact = grads(plain(L.ForwardKL(), *truth, target, "sum") / total, *truth)
+    found = L.Chunked(L.ForwardKL(), reduction, 16)(hidden, weight, target, denominator=total)
+    value = found if reduction == "mean" else found.sum() / total
+    got = grads(scale * value, hidden, weight)
+    for ours, theirs in zip(got, exact, strict=True):
+        assert ours.dtype == torch.float16
+        assert float((ours.double() / scale - theirs).norm() / theirs.norm()) < 2e-3
+    cuda = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    assert product_dtype(cuda, cuda) == torch.float16
+    assert product_dtype(cuda, cuda, gradients=True) == torch.float32
 
 
 def test_autocast_does_not_round_the_logits():

@@ -193,8 +193,28 @@ def test_sums_of_step_weights_are_added_terms_of_a_loss():
     assert both.needs_nll
     with pytest.raises(ValueError, match="SumWeights: shares"):
         L.SumWeights(parts, [1.0, -1.0, 2.0])
-    with pytest.raises(ValueError, match="SumWeights: shares"):
+    with pytest.raises(ValueError, match="1 shares for 3 factors"):
         L.SumWeights(parts, [1.0])
+    with pytest.raises(ValueError, match="one of them above 0"):
+        L.SumWeights(parts, [0.0, 0.0, 0.0])
+
+
+def test_factors_that_read_the_same_of_the_drafter_combine():
+    reach, prefix = L.ReachWeights(4, "greedy"), L.PrefixWeights(4, 0.0)
+    assert L.ProductWeights([reach, prefix, L.LowMarginWeights()]).acceptance == "greedy"
+    for one, same in ((4, [4]), ((4, 2), [4, 2])):
+        factors = [L.ReachWeights(4, candidates=one), L.ReachWeights(4, candidates=same, beyond=0.5)]
+        assert L.SumWeights(factors, [1.0, 1.0]).candidates == one
+    with pytest.raises(ValueError, match=r"different acceptances \(first of 4, first of 2\)"):
+        L.ProductWeights([L.ReachWeights(4, candidates=4), L.ReachWeights(4, candidates=2)])
+
+
+def test_every_draft_of_a_path_has_the_base_of_budget_weights():
+    """A path far beyond the threshold has nothing else."""
+    target, mask = head_target(target_probs(8, 12)), torch.tensor([[True] * 4, [True, True, True, False]])
+    nll = torch.full((7,), 30.0, dtype=torch.float64)
+    found = L.BudgetWeights(4, 4, budget_nats=1.0, base=0.25).on_drafts(target[:7], mask, nll)
+    torch.testing.assert_close(found, torch.full((7,), 0.25, dtype=torch.float64))
 
 
 def test_weights_of_d_pard_are_the_recurrence_of_d_pace_over_overlaps():

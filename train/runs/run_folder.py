@@ -198,9 +198,11 @@ def refuse_changed(
     changed = differences(old, new, (*FREE_KEYS, *allowed)) if old else {}
     changed = {key: pair for key, pair in changed.items() if key.startswith(only)}
     if changed:
+        instead = "Use the old values"
+        if not only:
+            instead += " to continue that run, leave --ckpt_path out to start a new one"
         rows = "".join(f"\n  {key}: {a!r} in the checkpoint, {b!r} now" for key, (a, b) in changed.items())
         raise SettingsChanged(
             f"{checkpoint} was trained with other settings:{rows}\n"
-            "Use the old values to continue that run, leave --ckpt_path out to start a new one, or permit a "
-            f"change that you mean: --allow_change '[{', '.join(changed)}]'."
+            f"{instead}, or permit a change that you mean: --allow_change '[{', '.join(changed)}]'."
         )

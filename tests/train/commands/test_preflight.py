@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def test_every_shipped_config_would_start(
     assert ("it asks for a GPU, and torch sees none here" in found) is no_gpu
 
 
+def of_losses(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"certdraft.losses.{name}", "init_args": arguments}
+
+
 def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
     settings = copy.deepcopy(settings)
     for path, value in changes.items():
@@ -77,6 +82,12 @@ def changed(settings: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"data__init_args__record__feature_layers": [99]}, "has layers 0 to 7"),
         ({"data__init_args__record__prompts__max_prompt_tokens": 9999}, "leaves no room"),
         ({"model__init_args__drafter__init_args__config": {"target_layer_ids": [1, 77, 6]}}, "77"),
+        (
+            {"model__init_args__loss": of_losses("RunnerUpForgivingCE", m=40)},
+            "needs the 40 most probable target tokens .* K = 16",
+        ),
+        ({"model__init_args__loss": of_losses("ForwardKL", vocabulary="full")}, "full"),
+        ({"model__init_args__step_weights": of_losses("LowMarginWeights", boost=-2.0)}, "boost=-2.0"),
     ],
 )  # fmt: skip
 def test_what_fit_would_refuse(
@@ -87,6 +98,30 @@ def test_what_fit_would_refuse(
     preflight(settings)
     with pytest.raises(ValueError, match=message):
         preflight(changed(settings, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": of_losses("RunnerUpForgivingCE", m=[8, 4])}, r"RunnerUpForgivingCE: m=\[8, 4\] is"),
+        ({"step_weights": of_losses("ReachWeights", candidates=[8, 4])}, r"ReachWeights: m=\[8, 4\] is"),
+    ],
+)  # fmt: skip
+def test_candidates_by_depth_need_draft_paths(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Doctor says so of a causal drafter, and `fit` before it records anything."""
+    settings = resolved(CONFIGS / "demo.yaml")
+    monkeypatch.chdir(tmp_path)
+    settings["model"]["init_args"] |= changes
+    with pytest.raises(ValueError, match=message):
+        preflight(settings)
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    code, _, said = captured(["fit", "--config", str(file)])
+    assert code
+    assert re.search(message, said)
+    assert not any(tmp_path.rglob("*.arrow"))
 
 
 def test_traces_that_are_there_are_compared_with_the_recording(

@@ -90,7 +90,16 @@ def test_every_stage(
     prompts = (out / "prompts.jsonl").read_bytes()
     main(command)  # what is finished is used again
     assert (out / "prompts.jsonl").read_bytes() == prompts
-    assert _table(capsys.readouterr().out) == _table(shown)
+    again = capsys.readouterr()
+    assert _table(again.out) == _table(shown)
+    assert "begun with --minutes" not in again.err
+    main([*command, "--minutes", "7"])
+    assert "was begun with --minutes 45 and goes on with its sizes" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    with pytest.raises(SystemExit):
+        main([*command[:-1], str(tmp_path / "another")])
+    assert f"was begun with {instruct}" in " ".join(capsys.readouterr().err.split())
 
 
 def _constant_profile(*_: object, **__: object) -> None:
