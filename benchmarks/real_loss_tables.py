@@ -207,7 +207,22 @@ TABLES = (
     Spec("first trace", ("real-losses",)),
     Spec("by depth", ("real-losses-by-depth",), "ce+kl"),
     Spec("three baselines", ("real-losses-baselines",), seeds=(0,)),
-    Spec("baselines of others", ("real-losses-peers",)),
+    Spec(
+        "baselines of others",
+        ("real-losses-peers",),
+        losses=(
+            "ce",
+            "ce+kl",
+            "top-10 ce",
+            "spec-auf",
+            "d-pard",
+            "l2r",
+            "by depth+3 adaptive, l2r x4",
+            "by depth+9 adaptive, l2r x4",
+            "by depth+9 adaptive, verified",
+        ),
+    ),
+    Spec("one seed", ("real-losses-peers",), seeds=(1,)),
     Spec(
         "pairs",
         ("real-losses-by-depth", "real-losses-baselines", "real-losses-peers"),

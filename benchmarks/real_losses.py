@@ -17,6 +17,7 @@ baseline that is best at that number.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,16 @@ from typing import Any, Self
 import torch
 from real_loss_tables import BASELINES, read_stored, table, validation_table
 
-from certdraft.data import Corpus, Generation, Prompts, Trace, load_target, open_trace, record_trace
+from certdraft.data import (
+    TRACE_FILE,
+    Corpus,
+    Generation,
+    Prompts,
+    Trace,
+    load_target,
+    open_trace,
+    record_trace,
+)
 from certdraft.decoding import BestFirst, Chain, StaticTree
 from certdraft.drafters import load_drafter
 from certdraft.evaluation import greedy_documents, measure_acceptance, replay_lengths
@@ -158,8 +168,8 @@ BUILDERS = {
 RATES = {"top-1": (1, False), "coverage@4": (4, False), "low-margin misses@4": (4, True)}
 
 
-def fit_and_export(kind: str, label: str, runs: Path, steps: int, options: list[str], out: Path) -> None:
-    """Train from existing traces with the config of `certdraft real` for this kind; export to `out`.
+def fit(kind: str, label: str, runs: Path, steps: int, options: list[str]) -> None:
+    """Train from existing traces with the config of `certdraft real` for this kind.
 
     Goes on with a run of this label in `runs` that was killed.
     """
@@ -169,6 +179,11 @@ def fit_and_export(kind: str, label: str, runs: Path, steps: int, options: list[
         "--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(steps),
     ]  # fmt: skip
     lightning_cli.run("fit", [*typed, "--ckpt_path", "last"], "certdraft fit")
+
+
+def fit_and_export(kind: str, label: str, runs: Path, steps: int, options: list[str], out: Path) -> None:
+    """Train with `fit`; export the last step to `out`."""
+    fit(kind, label, runs, steps, options)
     found = run_folder.find_checkpoint(runs / label, "last")
     assert found is not None
     export_run(str(found), str(out), name=f"{kind}-smollm2")
@@ -192,7 +207,7 @@ class Study:
         self.run, self.results, self.steps, self.target, self.kind = run, results, steps, target, kind
         self.sizes, self.replayed = run_sizes(run), replayed
         self.test = run / "losses" / "test-trace"
-        if not (self.test / "trace.json").exists():
+        if not (self.test / TRACE_FILE).exists():
             record_trace(
                 str(self.test), target=target,
                 corpus=Corpus(str(held_out_prompts()), split="all", max_rows=prompts),
@@ -217,6 +232,12 @@ class Study:
         return tuple(open_trace(self.run / "traces" / "train").meta.feature_layers)
 
     @cached_property
+    def traces(self) -> str:
+        """A hash of what is trained on and judged by: counts of other traces cannot be paired."""
+        files = [folder / TRACE_FILE for folder in (self.run / "traces" / "train", self.test)]
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+    @cached_property
     def candidates(self) -> list[int]:
         """Candidates by depth in the best-first trees of 32 nodes of a CE + KL drafter, validation text.
 
@@ -235,7 +256,7 @@ class Study:
     def counted(self, name: str, seed: int) -> dict[str, Any]:
         """The counts of one head, trained first where it is missing."""
         file = self.results / f"{name.replace(' ', '_')}-{seed}.json"
-        own = {"drafter": self.kind, "steps": self.steps}
+        own = {"drafter": self.kind, "steps": self.steps, "traces": self.traces}
         if not file.is_file():
             counts = self.count(self.trained(name, seed))
             self.results.mkdir(parents=True, exist_ok=True)
@@ -243,7 +264,7 @@ class Study:
             tau = {label: round(sum(t) / sum(p), 3) for label, (t, p) in counts["lengths"].items()}
             print(f"{file}: tau {tau}", file=sys.stderr, flush=True)
         found = json.loads(file.read_text(encoding="utf-8"))
-        if stored := {key: found[key] for key, wanted in own.items() if found[key] != wanted}:
+        if stored := {key: found.get(key) for key, wanted in own.items() if found.get(key) != wanted}:
             raise ValueError(f"{file} is of {stored}, not {own}; give another --results folder")
         return found
 
@@ -268,26 +289,33 @@ class Study:
         label = self.label(name, seed)
         out = self.run / "losses" / "exports" / label
         if not out.exists():
-            loss, names = LOSSES[name]
-            parts = [json.dumps(part) for part in (loss, step_weights(self.kind, names))]
-            loss_text, weights = (
-                text.replace('"measured"', json.dumps(self.candidates)) if '"measured"' in text else text
-                for text in parts
-            )
-            options = drafter_options(self.kind, self.target, self.layers)
-            options += ["--model.loss", loss_text, "--model.step_weights", weights]
-            self.fit(label, seed, options, out)
+            self.fit(label, seed, self.options(name), out)
         return out
+
+    def options(self, name: str) -> list[str]:
+        """Of `fit`: the drafter, one loss and its step weights."""
+        loss, names = LOSSES[name]
+        parts = [json.dumps(part) for part in (loss, step_weights(self.kind, names))]
+        loss_text, weights = (
+            text.replace('"measured"', json.dumps(self.candidates)) if '"measured"' in text else text
+            for text in parts
+        )
+        options = drafter_options(self.kind, self.target, self.layers)
+        return [*options, "--model.loss", loss_text, "--model.step_weights", weights]
 
     def fit(self, label: str, seed: int, options: list[str], out: Path) -> None:
         """Train with the config of `certdraft real` for this kind and more options; export to `out`."""
-        typed = [
+        runs = self.run / "losses" / "runs"
+        fit_and_export(self.kind, label, runs, self.steps, self.typed(seed, options), out)
+
+    def typed(self, seed: int, options: list[str]) -> list[str]:
+        """Options of `fit` with the traces, the precision and a seed."""
+        return [
             f"--seed_everything={seed}", f"--data.seed={seed}",
             "--data.train", str(self.run / "traces" / "train"),
             "--data.validation", str(self.run / "traces" / "validation"),
             "--trainer.precision", self.sizes.precision, *options,
         ]  # fmt: skip
-        fit_and_export(self.kind, label, self.run / "losses" / "runs", self.steps, typed, out)
 
     def loaded(self, export: Path, trace: Trace) -> tuple[Any, DrafterFeatures | None]:
         """An exported drafter in fp32 and what it reads of the target along a trace."""
