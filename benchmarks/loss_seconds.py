@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 
 from real_loss_tables import seconds_table
-from real_losses import LOSSES, Study, fit, study_parser
+from real_losses import LOSSES, Study, fit, parse_study, study_parser
 
 from certdraft.decoding import device_name
 from certdraft.support import write_json
@@ -43,7 +43,7 @@ def main() -> None:
         "--losses", nargs="+", default=losses, choices=list(LOSSES), metavar="LOSS", help="the first is 1"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
+    args = parse_study(parser)
     study = Study.of(args)
     turns = [{name: step_seconds(study, name) for name in args.losses} for _ in range(args.repeats)]
     result = {"date": date.today().isoformat(), "device": device_name("cpu"), "seconds": turns}

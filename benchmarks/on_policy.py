@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from real_loss_tables import read_stored, table
-from real_losses import CE, KL, Study, mixed, part, study_parser
+from real_losses import CE, KL, Study, mixed, parse_study, part, study_parser
 
 ROUNDS = {"depth": 4, "share": 0.5}
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, float] | None]] = {
@@ -55,7 +55,7 @@ def main() -> None:
     parser = study_parser(str(__doc__), "on-policy", steps=100, prompts=64)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--replayed", type=int, help="prompts whose trees are replayed; all when not given")
-    args = parser.parse_args()
+    args = parse_study(parser)
     study = Continued.of(args, "causal", args.replayed)
     for seed in args.seeds:
         for variant in args.variants:

@@ -224,13 +224,27 @@ TABLES = (
     ),
     Spec("one seed", ("real-losses-peers",), seeds=(1,)),
     Spec(
+        "four combinations",
+        ("real-losses-peers",),
+        losses=(
+            "ce+kl",
+            "spec-auf",
+            "l2r",
+            "by depth+3 adaptive, l2r x4",
+            "by depth+9 adaptive, l2r x4",
+            "by depth+3 adaptive, verified",
+            "by depth+9 adaptive, verified",
+        ),
+        seeds=(0, 1),
+    ),
+    Spec(
         "pairs",
         ("real-losses-by-depth", "real-losses-baselines", "real-losses-peers"),
         "ce+kl",
         losses=("ce+kl", "by depth+adaptive"),
         seeds=(0, 1),
     ),
-    Spec("DFlash", ("real-losses-dflash",), "ce+kl"),
+    Spec("DFlash", ("real-losses-dflash",)),
     Spec("causal", ("real-losses-causal",), "ce+kl"),
     Spec("on-policy", ("on-policy",), "text"),
 )

@@ -110,6 +110,7 @@ LOSSES: dict[str, tuple[Part, tuple[str, ...]]] = {
         mixed(part("RunnerUpForgivingCE", m=4), part("SharpenedKL", a=1.5)),
         ("depth",),
     ),
+    "runner-up-4+adaptive": (mixed(part("RunnerUpForgivingCE", m=4), ADAPTIVE), ("depth",)),
     "runner-up-8+kl, low": (mixed(part("RunnerUpForgivingCE", m=8), KL), ("depth", "low")),
     "adaptive": (ADAPTIVE, ("depth",)),
 }
@@ -345,8 +346,16 @@ def study_parser(doc: str, results: str, steps: int, prompts: int) -> argparse.A
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--prompts", type=int, default=prompts)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results", results))
+    parser.add_argument("--results", type=Path, help=f"RUN/losses/{results} when not given")
+    parser.set_defaults(results_name=results)
     return parser
+
+
+def parse_study(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options as typed; results lie beside the run where no other place is given."""
+    args = parser.parse_args()
+    args.results = args.results or args.run / "losses" / args.results_name
+    return args
 
 
 def main() -> None:
@@ -362,7 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--against", choices=BASELINES, help="baseline; the best at each number when not given"
     )
-    args = parser.parse_args()
+    args = parse_study(parser)
     study = Study.of(args, args.drafter, args.replayed)
     heads = [(loss, seed) for seed in args.seeds for loss in args.losses if suits(args.drafter, loss)]
     if args.validation:

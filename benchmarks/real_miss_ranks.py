@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from real_loss_tables import WIDTHS, ranks_table
-from real_losses import LOSSES, Study, study_parser
+from real_losses import LOSSES, Study, parse_study, study_parser
 
 from certdraft.certificates import Coverage, margin, radius
 from certdraft.data import open_trace
@@ -46,7 +46,7 @@ def median_radius(study: Study) -> float:
 def main() -> None:
     parser = study_parser(str(__doc__), "real-miss-ranks.json", steps=400, prompts=80)
     parser.add_argument("--losses", nargs="+", default=["ce+kl", "l2r"], choices=list(LOSSES), metavar="LOSS")
-    args = parser.parse_args()
+    args = parse_study(parser)
     study = Study.of(args)
     heads = [
         {"loss": loss, "seed": seed, **covered_at_low_margins(study, study.trained(loss, seed))}

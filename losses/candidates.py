@@ -7,7 +7,8 @@ Axis: N token positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Int
@@ -30,8 +31,13 @@ class Candidates:
 
     def __init__(self, owner: str, m: int | Sequence[int]) -> None:
         self.owner = owner
-        self.sizes = tuple(m) if isinstance(m, Sequence) else (m,)
-        if not self.sizes or not all(type(size) is int and size >= 1 for size in self.sizes):
+        given = tuple(m) if isinstance(m, Iterable) else (m,)
+        try:
+            sizes = tuple(0 if isinstance(size, bool) else operator.index(size) for size in given)
+        except TypeError:  # 2.5, or a string
+            sizes = ()
+        self.sizes = sizes
+        if not sizes or min(sizes) < 1:
             raise ValueError(
                 f"{owner}: m={m}; it is the number of draft tokens proposed per token position, a whole "
                 "number of at least 1, or a list of them by draft depth."

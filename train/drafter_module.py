@@ -102,16 +102,17 @@ class DrafterModule(pl.LightningModule):
         self._accumulation = Accumulation()
         self._gradients_checked = False
 
-    def check_loss(self, num_kept: int | None) -> None:
+    def check_loss(self, num_kept: int | None, vocab_size: int | None = None) -> None:
         """See `loss_check.check_loss`.
 
         Args:
             num_kept: K of the trace that is trained on; None where it is not known.
+            vocab_size: V of the trace.
         """
         paths, online = self.drafter.reads_target, None if self.online is None else self.online.settings
         check_loss(
-            self.loss, self.step_weights, paths=paths, num_kept=num_kept, online=online,
-            on_policy=self.on_policy is not None,
+            self.loss, self.step_weights, paths=paths, num_kept=num_kept, vocab_size=vocab_size,
+            online=online, on_policy=self.on_policy is not None,
         )  # fmt: skip
 
     # ---- training

@@ -100,13 +100,13 @@ class TraceDataModule(pl.LightningDataModule):
             corpus = self.record.corpus.held_out("test", self.validation_rows)
             _record_if_missing(self.test_path, replace(self.record, corpus=corpus))
 
-    @property
-    def recorded_num_kept(self) -> int | None:
-        """K of the training trace as it is, or as it will be recorded; None where neither is known."""
+    def recorded_sizes(self) -> tuple[int | None, int | None]:
+        """K and V of the training trace; K as it will be recorded, where there is none yet."""
         file = Path(self.train_path).expanduser() / TRACE_FILE
-        settings = TraceMeta.read(file) if file.exists() else self.record
-        kept = [] if settings is None else [settings.num_kept]
-        return min([*kept, self.num_kept or kept[0]]) if kept else None
+        if not file.exists():
+            return (None if self.record is None else self.num_kept or self.record.num_kept), None
+        meta = TraceMeta.read(file)
+        return self.num_kept or meta.num_kept, meta.vocab_size
 
     def setup(self, stage: str | None = None) -> None:
         """Open and pack the traces, and print how many tokens there are."""

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import oracles.mathematics.losses as oracle
 import pytest
 import torch
@@ -106,3 +107,13 @@ def test_reach_by_coverage_is_the_chance_that_the_tree_still_holds_the_path():
     assert product.candidates == SIZES
     with pytest.raises(ValueError, match="different acceptances"):
         L.ProductWeights([weights, L.ReachWeights(depth)])
+
+
+def test_sizes_may_be_any_whole_numbers():
+    """Rounded means of a measurement are numpy's."""
+    expected = L.RunnerUpForgivingCE([8, 4]).m.sizes
+    for m in (np.array([8, 4]), [np.int64(8), np.int64(4)], (8, 4), torch.Size([8, 4])):
+        assert L.RunnerUpForgivingCE(m).m.sizes == expected
+    for wrong in ([], [8, 0], [8, 2.5], "84", True, [[8]]):
+        with pytest.raises(ValueError, match="a whole number of at least 1"):
+            L.RunnerUpForgivingCE(wrong)

@@ -117,7 +117,7 @@ class CertdraftCLI(LightningCLI):
         if isinstance(self.model, DrafterModule) and isinstance(
             self.datamodule, certdraft.data.TraceDataModule
         ):
-            self.model.check_loss(self.datamodule.recorded_num_kept)
+            self.model.check_loss(*self.datamodule.recorded_sizes())
 
     def after_validate(self) -> None:
         self._print_metrics()

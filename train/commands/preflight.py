@@ -71,7 +71,7 @@ def preflight(settings: dict[str, Any]) -> list[str]:
     trainable = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     found.append(f"{type(drafter).__name__} for {target} with {trainable:,} trainable parameters")
     kept = metas[0].num_kept if metas else recording.num_kept if recording else None
-    _check_loss(model, drafter, None if kept is None else min(kept, data.get("num_kept") or kept))
+    _check_loss(model, drafter, data.get("num_kept") or kept, metas[0].vocab_size if metas else None)
     if beside is None:
         layers = metas[0].feature_layers if metas else recording.feature_layers if recording else ()
         if (data.get("server") or {}).get("url"):  # computes them while training
@@ -84,7 +84,9 @@ def preflight(settings: dict[str, Any]) -> list[str]:
     return found
 
 
-def _check_loss(model: dict[str, Any], drafter: Drafter, num_kept: int | None) -> None:
+def _check_loss(
+    model: dict[str, Any], drafter: Drafter, num_kept: int | None, vocab_size: int | None
+) -> None:
     """The loss and the step weights of a config, tried on made-up draft tokens."""
     parser = ArgumentParser(exit_on_error=False)
     for key, kind in (("loss", Loss), ("step_weights", StepWeights)):
@@ -94,7 +96,7 @@ def _check_loss(model: dict[str, Any], drafter: Drafter, num_kept: int | None) -
     made = parser.instantiate(parser.parse_object(given))
     loss = made.get("loss") or default_loss(model.get("decoder") or "chain", drafter)
     check_loss(
-        loss, made.get("step_weights"), paths=drafter.reads_target, num_kept=num_kept,
+        loss, made.get("step_weights"), paths=drafter.reads_target, num_kept=num_kept, vocab_size=vocab_size,
         online=made.get("target"),
         on_policy=bool(model.get("on_policy")),
     )  # fmt: skip

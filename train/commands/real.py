@@ -29,7 +29,7 @@ from certdraft.data import (
 )
 from certdraft.decoding import BestFirst, Chain, CostAware, TargetRunner, TreeBuilder, greedy
 from certdraft.evaluation import Table, read_questions, run_certify, run_evaluate, run_profile
-from certdraft.support import facts_of, hub_answers, write_json
+from certdraft.support import facts_of, hub_answers, write_json, write_text
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.devices import faster_dtype
 from certdraft.train.commands.export_command import export_run
@@ -81,7 +81,7 @@ def real(
         raise ValueError(f"--drafters {sorted(unknown)}: there are {', '.join(_DRAFTERS)}")
     folder, console, start = Path(out), Console(stderr=True, highlight=False), time.monotonic()
     sizes = _sizes(folder, minutes)
-    begun_with = _begun_with(folder, target)
+    name = _begun_with(folder, target)
     if sizes.minutes != minutes:
         console.print(f"{folder} was begun with --minutes {sizes.minutes:g} and goes on with its sizes")
     _print_plan(console, sizes, drafters)
@@ -99,7 +99,8 @@ def real(
         console.print(f"\n[bold]{done}/{stages} {text}[/bold]  [dim]{clock}[/dim]")
 
     stage("get the target")
-    name = target or begun_with or _fetch(folder)
+    name = name or _fetch(folder)
+    write_text(folder / "target.txt", name + "\n")
     stage(f"let the target write {sizes.prompts:,} prompts")
     prompts = _prompts(folder, name, sizes)
     exports: dict[str, Path] = {}
@@ -214,16 +215,20 @@ def _sizes(folder: Path, minutes: float) -> Sizes:
 
 
 def _begun_with(folder: Path, target: str | None) -> str | None:
-    """The target of the traces in a folder, where it is still there; None for a new run."""
-    if not (folder / "traces" / "train" / "trace.json").is_file():
-        return None
-    name = target_of(folder)
-    if target is not None and Path(target).name != Path(name).name:  # a folder may have moved
-        raise ValueError(
-            f"--target {target}: {folder} was begun with {name}. Give another folder with --out, or leave "
-            "--target out to go on."
-        )
-    return name if Path(name).exists() else None
+    """The target to go on with: as typed, or that of a begun run; None for a new run without one."""
+    file = folder / "target.txt"
+    if not file.is_file():
+        return target
+    name = file.read_text(encoding="utf-8").strip()
+    if target is not None:
+        if Path(target).name != Path(name).name:  # the model may have moved
+            raise ValueError(
+                f"--target {target}: {folder} was begun with {name}. Give another folder with --out, or "
+                "leave --target out to go on."
+            )
+        return target
+    fetched = folder / "model" / Path(name).name  # which moves with the run
+    return str(fetched) if fetched.is_file() else name
 
 
 def _print_plan(console: Console, sizes: Sizes, drafters: tuple[str, ...]) -> None:

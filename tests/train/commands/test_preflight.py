@@ -105,6 +105,12 @@ def test_what_fit_would_refuse(
     [
         ({"loss": of_losses("RunnerUpForgivingCE", m=[8, 4])}, r"RunnerUpForgivingCE: m=\[8, 4\] is"),
         ({"step_weights": of_losses("ReachWeights", candidates=[8, 4])}, r"ReachWeights: m=\[8, 4\] is"),
+        (
+            {"loss": of_losses("Ramp", losses=[
+                of_losses("HardCE"), of_losses("RunnerUpForgivingCE", m=[8, 4])
+            ], start=[1.0, 0.0], stop=[0.0, 1.0], begin=0.5)},
+            r"RunnerUpForgivingCE: m=\[8, 4\] is",
+        ),
     ],
 )  # fmt: skip
 def test_candidates_by_depth_need_draft_paths(
