@@ -1,6 +1,6 @@
 """CPU seconds of a training step under each loss of `real_losses.py`: whether equal steps are equal time.
 
-    python benchmarks/loss_seconds.py --run runs/real      # 10 minutes on one core; the machine must be idle
+    python benchmarks/loss_seconds.py --run runs/real      # 20 minutes on one core; the machine must be idle
 
 Each loss is trained for few and for many steps, and the difference leaves start-up and export out. Losses
 take turns, so that a change of the machine's speed reaches all of them; ratios are taken within a turn.
@@ -46,7 +46,8 @@ def main() -> None:
     args = parse_study(parser)
     study = Study.of(args)
     turns = [{name: step_seconds(study, name) for name in args.losses} for _ in range(args.repeats)]
-    result = {"date": date.today().isoformat(), "device": device_name("cpu"), "seconds": turns}
+    where = {"date": date.today().isoformat(), "device": device_name("cpu")}
+    result = {**where, "losses": args.losses, "seconds": turns}
     write_json(args.results, result)
     sys.stdout.write(seconds_table(args.results).markdown())
 

@@ -163,10 +163,9 @@ def ranks_table(file: Path) -> Table:
 
 def seconds_table(file: Path) -> Table:
     """CPU seconds of a training step, of `loss_seconds.py`; ratios are to the first loss of each turn."""
-    turns = json.loads(file.read_text(encoding="utf-8"))["seconds"]
-    first = next(iter(turns[0]))
-    rows = []
-    for name in turns[0]:
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    turns, first, rows = stored["seconds"], stored["losses"][0], []
+    for name in stored["losses"]:
         ratios = sorted(turn[name] / turn[first] for turn in turns)
         shown = f"{float(np.median(ratios)):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
         seconds = float(np.median([turn[name] for turn in turns]))
