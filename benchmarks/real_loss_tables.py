@@ -26,6 +26,7 @@ BASELINES = ("ce", "ce+kl", "top-10 ce", "lk", "spec-auf", "d-pard", "l2r", "e2e
 SHOWN = {
     "ce": "hard CE",
     "ce+kl": "CE + KL",
+    "ce+kl, 218 steps": "CE + KL, 218 steps",
     "top-10 ce": "CE + top-10 CE (HASS)",
     "lk": "LK",
     "spec-auf": "Spec-AUF",
@@ -242,6 +243,13 @@ TABLES = (
         "ce+kl",
         losses=("ce+kl", "by depth+adaptive"),
         seeds=(0, 1),
+    ),
+    Spec(
+        "equal time",
+        ("real-losses-peers",),
+        "ce+kl, 218 steps",
+        losses=("ce+kl, 218 steps", "by depth+9 adaptive, l2r x4"),
+        seeds=(1,),
     ),
     Spec("DFlash", ("real-losses-dflash",)),
     Spec("causal", ("real-losses-causal",), "ce+kl"),

@@ -17,7 +17,6 @@ baseline that is best at that number.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ from certdraft.decoding import BestFirst, Chain, StaticTree
 from certdraft.drafters import load_drafter
 from certdraft.evaluation import greedy_documents, measure_acceptance, replay_lengths
 from certdraft.evaluation.measure.trace_reading import DrafterFeatures, features_for
-from certdraft.support import write_json
+from certdraft.support import sha256_of, write_json
 from certdraft.train.commands import lightning_cli
 from certdraft.train.commands.export_command import export_run
 from certdraft.train.commands.real import drafter_options, held_out_prompts, target_of
@@ -234,9 +233,9 @@ class Study:
 
     @cached_property
     def traces(self) -> str:
-        """A hash of what is trained on and judged by: counts of other traces cannot be paired."""
-        files = [folder / TRACE_FILE for folder in (self.run / "traces" / "train", self.test)]
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+        """Hashes of what is trained on and judged by: counts of other traces cannot be paired."""
+        folders = (self.run / "traces" / "train", self.test)
+        return " ".join(sha256_of(folder / TRACE_FILE)[:12] for folder in folders)
 
     @cached_property
     def candidates(self) -> list[int]:

@@ -5,6 +5,7 @@ from .batches.packing import assemble as assemble
 from .batches.packing import pack as pack
 from .batches.trace_data_module import TraceDataModule as TraceDataModule
 from .batches.trace_data_module import check_recording as check_recording
+from .batches.trace_data_module import recorded_sizes as recorded_sizes
 from .corpus.accounting import Accounting as Accounting
 from .corpus.bpe_tokenizer import train_tokenizer as train_tokenizer
 from .corpus.chat import Prompt as Prompt

@@ -83,12 +83,12 @@ class SumWeights(CombinedWeights):
 
     def __init__(self, factors: list[StepWeights], shares: list[float]) -> None:
         super().__init__(factors)
-        if len(shares) != len(factors):
+        in_range = all(0.0 <= share < math.inf for share in shares) and any(shares)
+        if len(shares) != len(factors) or not in_range:
             raise ValueError(
-                f"SumWeights: {len(shares)} shares for {len(factors)} factors; give one for each."
+                f"SumWeights: shares={shares}; give a finite number >= 0 for each of the {len(factors)} "
+                "factors, one of them above 0."
             )
-        if not all(0.0 <= share < math.inf for share in shares) or not any(shares):
-            raise ValueError(f"SumWeights: shares={shares}; give finite numbers >= 0, one of them above 0.")
         self.shares = [float(share) for share in shares]
 
     def combine(self, weights: list[Tensor]) -> Float[Tensor, " N"]:

@@ -266,7 +266,7 @@ class _Covered(CoverageMargin):
 
     def __init__(self, m: int | Sequence[int], owner: str) -> None:
         super().__init__(m)
-        self.m.owner = owner
+        self.m = Candidates(owner, m)
 
     def on_picked(self, picked: Float[Tensor, "N S"], target: TargetBatch) -> Float[Tensor, " N"]:
         return torch.where(picked[:, 1] >= picked[:, 0], -ABSENT, 0.0)

@@ -31,7 +31,6 @@ from certdraft.losses import (
 from certdraft.train.accumulation import Accumulation
 from certdraft.train.default_loss import Decoder, default_loss
 from certdraft.train.drafter_setup import fit_to_target
-from certdraft.train.loss_check import check_loss
 from certdraft.train.on_policy import OnPolicySettings, Rounds, check_on_policy, write_rounds
 from certdraft.train.optim import OptimizerSettings, check_precision, gradient_norm
 from certdraft.train.restricted_target import DraftVocabulary
@@ -87,7 +86,8 @@ class DrafterModule(pl.LightningModule):
         self.drafter = drafter
         chosen = default_loss(decoder or "chain", drafter)  # refuses another decoder
         self.loss = loss or chosen
-        self.decoder, self.loss_is_named = decoder or (None if loss else "chain"), loss is not None
+        self.decoder = None if loss else decoder or "chain"
+        self.unread_decoder = decoder if loss else None
         self.optimizer_settings, self.validation_settings = optimizer, validation
         whole = chunk_tokens == 0 or not hasattr(type(drafter), "head_weight")
         self.chunked = None if whole else Chunked(self.loss, chunk_tokens=chunk_tokens)
@@ -101,19 +101,6 @@ class DrafterModule(pl.LightningModule):
         self._sums: ValidationSums | None = None
         self._accumulation = Accumulation()
         self._gradients_checked = False
-
-    def check_loss(self, num_kept: int | None, vocab_size: int | None = None) -> None:
-        """See `loss_check.check_loss`.
-
-        Args:
-            num_kept: K of the trace that is trained on; None where it is not known.
-            vocab_size: V of the trace.
-        """
-        paths, online = self.drafter.reads_target, None if self.online is None else self.online.settings
-        check_loss(
-            self.loss, self.step_weights, paths=paths, num_kept=num_kept, vocab_size=vocab_size,
-            online=online, on_policy=self.on_policy is not None,
-        )  # fmt: skip
 
     # ---- training
 

@@ -100,14 +100,6 @@ class TraceDataModule(pl.LightningDataModule):
             corpus = self.record.corpus.held_out("test", self.validation_rows)
             _record_if_missing(self.test_path, replace(self.record, corpus=corpus))
 
-    def recorded_sizes(self) -> tuple[int | None, int | None]:
-        """K and V of the training trace; K as it will be recorded, where there is none yet."""
-        file = Path(self.train_path).expanduser() / TRACE_FILE
-        if not file.exists():
-            return (None if self.record is None else self.num_kept or self.record.num_kept), None
-        meta = TraceMeta.read(file)
-        return self.num_kept or meta.num_kept, meta.vocab_size
-
     def setup(self, stage: str | None = None) -> None:
         """Open and pack the traces, and print how many tokens there are."""
         if self._opened:
@@ -255,6 +247,23 @@ def _record_if_missing(path: str, recording: Recording) -> None:
         record_trace(path, **{name: getattr(recording, name) for name in Recording.__dataclass_fields__})
         return
     check_recording(file, recording)
+
+
+def recorded_sizes(
+    train: str, recording: Recording | None, num_kept: int | None = None
+) -> tuple[int | None, int | None]:
+    """K and V of a training trace; of one that is yet to be recorded only K is known.
+
+    Args:
+        train: folder of the trace.
+        recording: how it is recorded where it is missing.
+        num_kept: top-k logits to read of it, all when not given.
+    """
+    file = Path(train).expanduser() / TRACE_FILE
+    if not file.exists():
+        return (None if recording is None else num_kept or recording.num_kept), None
+    meta = TraceMeta.read(file)
+    return num_kept or meta.num_kept, meta.vocab_size
 
 
 def check_recording(file: Path, recording: Recording) -> None:

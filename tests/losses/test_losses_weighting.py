@@ -193,7 +193,7 @@ def test_sums_of_step_weights_are_added_terms_of_a_loss():
     assert both.needs_nll
     with pytest.raises(ValueError, match="SumWeights: shares"):
         L.SumWeights(parts, [1.0, -1.0, 2.0])
-    with pytest.raises(ValueError, match="1 shares for 3 factors"):
+    with pytest.raises(ValueError, match="SumWeights: shares"):
         L.SumWeights(parts, [1.0])
     with pytest.raises(ValueError, match="one of them above 0"):
         L.SumWeights(parts, [0.0, 0.0, 0.0])

@@ -58,7 +58,8 @@ def test_it_is_the_preset_for_that_decoder(decoder: Decoder, name: str, paths: b
 
 def test_a_given_loss_wins_and_chains_are_the_default() -> None:
     given = DrafterModule(causal(), loss=losses.HardCE(), decoder="best-first")
-    assert (repr(given.loss), given.decoder) == ("HardCE()", "best-first")
+    assert (repr(given.loss), given.decoder) == ("HardCE()", None)
+    assert given.unread_decoder == "best-first"
     assert repr(DrafterModule(causal()).loss) == repr(preset("ce-kl"))
 
 
@@ -86,6 +87,6 @@ def test_fit_names_decoder_and_loss_first(tmp_path: Path) -> None:
     assert code == 0, err
     said = out + err
     assert "trained for: m-ary\n" in said
-    assert "instead of the decoder's" not in said
+    assert "not read" not in said
     assert f"loss: {preset('runner-up-8-kl')!r}\n" in said
     assert "step weights: LowMarginWeights(threshold=0.1, boost=2.0)\n" in said

@@ -24,6 +24,7 @@ from certdraft.train.commands.devices import check_devices
 from certdraft.train.commands.parsing.parser import Strict, check_syntax
 from certdraft.train.compiling import CompileLayers as CompileLayers
 from certdraft.train.drafter_module import DrafterModule
+from certdraft.train.loss_check import check_loss
 from certdraft.train.runs import run_folder
 from certdraft.train.runs.checkpoint_file import WholeCheckpointIO, first_whole
 from certdraft.train.runs.loggers import Speed, name_loggers
@@ -114,10 +115,14 @@ class CertdraftCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse a loss that the first step would refuse, before a recording of hours."""
-        if isinstance(self.model, DrafterModule) and isinstance(
-            self.datamodule, certdraft.data.TraceDataModule
-        ):
-            self.model.check_loss(*self.datamodule.recorded_sizes())
+        model, data = self.model, self.datamodule
+        if isinstance(model, DrafterModule) and isinstance(data, certdraft.data.TraceDataModule):
+            num_kept, vocab_size = certdraft.data.recorded_sizes(data.train_path, data.record, data.num_kept)
+            check_loss(
+                model.loss, model.step_weights, paths=model.drafter.reads_target, num_kept=num_kept,
+                vocab_size=vocab_size, online=None if model.online is None else model.online.settings,
+                on_policy=model.on_policy is not None,
+            )  # fmt: skip
 
     def after_validate(self) -> None:
         self._print_metrics()

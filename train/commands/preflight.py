@@ -8,7 +8,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from certdraft.data import TRACE_FILE, Recording, check_recording, check_settings, open_trace
+from certdraft.data import (
+    TRACE_FILE,
+    Recording,
+    check_recording,
+    check_settings,
+    open_trace,
+    recorded_sizes,
+)
 from certdraft.drafters import Drafter
 from certdraft.losses import Loss, StepWeights
 from certdraft.support import facts_of
@@ -70,8 +77,9 @@ def preflight(settings: dict[str, Any]) -> list[str]:
         return [*found, f"the drafter is not checked: {error}"]  # `fit` may not need more than the trace
     trainable = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     found.append(f"{type(drafter).__name__} for {target} with {trainable:,} trainable parameters")
-    kept = metas[0].num_kept if metas else recording.num_kept if recording else None
-    _check_loss(model, drafter, data.get("num_kept") or kept, metas[0].vocab_size if metas else None)
+    train = data.get("train")
+    sizes = recorded_sizes(train, recording, data.get("num_kept")) if train else (None, None)
+    _check_loss(model, drafter, *sizes)
     if beside is None:
         layers = metas[0].feature_layers if metas else recording.feature_layers if recording else ()
         if (data.get("server") or {}).get("url"):  # computes them while training
@@ -97,8 +105,7 @@ def _check_loss(
     loss = made.get("loss") or default_loss(model.get("decoder") or "chain", drafter)
     check_loss(
         loss, made.get("step_weights"), paths=drafter.reads_target, num_kept=num_kept, vocab_size=vocab_size,
-        online=made.get("target"),
-        on_policy=bool(model.get("on_policy")),
+        online=made.get("target"), on_policy=bool(model.get("on_policy")),
     )  # fmt: skip
 
 

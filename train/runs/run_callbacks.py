@@ -303,9 +303,11 @@ class RunFolder(Callback):
         print(f"run folder: {self.folder}", file=sys.stderr)
         if stage == "fit" and (loss := getattr(pl_module, "loss", None)) is not None:
             decoder, weights = getattr(pl_module, "decoder", None), getattr(pl_module, "step_weights", None)
-            if decoder is not None and getattr(pl_module, "loss_is_named", False):
-                decoder = f"{decoder}, with the loss that the config names instead of the decoder's"
-            for what, text in (("trained for", decoder), ("loss", loss), ("step weights", weights)):
+            unread = getattr(pl_module, "unread_decoder", None)
+            for what, text in (
+                ("decoder, not read because the config names a loss", unread), ("trained for", decoder),
+                ("loss", loss), ("step weights", weights),
+            ):  # fmt: skip
                 if text is not None:
                     print(f"{what}: {text}", file=sys.stderr)
 
